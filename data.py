@@ -1,0 +1,448 @@
+"""Files -> `Sample`: readers, synthetic scenes, prompts, the frame of the boxes, and a deterministic order.
+
+All boxes of a `Sample` live in one frame: pixels of the square image of side `frame` that the model sees. Qwen2.5-VL
+speaks absolute pixels of the *processed* image, so an image is resized to the frame once, here, and every box is
+brought along when it is read; prompts, answers, rewards and pictures then need no conversion.
+
+A new file format is one more reader: a generator of Samples, named in `load`.
+"""
+
+import json
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from rewards import TASKS, horizontal
+
+PATCH = 28            # Qwen2.5-VL turns 28 x 28 pixels into one token, so a frame is a multiple of it
+GRID = (100, 100)     # the 0-100 space of GeoChat's and EarthDial's boxes
+HELDOUT_SEED = 2**31  # the seed of the synthetic scenes that no training run sees
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+class BadInput(Exception):
+    """Something the user must mend: one line with the file, the record, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    id: str               # file and record: what an error or a log line names
+    task: str             # key of rewards.TASKS
+    images: tuple         # paths or PIL images, in the order in which they stand before the question
+    question: str         # plain text; the task's instruction is added by `prompt`
+    answer: str           # the reference as the model should write it, boxes in pixels of the frame
+    frame: int            # side of the square image that the model sees, in pixels
+    boxes: tuple = ()     # reference boxes (x1, y1, x2, y2, theta): pixels of the frame, degrees
+    think: str = ""       # reasoning that SFT imitates
+    size_group: str = ""  # "small", "medium" or "large" where the benchmark says so
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts, in Qwen's chat layout
+
+SYSTEM = ("You read satellite and aerial images. Put your reasoning between <think> and </think>, "
+          "then only the result between <answer> and </answer>.")
+
+
+def prompt(sample: Sample) -> str:
+    """The chat up to where the model takes over, one `<|image_pad|>` for each image (model.encode widens it)."""
+    images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.images)
+    instruction = TASKS[sample.task].instruction.format(frame=sample.frame)
+    return (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+            f"<|im_start|>user\n{images}{sample.question} {instruction}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def target(sample: Sample) -> str:
+    """The completion that SFT imitates. The end-of-turn token is part of it: without it no length is ever learned."""
+    return f"<think>{sample.think}</think>\n<answer>{sample.answer}</answer><|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images and boxes in the frame
+
+def load_images(sample: Sample) -> list[Image.Image]:
+    """The sample's images as RGB, resized to frame x frame. Raises BadInput where one cannot be read."""
+    images = []
+    for source in sample.images:
+        try:
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = image.convert("RGB")
+        except OSError as error:  # missing, not an image, or cut off: PIL says which
+            raise BadInput(f"{sample.id}: image {source} cannot be read ({error}); replace it or remove the record")
+        images.append(image.resize((sample.frame, sample.frame), Image.Resampling.BICUBIC))
+    return images
+
+
+def image_size(path: Path, where: str) -> tuple[int, int]:
+    """(width, height) from the file's header. Raises BadInput if it is missing, no image, or one pixel thin."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except FileNotFoundError:
+        raise BadInput(f"{where}: image {path} does not exist; --images names the folder it is relative to")
+    except OSError as error:
+        raise BadInput(f"{where}: image {path} cannot be read ({error}); replace it or remove the record")
+    if min(size) < 2:
+        raise BadInput(f"{where}: image {path} is {size[0]} x {size[1]} pixels, too thin to show anything")
+    return size
+
+
+def convert_box(box: Sequence[float], source: tuple[float, float], to: tuple[float, float]) -> tuple[float, ...]:
+    """(x1, y1, x2, y2[, theta]) from a space of `source` = (width, height) units to one of `to`, five numbers.
+
+    A turned rectangle stays one only if both axes scale alike; otherwise its upright envelope is converted.
+    """
+    sx, sy = to[0] / source[0], to[1] / source[1]
+    theta = box[4] if len(box) > 4 else 0
+    if theta and not math.isclose(sx, sy):
+        box, theta = horizontal(box), 0
+    return (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy, theta)
+
+
+def box_text(boxes: Sequence[tuple]) -> str:
+    """Boxes as an answer: the upright envelope of each, rounded to whole pixels of the frame, or `none`."""
+    return ",".join("[" + ",".join(str(round(v)) for v in horizontal(box)) + "]" for box in boxes) or "none"
+
+
+def plain_thought(task: str, answer: str, n_boxes: int) -> str:
+    """Reasoning for a source that has none: no more than what the reference itself says."""
+    if task == "det":
+        return f"{n_boxes} to find." if n_boxes else "Nothing to find."
+    return f"The scene looks like {answer}."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading: a source is `synthetic`, a file or a folder
+
+def load(source: str, task: str, frame: int, images: str | None = None, split: str = "all", seed: int = 0) -> Sequence:
+    """The samples of one task: a list, or `Scenes` where the source is `synthetic`.
+
+    source  `synthetic`; a .json/.jsonl file of conversations (2U1, VLM-R1, GeoChat_Instruct) or of EarthDial rows;
+            or a folder of class folders (task cls)
+    frame   side of the square image that the model sees, in pixels
+    images  folder that a file's image names are relative to; the file's own folder by default
+    split   "all", or "train" / "heldout": a fixed tenth of the images (by a hash of the name) is held out, so that a
+            source without a published split can be scored on images that training did not see
+    seed    of the synthetic scenes; "heldout" takes a seed of its own
+    Raises BadInput, in one line, for anything in the source that a user has to mend.
+    """
+    if task not in TASKS:
+        raise BadInput(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    if frame % PATCH or frame <= 0:
+        raise BadInput(f"--image-size {frame} is not a multiple of {PATCH}, the side of a vision token in pixels")
+    if source == "synthetic":
+        return Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
+
+    path, skipped = Path(source), Counter()
+    if path.is_dir():
+        samples = list(read_class_folders(path, task, frame))
+    elif path.is_file():
+        folder = Path(images) if images else path.parent
+        samples = list(read_records(path, task, frame, folder, skipped))
+    else:
+        raise BadInput(f"--data {source}: no such file or folder (or write: synthetic)")
+    if skipped:
+        notes = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
+        print(f"{path}: {len(samples)} samples of {task}; {notes}", file=sys.stderr)
+    if split != "all":
+        samples = [s for s in samples if (split == "heldout") == (zlib.crc32(Path(s.images[0]).name.encode()) % 10 == 0)]
+    if not samples:
+        raise BadInput(f"{path}: no samples of task {task}" + (f" in the {split} split" if split != "all" else ""))
+    return samples
+
+
+def batch(samples: Sequence, step: int, size: int, seed: int) -> list[Sample]:
+    """The samples of one step: a function of (seed, step) alone, so a resumed run meets the same data.
+
+    The stream is one shuffled pass after the other without a seam, so no pass drops its tail.
+    """
+    places = range(step * size, (step + 1) * size)
+    return [samples[_permutation(len(samples), seed, place // len(samples))[place % len(samples)]] for place in places]
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers: (file or folder) -> Samples. `skipped` counts what a noisy source had clipped or left out, by reason.
+
+def read_class_folders(path: Path, task: str, frame: int) -> Iterator[Sample]:
+    """EuroSAT- and AID-style folders: `path[/only folder]/<Class>/<image>`; the class names are the question's choices."""
+    if task != "cls":
+        raise BadInput(f"{path}: a folder of class folders serves the task cls, not {task}")
+    folders = sorted(p for p in path.iterdir() if p.is_dir())
+    while len(folders) == 1:  # EuroSAT keeps its classes below one more folder, 2750/
+        folders = sorted(p for p in folders[0].iterdir() if p.is_dir())
+    classes = ", ".join(folder.name for folder in folders)
+    for folder in folders:
+        for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+            image_size(file, f"{folder.name}/{file.name}")
+            yield Sample(id=f"{folder.name}/{file.name}", task=task, images=(file,), frame=frame, answer=folder.name,
+                         question=f"Which class does this scene belong to? Classes: {classes}.",
+                         think=plain_thought(task, folder.name, 0))
+
+
+def read_records(path: Path, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+    """A JSON array or JSON lines; the keys of a record say which format it is."""
+    for where, record in json_records(path):
+        if not isinstance(record, dict):
+            raise BadInput(f"{where}: expected an object, found {type(record).__name__}")
+        if "conversations" in record:
+            yield from read_conversation(where, record, task, frame, folder, skipped)
+        elif "question" in record and "gt_bbox" in record:
+            yield from read_earthdial(where, record, task, frame, folder, skipped)
+        else:
+            raise BadInput(f"{where}: neither `conversations` nor `question` + `gt_bbox` among its keys {list(record)}")
+
+
+def json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """("file:record", value) of each record of a JSON array or of JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            yield from ((f"{path}: record {i}", value) for i, value in enumerate(json.loads(text)))
+            return
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error})")
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}: line {error.lineno}: not valid JSON ({error.msg})")
+    for i, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"{path}: line {i}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}: line {i}: not valid JSON ({error.msg})")
+
+
+def read_conversation(where: str, record: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+    """2U1 / VLM-R1 / GeoChat_Instruct: `image` (one name or several) and `conversations`, alternately human and gpt.
+
+    Boxes `{<x1><y1><x2><y2>|<theta>}` are GeoChat's 0-100 grid, `[x1, y1, x2, y2]` are pixels of the original image.
+    GeoChat mixes tasks in one file and marks them, so there det takes the turns with [refer], cls those that say
+    "classify"; the turns of other tasks are counted. Elsewhere every turn belongs to the task that was asked for.
+    """
+    names = record.get("image") or record.get("images") or []
+    paths = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
+    if not paths:
+        raise BadInput(f"{where}: no `image`")
+    turns = record["conversations"]
+    if not isinstance(turns, list) or any(not isinstance(t, dict) or not isinstance(t.get("value"), str) for t in turns):
+        raise BadInput(f"{where}: `conversations` is not a list of objects with a text `value`")
+    if len(turns) < 2 or len(turns) % 2:
+        raise BadInput(f"{where}: `conversations` has {len(turns)} turns, expected question and answer in pairs")
+    placeholders = turns[0]["value"].count("<image>")
+    if placeholders and placeholders != len(paths):
+        raise BadInput(f"{where}: {placeholders} <image> marks for {len(paths)} images")
+    size = image_size(paths[0], where)
+    for more in paths[1:]:
+        image_size(more, where)
+
+    for i in range(0, len(turns), 2):
+        question, answer = turns[i]["value"], turns[i + 1]["value"]
+        tag = re.match(r"\s*(?:<image>\s*)*\[(\w+)\]", question)
+        mark = tag[1] if tag else "classify" if "classif" in question.lower() else ""
+        if mark and mark != {"det": "refer", "cls": "classify"}[task]:
+            skipped["turns of other tasks left out"] += 1
+            continue
+        think, answer = split_reasoning(answer)
+        boxes = ()
+        if task == "det":
+            grid = re.findall(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>(?:\|<(-?\d+)>)?\}", answer)
+            if grid:
+                boxes = grid_boxes([[float(v or 0) for v in box] for box in grid], frame, skipped)
+                if not boxes:
+                    continue  # counted by grid_boxes
+            else:
+                boxes = pixel_boxes(answer, size, frame, f"{where}, turn {i // 2}")
+            answer = box_text(boxes)
+        yield Sample(id=f"{where}" + (f", turn {i // 2}" if len(turns) > 2 else ""), task=task, images=paths,
+                     question=plain_text(question), answer=answer, frame=frame, boxes=boxes,
+                     think=think or plain_thought(task, answer, len(boxes)))
+
+
+def read_earthdial(where: str, row: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+    """EarthDial's detection rows: `image`, `question`, `gt_bbox` as `[[x1, y1, x2, y2, theta]]...` on the 0-100 grid."""
+    if task != "det":
+        raise BadInput(f"{where}: a row with `gt_bbox` serves the task det, not {task}")
+    if not isinstance(row.get("image"), str):
+        raise BadInput(f"{where}: no `image`")
+    image_size(folder / row["image"], where)
+    lists = [[float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", b)] for b in re.findall(r"\[([^\[\]]+)\]", str(row["gt_bbox"]))]
+    if not lists or any(len(values) != 5 for values in lists):
+        raise BadInput(f"{where}: `gt_bbox` {row['gt_bbox']!r} holds no boxes of five numbers")
+    boxes = grid_boxes(lists, frame, skipped)
+    if boxes:
+        yield Sample(id=where, task=task, images=(folder / row["image"],), question=plain_text(row["question"]),
+                     answer=box_text(boxes), frame=frame, boxes=boxes, size_group=row.get("size_group", "").strip('"'),
+                     think=plain_thought(task, "", len(boxes)))
+
+
+def grid_boxes(boxes: list[list[float]], frame: int, skipped: Counter) -> tuple:
+    """0-100 boxes -> frame. GeoChat's and EarthDial's are noisy: beyond 100 is clipped, without area is left out."""
+    kept = []
+    for x1, y1, x2, y2, theta in boxes:
+        clipped = [min(max(v, 0), 100) for v in (x1, y1, x2, y2)]
+        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            skipped["boxes without area left out"] += 1
+            continue
+        if clipped != [x1, y1, x2, y2]:
+            skipped["boxes clipped to the image"] += 1
+        kept.append(convert_box([*clipped, theta], GRID, (frame, frame)))
+    if not kept:
+        skipped["records without any such box left out"] += 1
+    return tuple(kept)
+
+
+def pixel_boxes(answer: str, size: tuple[int, int], frame: int, where: str) -> tuple:
+    """`[x1, y1, x2, y2]` in pixels of the original image -> frame; an answer of `none` or `[]` has no boxes."""
+    if answer.strip().lower() in ("none", "[]"):
+        return ()
+    boxes = [[float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", b)] for b in re.findall(r"\[([\d\s.,-]+)\]", answer)]
+    boxes = [box for box in boxes if len(box) in (4, 5)]
+    if not boxes:
+        raise BadInput(f"{where}: the answer {answer[:60]!r} has no box [x1, y1, x2, y2] (task det)")
+    for x1, y1, x2, y2, *_ in boxes:
+        if not (-1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1):  # a pixel of slack for rounding
+            raise BadInput(f"{where}: box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] lies outside its image of "
+                           f"{size[0]} x {size[1]} pixels or has no area")
+    return tuple(convert_box(box, size, (frame, frame)) for box in boxes)
+
+
+def plain_text(question: str) -> str:
+    """The question without <image>, task and sensor marks in brackets, and <p>/<ref> tags."""
+    text = re.sub(r"<image>|</?(?:p|ref)>|\\n", " ", question)
+    text = re.sub(r"^\s*(?:\[[\w.]+\]\s*)+", "", text)
+    return " ".join(text.split())
+
+
+def split_reasoning(answer: str) -> tuple[str, str]:
+    """(reasoning, answer) of a reference that may already carry <think> and <answer> tags."""
+    think = re.search(r"<think>(.*?)</think>", answer, re.DOTALL)
+    tagged = re.search(r"<answer>(.*?)</answer>", answer, re.DOTALL)
+    return think[1].strip() if think else "", (tagged[1] if tagged else answer).strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic scenes: exact ground truth for every task, nothing to download
+
+LAND = {  # scene class -> (base colour, second colour, what it looks like)
+    "sea": ((38, 84, 140), (52, 104, 160), "Open blue water"), "desert": ((206, 176, 120), (222, 196, 146), "Bare sand"),
+    "forest": ((34, 82, 40), (22, 60, 30), "Dense dark trees"), "farmland": ((120, 156, 70), (158, 134, 84), "Striped fields"),
+    "snow": ((236, 240, 246), (214, 222, 234), "White ground"), "city": ((132, 130, 130), (84, 84, 88), "Grey blocks and roads"),
+    "meadow": ((128, 188, 96), (140, 198, 108), "Plain light grass"), "lava": ((58, 44, 44), (92, 52, 44), "Dark burnt rock")}
+PAINT = {"white": (250, 250, 250), "red": (214, 40, 40), "yellow": (244, 210, 40), "blue": (40, 70, 220), "black": (16, 16, 16)}
+SHAPES = {  # kind -> outline in a box from -1 to 1, and its height over its width
+    "airplane": ([(-1, .15), (-.2, -.2), (-.12, -.8), (0, -1), (.12, -.8), (.2, -.2), (1, .15), (1, .35), (.15, .2), (.12, .7),
+                  (.45, 1), (-.45, 1), (-.12, .7), (-.15, .2), (-1, .35)], 1.0),
+    "ship": ([(-1, -1), (.45, -1), (1, 0), (.45, 1), (-1, 1), (-.8, 0)], .4),
+    "tank": ([(math.cos(i * math.pi / 8), math.sin(i * math.pi / 8)) for i in range(16)], 1.0),
+    "building": ([(-1, -1), (1, -1), (1, .2), (.2, .2), (.2, 1), (-1, 1)], .9),
+    "court": ([(-1, -1), (1, -1), (1, 1), (-1, 1)], .55)}
+SIZES = {"small": (.12, .17), "medium": (.19, .27), "large": (.30, .40)}  # width over the frame's side
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str
+    colour: str
+    size: str
+    box: tuple         # (x1, y1, x2, y2, theta): pixels of the frame, theta in degrees, clockwise on the screen
+    appeared: bool     # not there yet in the earlier image of the pair
+
+
+@dataclass(frozen=True)
+class Scene:
+    land: str
+    things: tuple[Thing, ...]
+    frame: int
+    texture: tuple     # seed of the ground's noise, the same before and after
+
+
+def scene(seed: int, index: int, frame: int) -> Scene:
+    """Scene number `index`: a pure function of its arguments. 0 to 6 things that do not touch, some of them turned."""
+    rng = np.random.default_rng([seed, index])
+    land, things = str(rng.choice(list(LAND))), []
+    for _ in range(rng.choice(7, p=[.04, .22, .26, .2, .14, .08, .06])):
+        kind, colour, size = (str(rng.choice(list(table))) for table in (SHAPES, PAINT, SIZES))
+        kind = things[-1].kind if things and rng.random() < .35 else kind  # of one kind there are often several
+        for _ in range(20):  # tries to find a free place; a crowded scene keeps what it has
+            w = rng.uniform(*SIZES[size]) * frame
+            h, theta = w * SHAPES[kind][1], int(rng.integers(1, 180)) if rng.random() < .3 and kind != "tank" else 0
+            x, y = rng.uniform(0, frame - w), rng.uniform(0, frame - h)
+            box = (round(x), round(y), round(x + w), round(y + h), theta)
+            x1, y1, x2, y2 = horizontal(box)
+            inside = min(x1, y1) >= 0 and max(x2, y2) <= frame
+            if inside and not any(x1 < b[2] + 2 and b[0] < x2 + 2 and y1 < b[3] + 2 and b[1] < y2 + 2
+                                  for b in (horizontal(t.box) for t in things)):
+                things.append(Thing(kind, colour, size, box, bool(rng.random() < .3)))
+                break
+    return Scene(land, tuple(things), frame, (seed, index))
+
+
+def draw(view: Scene, before: bool = False) -> Image.Image:
+    """The scene as an image, or the earlier image of the pair, without what has appeared since."""
+    rng, n = np.random.default_rng([*view.texture, 1]), view.frame
+    base, second = (np.array(colour, float) for colour in LAND[view.land][:2])
+    y, x = np.mgrid[0:n, 0:n] / n
+    wave = {"farmland": np.sin(40 * (x + .3 * y)) > 0, "city": (x * 6 % 1 < .15) | (y * 6 % 1 < .15),
+            "sea": np.sin(50 * y + 3 * np.sin(9 * x)) > .6, "desert": np.sin(22 * (x - y)) > .5}.get(view.land)
+    wave = rng.random((n // 4, n // 4)).repeat(4, 0).repeat(4, 1) > .5 if wave is None else wave
+    ground = np.where(wave[..., None], second, base) + rng.normal(0, 6, (n, n, 1))
+    image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for thing in view.things:
+        if not (before and thing.appeared):
+            x1, y1, x2, y2, theta = thing.box
+            cos, sin = math.cos(math.radians(theta)), math.sin(math.radians(theta))
+            outline = [(u * (x2 - x1) / 2, v * (y2 - y1) / 2) for u, v in SHAPES[thing.kind][0]]
+            pen.polygon([((x1 + x2) / 2 + u * cos - v * sin, (y1 + y2) / 2 + u * sin + v * cos) for u, v in outline],
+                        fill=PAINT[thing.colour], outline=(90, 90, 90))
+    return image
+
+
+@dataclass(frozen=True)
+class Scenes(Sequence):
+    """The synthetic source as a sequence of Samples; sample i is a pure function of (seed, i)."""
+    task: str
+    frame: int
+    seed: int
+    n: int = 1_000_000
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int | slice) -> "Sample | Scenes":
+        if isinstance(i, slice):  # only samples[:n] is ever taken
+            return replace(self, n=len(range(self.n)[i]))
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        view = scene(self.seed, int(i), self.frame)
+        common = dict(id=f"synthetic {self.seed}:{i}", task=self.task, images=(draw(view),), frame=self.frame)
+        if self.task == "cls":
+            return Sample(**common, question=f"Which class does this scene belong to? Classes: {', '.join(LAND)}.",
+                          answer=view.land, think=f"{LAND[view.land][2]}.")
+        rng = np.random.default_rng([self.seed, int(i), 2])
+        kind, colour = str(rng.choice(list(SHAPES))), str(rng.choice(list(PAINT)))
+        if view.things and rng.random() < .92:  # else most likely something that is not there
+            thing = view.things[rng.integers(len(view.things))]
+            kind, colour = thing.kind, thing.colour
+        name = kind if rng.random() < .5 else f"{colour} {kind}"
+        found = [t for t in view.things if name in (t.kind, f"{t.colour} {t.kind}")]
+        found.sort(key=lambda t: t.box[:2])  # from left to right, so that there is one right order to learn
+        places = [PLACES[3 * min(2, int((t.box[1] + t.box[3]) * 1.5 / self.frame)) +
+                         min(2, int((t.box[0] + t.box[2]) * 1.5 / self.frame))] for t in found]
+        boxes = tuple(t.box for t in found)
+        return Sample(**common, question=f"Locate every {name}.", answer=box_text(boxes), boxes=boxes,
+                      think=f"{len(found)} {name}: {', '.join(places)}." if found else f"No {name}.")
