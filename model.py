@@ -1,0 +1,442 @@
+"""Qwen2.5-VL with a shared prompt: load and save, positions, attention, rollout, token log-probs.
+
+The G completions of a group have one prompt, most of it image tokens. It is computed once: in the rollout (vision tower
+and prefill once, every completion attends to the same keys and values) and in the update (one row
+[prompt | c1 | .. | cG] of P + G*C tokens instead of G rows of P + C). A completion sees the prompt and itself, and its
+rotary positions start right after the prompt's, so the mathematics is that of separate rows.
+
+None of transformers' model code is copied: `AttentionInterface.register` makes its decoder call `shared_attention`.
+
+Shapes: B prompts, G completions each, P prompt tokens and C completion tokens (padded on the right), V vocabulary,
+H query heads, K key/value heads, D head size, E hidden size.
+"""
+
+import math
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
+from transformers import (AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import BadInput
+from rewards import TAGS
+
+transformers.utils.logging.disable_progress_bar()
+
+STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen2.5-VL ends a turn with either
+SPECIAL = (*STOPS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Load and save
+
+class Processor(NamedTuple):
+    tokenizer: PreTrainedTokenizerFast
+    images: Qwen2VLImageProcessorPil
+    frame: int  # side in pixels of the square images that the model was trained on; boxes are in this frame
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
+    """Model (float32 weights, on the GPU if there is one) and processor from `tiny`, a folder or a hub id.
+
+    frame   side of the images; None takes the one that a checkpoint of this project was saved with, else 448
+    Only safetensors and only transformers' own code are read. Raises BadInput if the checkpoint is not readable.
+    """
+    folder = Path(__file__).parent / "tiny" if name == "tiny" else name
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            attn_implementation={"text_config": "shared_prompt", "vision_config": "sdpa"})
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # the PIL backend by name: torchvision's, the default where it is installed, resizes a little differently
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    except Exception as error:  # transformers raises a dozen kinds; all mean that this is no usable checkpoint
+        raise BadInput(f"--model {name}: no readable Qwen2.5-VL checkpoint ({str(error).strip().splitlines()[0]})") from error
+    smallest, largest = images.size["shortest_edge"], images.size["longest_edge"]
+    frame = frame or (math.isqrt(largest) if smallest == largest else 448)
+    images.size = {"shortest_edge": frame**2, "longest_edge": frame**2}  # saved with the model, see above
+    return model.to(device()), Processor(tokenizer, images, frame)
+
+
+def scratch(corpus: list[str], frame: int = 112, vocabulary: int = 640) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
+    """A new model of the same architecture with 1.6 M random weights, and a tokenizer learned from `corpus`.
+
+    Beside its size it differs from Qwen2.5-VL-3B in two things, both to shorten completions: a number of up to three
+    digits is one token (Qwen: one a digit), and so is each of the think and answer tags.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_tokens(list(TAGS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=STOPS[0], pad_token=STOPS[1])
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.08, max_position_embeddings=4096,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+                         bos_token_id=None, eos_token_id=ids[STOPS[0]], pad_token_id=ids[STOPS[1]]),
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128,
+                           fullatt_block_indexes=[0, 2], initializer_range=0.08),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+    config.text_config._attn_implementation = "shared_prompt"
+    config.vision_config._attn_implementation = "sdpa"
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": frame**2, "longest_edge": frame**2})
+    return model.to(device()), Processor(tokenizer, images, frame)
+
+
+def save(model: torch.nn.Module, processor: Processor, folder: Path) -> None:
+    """Hugging Face format, written beside `folder` and moved there when complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.tokenizer.save_pretrained(partial)
+    processor.images.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """All that an exact resume needs, in one file that is replaced only once the new one is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "state.partial")
+    (folder / "state.partial").replace(folder / "state.pt")
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The state that save_checkpoint wrote. Raises BadInput if there is none."""
+    try:
+        return torch.load(folder / "state.pt", map_location=device(), weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"--resume: no checkpoint in {folder}")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise BadInput(f"--resume: {folder / 'state.pt'} is damaged ({str(error).splitlines()[0]})")
+
+
+def keep_lines(file: Path, n: int) -> None:
+    """Cut a log back to its first n lines: what a killed run wrote after its last checkpoint is written again."""
+    lines = file.read_text().splitlines(keepends=True) if n and file.exists() else []
+    file.write_text("".join(lines[:n]))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then linear decay; the step after the last would have rate 0."""
+    return peak * min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts as tensors
+
+class Prompts(NamedTuple):
+    """B prompts, padded on the right. A causal model never sees what follows, so only `lengths` marks the padding."""
+    ids: Tensor        # (B, P)
+    positions: Tensor  # (3, B, P) rotary positions: time, height, width
+    lengths: Tensor    # (B,)
+    pixels: Tensor     # (patches of all images, 3 * 2 * 14 * 14)
+    grids: Tensor      # (images, 3) patches in time, height, width
+
+    @property
+    def padded(self) -> bool:
+        return self.ids.shape[1] * self.ids.shape[0] != int(self.lengths.sum())
+
+
+def encode(processor: Processor, text: str, images: list) -> Prompts:
+    """One chat and its images, already in the frame -> Prompts with B = 1, on the device.
+
+    Each `<|image_pad|>` of the text becomes as many as its image has tokens. The processor must not resize again, or
+    boxes and pixels would part.
+    """
+    tokenizer, merge = processor.tokenizer, processor.images.merge_size
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    features = processor.images(images=images, do_resize=False, return_tensors="pt")
+    grids, ids = features["image_grid_thw"], []
+    counts = iter((grids.prod(1) // merge**2).tolist())
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        ids += [token] * (next(counts) if token == pad else 1)
+    positions = rope_positions(ids, grids.tolist(), pad, merge)
+    parts = torch.tensor([ids]), positions[:, None], torch.tensor([len(ids)]), features["pixel_values"], grids
+    return Prompts(*(part.to(device()) for part in parts))
+
+
+def collate(prompts: list[Prompts]) -> Prompts:
+    """Several Prompts -> one, padded on the right to the longest."""
+    P = max(p.ids.shape[1] for p in prompts)
+    wide = lambda x: F.pad(x, (0, P - x.shape[-1]))  # any token will do: nothing reads what stands after the length
+    return Prompts(torch.cat([wide(p.ids) for p in prompts]), torch.cat([wide(p.positions) for p in prompts], 1),
+                   *(torch.cat([getattr(p, name) for p in prompts]) for name in ("lengths", "pixels", "grids")))
+
+
+def rope_positions(ids: list[int], grids: list[list[int]], image_pad: int, merge: int) -> Tensor:
+    """Rotary positions (3, P) of one row: text counts on in all three, an image counts its rows and columns.
+
+    Equal to transformers' `get_rope_index`. That one needs a token-type argument whose absence silently gives wrong
+    positions, and leaves state behind for the next call; so positions are always computed here and passed.
+    """
+    positions, start, grids = [], 0, iter(grids)  # start: position of the next token
+    while len(positions) < len(ids):
+        if ids[len(positions)] == image_pad:
+            t, h, w = next(grids)
+            h, w = h // merge, w // merge
+            positions += [(start + i, start + j, start + k) for i in range(t) for j in range(h) for k in range(w)]
+            start += max(h, w)
+        else:
+            positions.append((start,) * 3)
+            start += 1
+    return torch.tensor(positions).T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One attention, three modes
+
+@dataclass
+class Shared:
+    """What the attention has to know beside q, k, v. `prefill`: P tokens, cache written; `group`: P + G*C tokens;
+    `decode`: one token a row, B*G rows, cache read and written at `slot`."""
+    mode: str
+    P: int
+    G: int = 1
+    mask: Tensor | None = None   # group: (B*G, 1, C, P+C) bool, decode: (B, 1, 1, P) bool; None where nothing is padded
+    slot: int = 0
+    C: int = 0                   # decode: slots a row has for its completion
+    cache: dict = field(default_factory=dict)  # layer -> [prompt k, prompt v (B, K, P, D), own k, own v (B*G, K, C, D)]
+
+
+def shared_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask, scaling: float, shared: Shared, **_):
+    """q (B, H, L, D), k and v (B, K, L, D), rotated -> ((B, L, H, D), None). Called by transformers' decoder layers."""
+    q, k, P, G = q.to(v.dtype), k.to(v.dtype), shared.P, shared.G
+    if shared.mode == "decode":
+        return decode_attention(q, k, v, scaling, shared, shared.cache[module.layer_idx]), None
+    out = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], scaling)  # the prompt attends to itself
+    if shared.mode == "prefill":
+        shared.cache[module.layer_idx] = [k, v]
+    else:
+        rows = lambda x: x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)     # (B, ., G*C, D) -> (B*G, ., C, D)
+        wide = lambda x: torch.cat([x[:, :, :P].repeat_interleave(G, 0), rows(x)], 2)        # (B*G, K, P+C, D)
+        own = attend(rows(q), wide(k), wide(v), scaling, shared.mask)                       # (B*G, H, C, D)
+        own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)                       # (B, H, G*C, D)
+        out = torch.cat([out, own], 2)
+    return out.transpose(1, 2), None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Attention of L queries over S >= L keys; without a mask causal, the last query seeing all keys. -> (., H, L, D)."""
+    L, S = q.shape[2], k.shape[2]
+    if mask is None and q.is_cuda and flash_attention():  # K heads as they are, causal aligned at the last key
+        return flash_attention()(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True).transpose(1, 2)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if mask is None and L != S:
+        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Shared, cache: list[Tensor]) -> Tensor:
+    """One new token a row, (B*G, H, 1, D): it attends to its group's prompt and to its own completion so far.
+
+    The prompt's keys and values are read once for the G rows of a group, not copied to each: the rows are laid side by
+    side as G times as many queries. -> (B*G, 1, H, D)
+    """
+    B, K, P, D = cache[0].shape
+    r = q.shape[1] // K  # query heads a key/value head
+    if len(cache) == 2:
+        cache += [q.new_empty(len(q), K, shared.C, D) for _ in range(2)]
+    prompt_k, prompt_v, own_k, own_v = cache
+    own_k[:, :, shared.slot], own_v[:, :, shared.slot] = k[:, :, 0], v[:, :, 0]
+    own_k, own_v = own_k[:, :, : shared.slot + 1], own_v[:, :, : shared.slot + 1]  # (B*G, K, t+1, D)
+    q = q.view(-1, K, r, D) * scaling
+
+    by_prompt = lambda x: x.view(B, shared.G, K, r, -1).transpose(1, 2).reshape(B, K, shared.G * r, -1)
+    by_row = lambda x: x.view(B, K, shared.G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
+    scores = by_prompt(q) @ prompt_k.transpose(2, 3)  # (B, K, G*r, P)
+    if shared.mask is not None:
+        scores = scores.masked_fill(~shared.mask, float("-inf"))
+    scores = torch.cat([by_row(scores), q @ own_k.transpose(2, 3)], -1)  # (B*G, K, r, P + t+1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    out = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v  # (B*G, K, r, D)
+    return out.view(len(q), 1, K * r, D)
+
+
+def flash_attention():
+    """flash-attn's kernel where the package is installed, else None (PyTorch's own attention is used)."""
+    try:
+        from flash_attn import flash_attn_func
+        return flash_attn_func
+    except ImportError:
+        return None
+
+
+AttentionInterface.register("shared_prompt", shared_attention)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward passes
+
+def autocast():
+    """bf16 compute on a GPU, float32 on a CPU; the weights stay float32."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
+def embed_prompts(model, prompts: Prompts) -> Tensor:
+    """Token embeddings with the vision tower's features in the places of the image tokens: (B, P, E)."""
+    embeds = model.get_input_embeddings()(prompts.ids)
+    features = model.model.get_image_features(prompts.pixels, prompts.grids, return_dict=True).pooler_output
+    places = (prompts.ids == model.config.image_token_id).unsqueeze(-1)
+    return embeds.masked_scatter(places, torch.cat(list(features)).to(embeds.dtype))
+
+
+def decoder(model, embeds: Tensor, positions: Tensor, shared: Shared) -> Tensor:
+    """The language model on (B, L, E) with explicit positions (3, B, L); the empty mask keeps transformers from one."""
+    return model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
+                                      attention_mask={"full_attention": None}, shared=shared).last_hidden_state
+
+
+def next_token_logits(model, hidden: Tensor, temperature: float) -> Tensor:
+    """(N, E) -> (N, V) float32 logits of the distribution that is sampled *and* scored: divided by the temperature,
+    without the vision tokens (a sampled image token has no image, and breaks the next forward pass)."""
+    c = model.config
+    banned = [c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id]
+    logits = model.lm_head(hidden).float() / (temperature or 1.0)
+    return logits.index_fill(1, torch.tensor(banned, device=logits.device), float("-inf"))
+
+
+def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0,
+                   chunk: int = 1024) -> Tensor:
+    """Log-probs (B, G, C) of completions (B, G, C) under the model, 0 where `mask` (B, G, C) is False.
+
+    The mask marks the tokens to score, the stop token among them. One function for policy, old policy, reference and
+    SFT. The head runs on the marked positions only, `chunk` at a time and recomputed in the backward pass, so that
+    (tokens x V) logits never exist at once.
+    """
+    (B, G, C), P = completions.shape, prompts.ids.shape[1]
+    with autocast():
+        embeds = torch.cat([embed_prompts(model, prompts), model.get_input_embeddings()(completions.flatten(1))], 1)
+        start = last_positions(prompts) + 1                                              # (B,)
+        own = (start[:, None] + torch.arange(C, device=start.device)).repeat(1, G)       # (B, G*C)
+        positions = torch.cat([prompts.positions, own.expand(3, -1, -1)], 2)             # (3, B, P + G*C)
+        hidden = decoder(model, embeds, positions, Shared("group", P, G, completion_mask(prompts, G, C)))
+
+        # token t of a completion is predicted by its token t-1, the first one by the last token of the prompt
+        before = torch.arange(P - 1, P + G * C - 1, device=start.device).view(G, C).repeat(B, 1, 1)
+        before[:, :, 0] = (prompts.lengths - 1)[:, None]
+        b, g, c = mask.nonzero(as_tuple=True)                                            # (N,) each
+        hidden, labels = hidden[b, before[b, g, c]], completions[b, g, c]                # (N, E), (N,)
+
+        def score(h, y):
+            return next_token_logits(model, h, temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1)
+        parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), labels.split(chunk))]
+    return torch.zeros(B, G, C, device=mask.device).index_put((b, g, c), torch.cat(parts))
+
+
+def last_positions(prompts: Prompts) -> Tensor:
+    """The largest rotary position of each prompt (B,). Not that of its last token when it ends in an image."""
+    real = torch.arange(prompts.ids.shape[1], device=prompts.lengths.device) < prompts.lengths[:, None]  # (B, P)
+    return prompts.positions.amax(0).masked_fill(~real, 0).amax(1)
+
+
+def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
+    """(B*G, 1, C, P+C) bool: a completion sees its prompt without the padding, and itself up to now. None if no
+    prompt is padded: then plain causal attention says the same, and fast kernels apply."""
+    if not prompts.padded:
+        return None
+    P = prompts.ids.shape[1]
+    real = torch.arange(P, device=prompts.lengths.device) < prompts.lengths[:, None]     # (B, P)
+    own = torch.ones(C, C, dtype=torch.bool, device=real.device).tril()
+    mask = torch.cat([real[:, None].expand(-1, C, -1), own.expand(len(real), -1, -1)], 2)  # (B, C, P+C)
+    return mask.repeat_interleave(G, 0).unsqueeze(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+class Rollout(NamedTuple):
+    tokens: Tensor    # (B, G, C) completions, padded after the stop token
+    mask: Tensor      # (B, G, C) True on the completion's tokens, the stop token included
+    logprobs: Tensor  # (B, G, C) of the sampled tokens, as sampled; 0 elsewhere
+    entropy: Tensor   # (B, G, C) of the distributions they were drawn from, in nats; 0 elsewhere
+    stopped: Tensor   # (B, G) False where the completion was cut off at C tokens
+
+
+@torch.no_grad()
+def rollout(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor | None, G: int = 1,
+            temperature: float = 1.0) -> Rollout:
+    """G completions of at most C tokens for each of B prompts.
+
+    noise   (B*G, C) uniform numbers in [0, 1): token t of a row is where its number falls in the cumulated
+            distribution (inverse CDF). A row's tokens thus depend on its own numbers only, not on its neighbours, the
+            batch or the device's generator. None decodes greedily.
+    """
+    was_training, B, P = model.training, *prompts.ids.shape
+    model.eval()  # gradient checkpointing in training mode corrupts generation
+    stops = torch.tensor(stop_ids(processor), device=prompts.ids.device)
+    pad = processor.tokenizer.pad_token_id
+    tokens = torch.full((B * G, C), pad, device=prompts.ids.device)
+    logprobs, entropy = torch.zeros(2, B * G, C, device=prompts.ids.device)
+    mask = torch.zeros(B * G, C, dtype=torch.bool, device=prompts.ids.device)
+    running = torch.ones(B * G, dtype=torch.bool, device=prompts.ids.device)
+
+    with autocast():
+        shared = Shared("prefill", P, G, C=C)
+        hidden = decoder(model, embed_prompts(model, prompts), prompts.positions, shared)
+        hidden = hidden[torch.arange(B), prompts.lengths - 1].repeat_interleave(G, 0)    # (B*G, E)
+        start = (last_positions(prompts) + 1).repeat_interleave(G)                       # (B*G,)
+        real = torch.arange(P, device=start.device) < prompts.lengths[:, None]           # (B, P)
+        shared.mode, shared.mask = "decode", real[:, None, None] if prompts.padded else None
+        for t in range(C):
+            dist = next_token_logits(model, hidden, temperature).log_softmax(-1)         # (B*G, V)
+            token = dist.argmax(-1) if noise is None else sample(dist, noise[:, t])
+            token = torch.where(running, token, pad)
+            tokens[:, t], mask[:, t] = token, running
+            logprobs[:, t] = dist.gather(1, token[:, None]).squeeze(1).where(running, 0.0)
+            entropy[:, t] = torch.special.entr(dist.exp()).sum(-1).where(running, 0.0)
+            running = running & ~torch.isin(token, stops)
+            if t + 1 == C or not running.any():
+                break
+            shared.slot = t
+            hidden = decoder(model, model.get_input_embeddings()(token[:, None]),
+                             (start + t).expand(3, 1, -1).transpose(1, 2), shared)[:, 0]
+    model.train(was_training)
+    longest = int(mask.sum(1).max())
+    shape = lambda x: x[:, :longest].view(B, G, longest)
+    return Rollout(shape(tokens), shape(mask), shape(logprobs), shape(entropy), ~running.view(B, G))
+
+
+def noise(seed: tuple[int, ...], rows: Sequence[int], G: int, C: int) -> Tensor:
+    """Uniform numbers for `rollout`, (B*G, C): those of completion g of prompt b are a function of (seed, b, g)."""
+    draws = [np.random.default_rng([*seed, b, g]).random(C, dtype=np.float32) for b in rows for g in range(G)]
+    return torch.from_numpy(np.stack(draws)).to(device())
+
+
+def sample(logprobs: Tensor, noise: Tensor) -> Tensor:
+    """Inverse CDF: (N, V) log-probs and (N,) uniform numbers -> (N,) tokens. In float64: 150,000 terms add up."""
+    cdf = logprobs.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, (noise.double() * cdf[:, -1])[:, None], right=True).squeeze(1)
+
+
+def stop_ids(processor: Processor) -> list[int]:
+    return processor.tokenizer.convert_tokens_to_ids(list(STOPS))
+
+
+def decode(processor: Processor, result: Rollout) -> list[list[str]]:
+    """B x G texts without the stop token. Other special tokens stay visible: the format reward should see them."""
+    ends = set(stop_ids(processor))
+    rows = [[[t for t in row[m].tolist() if t not in ends] for row, m in zip(*group)] for group in zip(result.tokens, result.mask)]
+    return [processor.tokenizer.batch_decode(group, skip_special_tokens=False) for group in rows]
