@@ -7,6 +7,7 @@ brought along when it is read; prompts, answers, rewards and pictures then need 
 A new file format is one more reader: a generator of Samples, named in `load`.
 """
 
+import argparse
 import json
 import math
 import re
@@ -21,16 +22,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rewards import TASKS, horizontal
+from rewards import TASKS, horizontal, parse_boxes
 
 PATCH = 28            # Qwen2.5-VL turns 28 x 28 pixels into one token, so a frame is a multiple of it
 GRID = (100, 100)     # the 0-100 space of GeoChat's and EarthDial's boxes
 HELDOUT_SEED = 2**31  # the seed of the synthetic scenes that no training run sees
+MARK = re.compile(r"\s*(?:<image>\s*)*\[(refer|grounding|identify|caption|classify|vqa|changedet)\]")  # GeoChat's tasks
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 class BadInput(Exception):
     """Something the user must mend: one line with the file, the record, what is wrong and what to do."""
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,7 @@ class Sample:
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts, in Qwen's chat layout
 
-SYSTEM = ("You read satellite and aerial images. Put your reasoning between <think> and </think>, "
-          "then only the result between <answer> and </answer>.")
+SYSTEM = "Read the image. Reason in <think></think>, then give only the result in <answer></answer>."
 
 
 def prompt(sample: Sample) -> str:
@@ -75,10 +83,11 @@ def load_images(sample: Sample) -> list[Image.Image]:
     for source in sample.images:
         try:
             image = source if isinstance(source, Image.Image) else Image.open(source)
-            image = image.convert("RGB")
-        except OSError as error:  # missing, not an image, or cut off: PIL says which
+            if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
+                raise BadInput(f"{sample.id}: image {source} has {image.mode} pixels; convert it to 8 bits a band first")
+            images.append(image.convert("RGB").resize((sample.frame, sample.frame), Image.Resampling.BICUBIC))
+        except (OSError, SyntaxError, ValueError) as error:  # missing, cut off, or damaged: PIL says which
             raise BadInput(f"{sample.id}: image {source} cannot be read ({error}); replace it or remove the record")
-        images.append(image.resize((sample.frame, sample.frame), Image.Resampling.BICUBIC))
     return images
 
 
@@ -89,7 +98,7 @@ def image_size(path: Path, where: str) -> tuple[int, int]:
             size = image.size
     except FileNotFoundError:
         raise BadInput(f"{where}: image {path} does not exist; --images names the folder it is relative to")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise BadInput(f"{where}: image {path} cannot be read ({error}); replace it or remove the record")
     if min(size) < 2:
         raise BadInput(f"{where}: image {path} is {size[0]} x {size[1]} pixels, too thin to show anything")
@@ -108,9 +117,15 @@ def convert_box(box: Sequence[float], source: tuple[float, float], to: tuple[flo
     return (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy, theta)
 
 
-def box_text(boxes: Sequence[tuple]) -> str:
-    """Boxes as an answer: the upright envelope of each, rounded to whole pixels of the frame, or `none`."""
-    return ",".join("[" + ",".join(str(round(v)) for v in horizontal(box)) + "]" for box in boxes) or "none"
+def box_text(boxes: Sequence[tuple], frame: int) -> str:
+    """Boxes as an answer: the upright envelope of each, cut to the frame, in whole pixels, at least one wide and high;
+    or `none`."""
+    texts = []
+    for box in boxes:
+        x1, y1, x2, y2 = (min(max(round(v), 0), frame) for v in horizontal(box))
+        x1, y1 = min(x1, frame - 1), min(y1, frame - 1)
+        texts.append(f"[{x1},{y1},{max(x2, x1 + 1)},{max(y2, y1 + 1)}]")
+    return ",".join(texts) or "none"
 
 
 def plain_thought(task: str, answer: str, n_boxes: int) -> str:
@@ -130,8 +145,8 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
             or a folder of class folders (task cls)
     frame   side of the square image that the model sees, in pixels
     images  folder that a file's image names are relative to; the file's own folder by default
-    split   "all", or "train" / "heldout": a fixed tenth of the images (by a hash of the name) is held out, so that a
-            source without a published split can be scored on images that training did not see
+    split   "all", or "train" / "heldout": a tenth of the images, chosen by a hash of their names, is held out, so that
+            a source without a published split can be scored on images that training did not see
     seed    of the synthetic scenes; "heldout" takes a seed of its own
     Raises BadInput, in one line, for anything in the source that a user has to mend.
     """
@@ -141,27 +156,42 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
         raise BadInput(f"--image-size {frame} is not a multiple of {PATCH}, the side of a vision token in pixels")
     if source == "synthetic":
         return Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
+    samples = read_source(source, task, frame, images)
+    if split != "all":  # by image, not by record, and alike for every task of a file: no task trains on another's test
+        held = {name for s in samples if zlib.crc32((name := image_name(s)).encode()) % 10 == 0}
+        held = held or {min(map(image_name, samples), key=lambda name: zlib.crc32(name.encode()))}
+        samples = [s for s in samples if (image_name(s) in held) == (split == "heldout")]
+    if not samples:
+        raise BadInput(f"{source}: no samples of task {task} in the {split} split; it has too few images to hold some out")
+    return samples
 
+
+@lru_cache(maxsize=8)  # train and held-out split come from one reading
+def read_source(source: str, task: str, frame: int, images: str | None) -> list[Sample]:
+    """All samples of a file or folder, in an order of its own: class folders come sorted, and whoever takes the first
+    so many would get one class."""
     path, skipped = Path(source), Counter()
     if path.is_dir():
         samples = list(read_class_folders(path, task, frame))
     elif path.is_file():
-        folder = Path(images) if images else path.parent
-        samples = list(read_records(path, task, frame, folder, skipped))
+        samples = list(read_records(path, task, frame, Path(images) if images else path.parent, skipped))
     else:
         raise BadInput(f"--data {source}: no such file or folder (or write: synthetic)")
     if skipped:
         notes = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
         print(f"{path}: {len(samples)} samples of {task}; {notes}", file=sys.stderr)
-    if split != "all":
-        samples = [s for s in samples if (split == "heldout") == (zlib.crc32(Path(s.images[0]).name.encode()) % 10 == 0)]
     if not samples:
-        raise BadInput(f"{path}: no samples of task {task}" + (f" in the {split} split" if split != "all" else ""))
-    return samples
+        raise BadInput(f"{path}: no samples of task {task}")
+    return sorted(samples, key=lambda s: (zlib.crc32(s.id.encode()), s.id))
+
+
+def image_name(sample: Sample) -> str:
+    """Folder and file name of the first image: the same on every machine."""
+    return Path(*sample.images[0].parts[-2:]).as_posix()
 
 
 def batch(samples: Sequence, step: int, size: int, seed: int) -> list[Sample]:
-    """The samples of one step: a function of (seed, step) alone, so a resumed run meets the same data.
+    """The samples of one step: a function of (seed, step), so a resumed run meets the same data.
 
     The stream is one shuffled pass after the other without a seam, so no pass drops its tail.
     """
@@ -169,7 +199,7 @@ def batch(samples: Sequence, step: int, size: int, seed: int) -> list[Sample]:
     return [samples[_permutation(len(samples), seed, place // len(samples))[place % len(samples)]] for place in places]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # one a task of a mixed stream, or each draw would shuffle anew
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -195,11 +225,14 @@ def read_class_folders(path: Path, task: str, frame: int) -> Iterator[Sample]:
 
 def read_records(path: Path, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
     """A JSON array or JSON lines; the keys of a record say which format it is."""
-    for where, record in json_records(path):
+    records = list(json_records(path))
+    marked = any(MARK.match(str(turn.get("value"))) for _, r in records if isinstance(r, dict)
+                 for turn in r.get("conversations") or () if isinstance(turn, dict))  # GeoChat's mix of tasks
+    for where, record in records:
         if not isinstance(record, dict):
             raise BadInput(f"{where}: expected an object, found {type(record).__name__}")
         if "conversations" in record:
-            yield from read_conversation(where, record, task, frame, folder, skipped)
+            yield from read_conversation(where, record, task, frame, folder, skipped, marked)
         elif "question" in record and "gt_bbox" in record:
             yield from read_earthdial(where, record, task, frame, folder, skipped)
         else:
@@ -209,33 +242,38 @@ def read_records(path: Path, task: str, frame: int, folder: Path, skipped: Count
 def json_records(path: Path) -> Iterator[tuple[str, object]]:
     """("file:record", value) of each record of a JSON array or of JSON lines."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            yield from ((f"{path}: record {i}", value) for i, value in enumerate(json.loads(text)))
-            return
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error})")
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: line {error.lineno}: not valid JSON ({error.msg})")
-    for i, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                yield f"{path}: line {i}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}: line {i}: not valid JSON ({error.msg})")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})")
+
+    def parse(text: str, place: str) -> object:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+            place = f"line {error.lineno}" if not place and isinstance(error, json.JSONDecodeError) else place
+            raise BadInput(f"{path}: {place or 'array'}: not valid JSON ({error})")
+
+    if text.lstrip().startswith("["):
+        yield from ((f"{path}: record {i}", value) for i, value in enumerate(parse(text, "")))
+    else:
+        for i, line in enumerate(text.split("\n"), 1):  # not splitlines(), which also cuts at U+2028 within a string
+            if line.strip():
+                yield f"{path}: line {i}", parse(line, f"line {i}")
 
 
-def read_conversation(where: str, record: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+def read_conversation(where: str, record: dict, task: str, frame: int, folder: Path, skipped: Counter,
+                      marked: bool) -> Iterator[Sample]:
     """2U1 / VLM-R1 / GeoChat_Instruct: `image` (one name or several) and `conversations`, alternately human and gpt.
 
     Boxes `{<x1><y1><x2><y2>|<theta>}` are GeoChat's 0-100 grid, `[x1, y1, x2, y2]` are pixels of the original image.
-    GeoChat mixes tasks in one file and marks them, so there det takes the turns with [refer], cls those that say
-    "classify"; the turns of other tasks are counted. Elsewhere every turn belongs to the task that was asked for.
+    GeoChat mixes tasks in one file and marks them, so in a `marked` file det takes the turns with [refer], cls those
+    that say "classify", and the others are counted. Elsewhere every turn belongs to the task that was asked for.
     """
-    names = record.get("image") or record.get("images") or []
-    paths = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
-    if not paths:
-        raise BadInput(f"{where}: no `image`")
+    names = record.get("image") or record.get("images")
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{where}: `image` is neither a file name nor a list of file names")
+    paths = tuple(folder / name for name in names)
     turns = record["conversations"]
     if not isinstance(turns, list) or any(not isinstance(t, dict) or not isinstance(t.get("value"), str) for t in turns):
         raise BadInput(f"{where}: `conversations` is not a list of objects with a text `value`")
@@ -244,17 +282,15 @@ def read_conversation(where: str, record: dict, task: str, frame: int, folder: P
     placeholders = turns[0]["value"].count("<image>")
     if placeholders and placeholders != len(paths):
         raise BadInput(f"{where}: {placeholders} <image> marks for {len(paths)} images")
-    size = image_size(paths[0], where)
-    for more in paths[1:]:
-        image_size(more, where)
-
+    sizes = []
     for i in range(0, len(turns), 2):
         question, answer = turns[i]["value"], turns[i + 1]["value"]
-        tag = re.match(r"\s*(?:<image>\s*)*\[(\w+)\]", question)
-        mark = tag[1] if tag else "classify" if "classif" in question.lower() else ""
-        if mark and mark != {"det": "refer", "cls": "classify"}[task]:
+        tag = MARK.match(question)
+        mark = tag[1] if tag else "classify" if "classif" in question.lower() else None
+        if marked and mark != {"det": "refer", "cls": "classify"}[task]:
             skipped["turns of other tasks left out"] += 1
             continue
+        sizes = sizes or [image_size(path, where) for path in paths]
         think, answer = split_reasoning(answer)
         boxes = ()
         if task == "det":
@@ -264,8 +300,10 @@ def read_conversation(where: str, record: dict, task: str, frame: int, folder: P
                 if not boxes:
                     continue  # counted by grid_boxes
             else:
-                boxes = pixel_boxes(answer, size, frame, f"{where}, turn {i // 2}")
-            answer = box_text(boxes)
+                boxes = pixel_boxes(answer, sizes[0], frame, f"{where}, turn {i // 2}")
+            answer = box_text(boxes, frame)
+        if not answer:
+            raise BadInput(f"{where}, turn {i // 2}: the answer is empty")
         yield Sample(id=f"{where}" + (f", turn {i // 2}" if len(turns) > 2 else ""), task=task, images=paths,
                      question=plain_text(question), answer=answer, frame=frame, boxes=boxes,
                      think=think or plain_thought(task, answer, len(boxes)))
@@ -275,30 +313,33 @@ def read_earthdial(where: str, row: dict, task: str, frame: int, folder: Path, s
     """EarthDial's detection rows: `image`, `question`, `gt_bbox` as `[[x1, y1, x2, y2, theta]]...` on the 0-100 grid."""
     if task != "det":
         raise BadInput(f"{where}: a row with `gt_bbox` serves the task det, not {task}")
-    if not isinstance(row.get("image"), str):
-        raise BadInput(f"{where}: no `image`")
+    if not isinstance(row.get("image"), str) or not isinstance(row["question"], str):
+        raise BadInput(f"{where}: `image` and `question` have to be texts")
     image_size(folder / row["image"], where)
-    lists = [[float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", b)] for b in re.findall(r"\[([^\[\]]+)\]", str(row["gt_bbox"]))]
-    if not lists or any(len(values) != 5 for values in lists):
+    lists = re.findall(r"\[([^\[\]]+)\]", str(row["gt_bbox"]))
+    boxes = [[float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", text)] for text in lists]
+    if not boxes or any(len(values) != 5 for values in boxes):
         raise BadInput(f"{where}: `gt_bbox` {row['gt_bbox']!r} holds no boxes of five numbers")
-    boxes = grid_boxes(lists, frame, skipped)
+    boxes = grid_boxes(boxes, frame, skipped)
     if boxes:
         yield Sample(id=where, task=task, images=(folder / row["image"],), question=plain_text(row["question"]),
-                     answer=box_text(boxes), frame=frame, boxes=boxes, size_group=row.get("size_group", "").strip('"'),
-                     think=plain_thought(task, "", len(boxes)))
+                     answer=box_text(boxes, frame), frame=frame, boxes=boxes, think=plain_thought(task, "", len(boxes)),
+                     size_group=str(row.get("size_group") or "").strip('"'))
 
 
 def grid_boxes(boxes: list[list[float]], frame: int, skipped: Counter) -> tuple:
     """0-100 boxes -> frame. GeoChat's and EarthDial's are noisy: beyond 100 is clipped, without area is left out."""
     kept = []
-    for x1, y1, x2, y2, theta in boxes:
-        clipped = [min(max(v, 0), 100) for v in (x1, y1, x2, y2)]
-        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+    for box in boxes:
+        envelope = horizontal(box)
+        clipped = tuple(min(max(v, 0), 100) for v in envelope)
+        if box[2] <= box[0] or box[3] <= box[1] or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             skipped["boxes without area left out"] += 1
             continue
-        if clipped != [x1, y1, x2, y2]:
+        if clipped != envelope:
             skipped["boxes clipped to the image"] += 1
-        kept.append(convert_box([*clipped, theta], GRID, (frame, frame)))
+            box = box if box[4] else clipped  # a turned box cut off is no box any more: it is cut where it is used
+        kept.append(convert_box(box, GRID, (frame, frame)))
     if not kept:
         skipped["records without any such box left out"] += 1
     return tuple(kept)
@@ -306,28 +347,26 @@ def grid_boxes(boxes: list[list[float]], frame: int, skipped: Counter) -> tuple:
 
 def pixel_boxes(answer: str, size: tuple[int, int], frame: int, where: str) -> tuple:
     """`[x1, y1, x2, y2]` in pixels of the original image -> frame; an answer of `none` or `[]` has no boxes."""
-    if answer.strip().lower() in ("none", "[]"):
-        return ()
-    boxes = [[float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", b)] for b in re.findall(r"\[([\d\s.,-]+)\]", answer)]
-    boxes = [box for box in boxes if len(box) in (4, 5)]
-    if not boxes:
+    boxes = parse_boxes(answer)
+    if boxes is None:
         raise BadInput(f"{where}: the answer {answer[:60]!r} has no box [x1, y1, x2, y2] (task det)")
-    for x1, y1, x2, y2, *_ in boxes:
+    for x1, y1, x2, y2 in boxes:
         if not (-1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1):  # a pixel of slack for rounding
-            raise BadInput(f"{where}: box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] lies outside its image of "
-                           f"{size[0]} x {size[1]} pixels or has no area")
-    return tuple(convert_box(box, size, (frame, frame)) for box in boxes)
+            raise BadInput(f"{where}: box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] of {answer[:60]!r} is malformed, has no area or "
+                           f"lies outside its image of {size[0]} x {size[1]} pixels")
+    return tuple(convert_box(box.tolist(), size, (frame, frame)) for box in boxes)
 
 
 def plain_text(question: str) -> str:
-    """The question without <image>, task and sensor marks in brackets, and <p>/<ref> tags."""
-    text = re.sub(r"<image>|</?(?:p|ref)>|\\n", " ", question)
+    """The question without <image>, <p>/<ref> tags, task and sensor marks in brackets, and chat marks <|..|>."""
+    text = re.sub(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>", " ", question)
     text = re.sub(r"^\s*(?:\[[\w.]+\]\s*)+", "", text)
     return " ".join(text.split())
 
 
 def split_reasoning(answer: str) -> tuple[str, str]:
     """(reasoning, answer) of a reference that may already carry <think> and <answer> tags."""
+    answer = re.sub(r"<\|\w+\|>", "", answer)  # a chat mark in a reference would have no probability
     think = re.search(r"<think>(.*?)</think>", answer, re.DOTALL)
     tagged = re.search(r"<answer>(.*?)</answer>", answer, re.DOTALL)
     return think[1].strip() if think else "", (tagged[1] if tagged else answer).strip()
@@ -336,12 +375,12 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic scenes: exact ground truth for every task, nothing to download
 
-LAND = {  # scene class -> (base colour, second colour, what it looks like)
-    "sea": ((38, 84, 140), (52, 104, 160), "Open blue water"), "desert": ((206, 176, 120), (222, 196, 146), "Bare sand"),
-    "forest": ((34, 82, 40), (22, 60, 30), "Dense dark trees"), "farmland": ((120, 156, 70), (158, 134, 84), "Striped fields"),
-    "snow": ((236, 240, 246), (214, 222, 234), "White ground"), "city": ((132, 130, 130), (84, 84, 88), "Grey blocks and roads"),
-    "meadow": ((128, 188, 96), (140, 198, 108), "Plain light grass"), "lava": ((58, 44, 44), (92, 52, 44), "Dark burnt rock")}
-PAINT = {"white": (250, 250, 250), "red": (214, 40, 40), "yellow": (244, 210, 40), "blue": (40, 70, 220), "black": (16, 16, 16)}
+LAND = {  # scene class -> (base colour, second colour, what it looks like); muted, so that things stand out
+    "sea": ((34, 70, 118), (44, 82, 134), "Open blue water"), "desert": ((186, 158, 108), (198, 170, 122), "Bare sand"),
+    "forest": ((34, 78, 40), (28, 66, 34), "Dense dark trees"), "farmland": ((112, 138, 70), (130, 126, 76), "Striped fields"),
+    "snow": ((190, 200, 214), (180, 192, 210), "White ground"), "city": ((122, 120, 120), (100, 100, 104), "Grey blocks"),
+    "meadow": ((118, 172, 90), (124, 180, 96), "Plain light grass"), "lava": ((56, 42, 42), (74, 48, 44), "Dark burnt rock")}
+PAINT = {"white": (252, 252, 252), "red": (220, 40, 40), "yellow": (246, 212, 40), "cyan": (40, 222, 232), "pink": (228, 70, 200)}
 SHAPES = {  # kind -> outline in a box from -1 to 1, and its height over its width
     "airplane": ([(-1, .15), (-.2, -.2), (-.12, -.8), (0, -1), (.12, -.8), (.2, -.2), (1, .15), (1, .35), (.15, .2), (.12, .7),
                   (.45, 1), (-.45, 1), (-.12, .7), (-.15, .2), (-1, .35)], 1.0),
@@ -349,7 +388,7 @@ SHAPES = {  # kind -> outline in a box from -1 to 1, and its height over its wid
     "tank": ([(math.cos(i * math.pi / 8), math.sin(i * math.pi / 8)) for i in range(16)], 1.0),
     "building": ([(-1, -1), (1, -1), (1, .2), (.2, .2), (.2, 1), (-1, 1)], .9),
     "court": ([(-1, -1), (1, -1), (1, 1), (-1, 1)], .55)}
-SIZES = {"small": (.12, .17), "medium": (.19, .27), "large": (.30, .40)}  # width over the frame's side
+SIZES = {"small": (.14, .19), "medium": (.22, .30), "large": (.34, .44)}  # width over the frame's side
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 
@@ -374,12 +413,12 @@ def scene(seed: int, index: int, frame: int) -> Scene:
     """Scene number `index`: a pure function of its arguments. 0 to 6 things that do not touch, some of them turned."""
     rng = np.random.default_rng([seed, index])
     land, things = str(rng.choice(list(LAND))), []
-    for _ in range(rng.choice(7, p=[.04, .22, .26, .2, .14, .08, .06])):
+    for _ in range(rng.choice(7, p=[.04, .4, .24, .14, .09, .05, .04])):
         kind, colour, size = (str(rng.choice(list(table))) for table in (SHAPES, PAINT, SIZES))
         kind = things[-1].kind if things and rng.random() < .35 else kind  # of one kind there are often several
         for _ in range(20):  # tries to find a free place; a crowded scene keeps what it has
             w = rng.uniform(*SIZES[size]) * frame
-            h, theta = w * SHAPES[kind][1], int(rng.integers(1, 180)) if rng.random() < .3 and kind != "tank" else 0
+            h, theta = w * SHAPES[kind][1], int(rng.integers(1, 180)) if rng.random() < .4 and kind in ("ship", "court") else 0
             x, y = rng.uniform(0, frame - w), rng.uniform(0, frame - h)
             box = (round(x), round(y), round(x + w), round(y + h), theta)
             x1, y1, x2, y2 = horizontal(box)
@@ -388,6 +427,7 @@ def scene(seed: int, index: int, frame: int) -> Scene:
                                   for b in (horizontal(t.box) for t in things)):
                 things.append(Thing(kind, colour, size, box, bool(rng.random() < .3)))
                 break
+    things.sort(key=lambda t: t.box)  # from left to right, so that there is one right order to learn
     return Scene(land, tuple(things), frame, (seed, index))
 
 
@@ -399,7 +439,7 @@ def draw(view: Scene, before: bool = False) -> Image.Image:
     wave = {"farmland": np.sin(40 * (x + .3 * y)) > 0, "city": (x * 6 % 1 < .15) | (y * 6 % 1 < .15),
             "sea": np.sin(50 * y + 3 * np.sin(9 * x)) > .6, "desert": np.sin(22 * (x - y)) > .5}.get(view.land)
     wave = rng.random((n // 4, n // 4)).repeat(4, 0).repeat(4, 1) > .5 if wave is None else wave
-    ground = np.where(wave[..., None], second, base) + rng.normal(0, 6, (n, n, 1))
+    ground = np.where(wave[..., None], second, base) + rng.normal(0, 4, (n, n, 1))
     image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for thing in view.things:
@@ -408,8 +448,15 @@ def draw(view: Scene, before: bool = False) -> Image.Image:
             cos, sin = math.cos(math.radians(theta)), math.sin(math.radians(theta))
             outline = [(u * (x2 - x1) / 2, v * (y2 - y1) / 2) for u, v in SHAPES[thing.kind][0]]
             pen.polygon([((x1 + x2) / 2 + u * cos - v * sin, (y1 + y2) / 2 + u * sin + v * cos) for u, v in outline],
-                        fill=PAINT[thing.colour], outline=(90, 90, 90))
+                        fill=PAINT[thing.colour], outline=(40, 40, 40))
     return image
+
+
+def place(thing: Thing, frame: int) -> str:
+    """Where its centre lies, in words: the image in three rows and three columns."""
+    x1, y1, x2, y2 = thing.box[:4]
+    column, row = (min(2, int(3 * v / (2 * frame))) for v in (x1 + x2, y1 + y2))
+    return PLACES[3 * row + column]
 
 
 @dataclass(frozen=True)
@@ -418,7 +465,7 @@ class Scenes(Sequence):
     task: str
     frame: int
     seed: int
-    n: int = 1_000_000
+    n: int = 100_000
 
     def __len__(self) -> int:
         return self.n
@@ -440,9 +487,7 @@ class Scenes(Sequence):
             kind, colour = thing.kind, thing.colour
         name = kind if rng.random() < .5 else f"{colour} {kind}"
         found = [t for t in view.things if name in (t.kind, f"{t.colour} {t.kind}")]
-        found.sort(key=lambda t: t.box[:2])  # from left to right, so that there is one right order to learn
-        places = [PLACES[3 * min(2, int((t.box[1] + t.box[3]) * 1.5 / self.frame)) +
-                         min(2, int((t.box[0] + t.box[2]) * 1.5 / self.frame))] for t in found]
         boxes = tuple(t.box for t in found)
-        return Sample(**common, question=f"Locate every {name}.", answer=box_text(boxes), boxes=boxes,
-                      think=f"{len(found)} {name}: {', '.join(places)}." if found else f"No {name}.")
+        seen = ", ".join(f"{t.colour} {t.kind} {place(t, self.frame)}" for t in view.things)
+        return Sample(**common, question=f"Locate every {name}.", answer=box_text(boxes, self.frame), boxes=boxes,
+                      think=f"{seen}: {len(found)} {name}." if seen else f"Bare {view.land}.")

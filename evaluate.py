@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import model as qwen
-from data import BadInput, Sample, json_records, load, load_images, prompt
+from data import BadInput, Sample, json_records, load, load_images, positive, prompt
 from rewards import TASKS, extract_answer, reward_parts
 
 
@@ -33,7 +33,8 @@ def predict(model, processor, samples: Sequence[Sample], max_new_tokens: int, ba
     return texts
 
 
-def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens: int, temperature: float = 1.0) -> dict[str, float]:
+def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens: int,
+                    temperature: float = 1.0) -> dict[str, float]:
     """Mean accuracy reward on held-out samples: `greedy`, and `sampled` (4 draws each, what GRPO optimises); and the
     share of sampled completions in the right format."""
     greedy = predict(model, processor, samples, max_new_tokens)
@@ -60,7 +61,8 @@ def plot_curves(metrics: Path, names: Sequence[str]) -> None:
         if rows and isinstance(rows[0][name], dict):
             series = {part: [row[name][part] for row in rows] for part in rows[0][name]}
         for label, values in series.items():
-            axis.plot(values, alpha=.3, color=(line := axis.plot(smooth(values), label=label)[0]).get_color())
+            line = axis.plot(smooth(values), label=label)[0]
+            axis.plot(values, alpha=.3, color=line.get_color())
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
         if len(series) > 1:
@@ -86,6 +88,8 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
             completions.append(row["completion"])
         except (KeyError, TypeError) as error:
             raise BadInput(f"{where}: not a record of predictions.jsonl ({error!r})")
+    if not samples:
+        raise BadInput(f"{path}: no predictions")
     return samples, completions
 
 
@@ -99,11 +103,11 @@ def main() -> None:
     source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
     source.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
     source.add_argument("--split", choices=("all", "heldout", "train"), default="all",
-                        help="`heldout` scores only the tenth of the images that the training scripts leave out")
+                        help="`heldout`: only the tenth of the images that training leaves out (synthetic: always held-out scenes)")
     decoding = parser.add_argument_group("decoding (greedy)")
-    decoding.add_argument("--max-new-tokens", type=int, default=96)
-    decoding.add_argument("--batch", type=int, default=32, help="prompts decoded together")
-    decoding.add_argument("--image-size", type=int, help="side of the frame in pixels (default: the checkpoint's, else 448)")
+    decoding.add_argument("--max-new-tokens", type=positive, default=96)
+    decoding.add_argument("--batch", type=positive, default=32, help="prompts decoded together")
+    decoding.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
     args = parser.parse_args()
 
     if args.predictions:
@@ -115,17 +119,19 @@ def main() -> None:
         print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
         completions = [texts[0] for texts in predict(model, processor, samples, args.max_new_tokens, args.batch, progress=True)]
 
+    parts = [reward_parts(completion, sample) for completion, sample in zip(completions, samples)]
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "predictions.partial", "w") as file:
-        for sample, completion in zip(samples, completions):
-            row = {"id": sample.id, "task": sample.task, "images": [i if isinstance(i, str) else str(i) if isinstance(i, Path) else sample.id for i in sample.images],
+        for sample, completion, part in zip(samples, completions, parts):
+            images = [str(image) if isinstance(image, (str, Path)) else sample.id for image in sample.images]
+            row = {"id": sample.id, "task": sample.task, "images": images,
                    "question": sample.question, "reference": sample.answer, "boxes": sample.boxes, "frame": sample.frame,
                    "size_group": sample.size_group, "completion": completion, "answer": extract_answer(completion),
-                   "reward": reward_parts(completion, sample)}
+                   "reward": part}
             print(json.dumps(row), file=file)
     (args.out / "predictions.partial").replace(args.out / "predictions.jsonl")
 
-    scores = {"n": len(samples), "format": float(np.mean([reward_parts(c, s)["format"] for c, s in zip(completions, samples)]))}
+    scores = {"n": len(samples), "format": float(np.mean([part["format"] for part in parts]))}
     scores |= TASKS[args.task].scores([extract_answer(c) for c in completions], samples)
     (args.out / "scores.json").write_text(json.dumps({"task": args.task, **scores}, indent=1) + "\n")
     for name, value in scores.items():
@@ -135,5 +141,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")

@@ -19,7 +19,7 @@ MAX_LOG_RATIO = 10.0  # exp of more is noise, and on its way to inf: one stray t
 
 
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
-    """A_i = (r_i - mean(r)) / (std(r) + 1e-4), over the group: (B, G) -> (B, G). GRPO eq. 3 and section 4.1.
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-4), over the group: (B, G) -> (B, G). GRPO section 4.1.2.
 
     The std is the unbiased one (divisor G - 1), as in TRL. Without it, A_i = r_i - mean(r): Dr. GRPO, which finds that
     the division favours prompts that are nearly solved or nearly hopeless.
@@ -41,13 +41,14 @@ def token_weights(mask: Tensor, loss: str, max_tokens: int) -> Tensor:
         dapo         1 / sum |o_i|   mean over all tokens (DAPO eq. 8)
         dr_grpo      1 / (N C_max)   a constant, so that length does not change a token's weight (Dr. GRPO, section 3.2)
 
-    Taken before the step is cut into micro-batches, so their number changes nothing: their losses simply add up.
+    N counts every sampled sequence: one without loss (masked altogether) is a zero in the mean. DAPO's mean is over
+    the tokens that do carry loss, as it replaces groups that have nothing to teach. Taken before the step is cut into micro-batches, so their number changes nothing: their losses simply add up.
     """
     lengths = mask.sum(2, keepdim=True)                    # (B, G, 1) |o_i|
-    sequences = (lengths > 0).sum().clamp(min=1)           # N
-    if loss in ("grpo", "gspo"):
-        return mask / (sequences * lengths.clamp(min=1))
-    return mask / (mask.sum().clamp(min=1) if loss == "dapo" else sequences * max_tokens)
+    N = mask.shape[0] * mask.shape[1]
+    if loss == "dapo":
+        return mask / mask.sum().clamp(min=1)
+    return mask / (N * (max_tokens if loss == "dr_grpo" else lengths.clamp(min=1)))
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     negative. GRPO eq. 4, http://joschu.net/blog/kl-approx.html. The clamp stands before the exp: after it, the gradient
     would still be inf * 0 = NaN."""
     log_ratio = (reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.expm1() - log_ratio  # expm1: exp() - 1 would round to below 0 where the two agree
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, mask: Tensor, weights: Tensor, *,
@@ -71,13 +72,12 @@ def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advanta
     groups' part of `token_weights`. beta 0 needs no reference. Returns a scalar, and detached sums over the masked
     tokens: clipped, kl.
     """
-    log_ratio = (logprobs - old) * mask
+    log_ratio = torch.where(mask, logprobs - old, 0.0)     # where, not *: a padded token's 0 times inf would be NaN
     if loss == "gspo":
         log_ratio = (log_ratio.sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)).expand_as(logprobs)
     rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     A = advantage.unsqueeze(2)                             # (b, G, 1): one advantage for all tokens of a completion
     free, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     kl = kl_k3(logprobs, reference) if beta else torch.zeros_like(logprobs)
-    # where, not *: a padded token's 0 times an inf would be NaN
     total = torch.where(mask, -torch.minimum(free, clipped) + beta * kl, 0.0).mul(weights).sum()
     return total, {"clipped": ((clipped < free) & mask).sum(), "kl": kl.detach()[mask].sum()}

@@ -12,10 +12,11 @@ H query heads, K key/value heads, D head size, E hidden size.
 """
 
 import math
-import pickle
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,19 +25,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import BadInput
-from rewards import TAGS
 
 transformers.utils.logging.disable_progress_bar()
 
 STOPS = ("<|im_end|>", "<|endoftext|>")  # Qwen2.5-VL ends a turn with either
-SPECIAL = (*STOPS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,6 +43,9 @@ class Processor(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     images: Qwen2VLImageProcessorPil
     frame: int  # side in pixels of the square images that the model was trained on; boxes are in this frame
+
+
+ATTENTION = {"text_config": "shared_prompt", "vision_config": "sdpa"}  # the vision tower keeps its own
 
 
 def device() -> torch.device:
@@ -60,48 +60,20 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     """
     folder = Path(__file__).parent / "tiny" if name == "tiny" else name
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            attn_implementation={"text_config": "shared_prompt", "vision_config": "sdpa"})
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=ATTENTION,
+            output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # the PIL backend by name: torchvision's, the default where it is installed, resizes a little differently
         images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except Exception as error:  # transformers raises a dozen kinds; all mean that this is no usable checkpoint
-        raise BadInput(f"--model {name}: no readable Qwen2.5-VL checkpoint ({str(error).strip().splitlines()[0]})") from error
+        raise BadInput(f"--model {name}: no readable Qwen2.5-VL checkpoint ({first_line(error)})") from error
+    if report["missing_keys"]:  # transformers would go on with random weights in their place
+        raise BadInput(f"--model {name}: not a whole Qwen2.5-VL: no weights for {sorted(report['missing_keys'])[0]} and "
+                       f"{len(report['missing_keys']) - 1} more")
     smallest, largest = images.size["shortest_edge"], images.size["longest_edge"]
     frame = frame or (math.isqrt(largest) if smallest == largest else 448)
     images.size = {"shortest_edge": frame**2, "longest_edge": frame**2}  # saved with the model, see above
-    return model.to(device()), Processor(tokenizer, images, frame)
-
-
-def scratch(corpus: list[str], frame: int = 112, vocabulary: int = 640) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
-    """A new model of the same architecture with 1.6 M random weights, and a tokenizer learned from `corpus`.
-
-    Beside its size it differs from Qwen2.5-VL-3B in two things, both to shorten completions: a number of up to three
-    digits is one token (Qwen: one a digit), and so is each of the think and answer tags.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_tokens(list(TAGS))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=STOPS[0], pad_token=STOPS[1])
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.08, max_position_embeddings=4096,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-                         bos_token_id=None, eos_token_id=ids[STOPS[0]], pad_token_id=ids[STOPS[1]]),
-        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128,
-                           fullatt_block_indexes=[0, 2], initializer_range=0.08),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
-    config.text_config._attn_implementation = "shared_prompt"
-    config.vision_config._attn_implementation = "sdpa"
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": frame**2, "longest_edge": frame**2})
     return model.to(device()), Processor(tokenizer, images, frame)
 
 
@@ -123,20 +95,42 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     (folder / "state.partial").replace(folder / "state.pt")
 
 
-def load_checkpoint(folder: Path) -> dict:
-    """The state that save_checkpoint wrote. Raises BadInput if there is none."""
+def load_checkpoint(folder: Path, settings: dict[str, str]) -> dict:
+    """The state that save_checkpoint wrote. Raises BadInput if there is none, if it is damaged, or if its `settings`
+    (flags of the run) are not the given ones."""
     try:
-        return torch.load(folder / "state.pt", map_location=device(), weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"--resume: no checkpoint in {folder}")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BadInput(f"--resume: {folder / 'state.pt'} is damaged ({str(error).splitlines()[0]})")
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise BadInput(f"--resume: {folder / 'state.pt'} is damaged ({first_line(error)})") from error
+    changed = [name for name in settings if settings[name] != state["settings"].get(name)]
+    if changed:
+        raise BadInput(f"--resume: --{', --'.join(changed)} changed since the checkpoint; that would be another run")
+    return state
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run left in `out`: a later --resume would take its checkpoint for this run's."""
+    for name in ("checkpoint", "model"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "curves.png").unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def keep_lines(file: Path, n: int) -> None:
     """Cut a log back to its first n lines: what a killed run wrote after its last checkpoint is written again."""
     lines = file.read_text().splitlines(keepends=True) if n and file.exists() else []
-    file.write_text("".join(lines[:n]))
+    file.with_suffix(".partial").write_text("".join(lines[:n]))
+    file.with_suffix(".partial").replace(file)
+
+
+def refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("more than one process: training is not distributed yet, start it without --nproc-per-node")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -241,7 +235,7 @@ def shared_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask, sc
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention of L queries over S >= L keys; without a mask causal, the last query seeing all keys. -> (., H, L, D)."""
     L, S = q.shape[2], k.shape[2]
-    if mask is None and q.is_cuda and flash_attention():  # K heads as they are, causal aligned at the last key
+    if mask is None and q.is_cuda and q.dtype != torch.float32 and flash_attention():  # aligned at the last key
         return flash_attention()(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True).transpose(1, 2)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if mask is None and L != S:
@@ -272,9 +266,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     scores = torch.cat([by_row(scores), q @ own_k.transpose(2, 3)], -1)  # (B*G, K, r, P + t+1)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     out = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v  # (B*G, K, r, D)
-    return out.view(len(q), 1, K * r, D)
+    return out.reshape(len(q), 1, K * r, D)
 
 
+@cache
 def flash_attention():
     """flash-attn's kernel where the package is installed, else None (PyTorch's own attention is used)."""
     try:
@@ -385,7 +380,7 @@ def rollout(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor
             batch or the device's generator. None decodes greedily.
     """
     was_training, B, P = model.training, *prompts.ids.shape
-    model.eval()  # gradient checkpointing in training mode corrupts generation
+    model.eval()  # the sampled distribution has no dropout
     stops = torch.tensor(stop_ids(processor), device=prompts.ids.device)
     pad = processor.tokenizer.pad_token_id
     tokens = torch.full((B * G, C), pad, device=prompts.ids.device)
@@ -396,7 +391,7 @@ def rollout(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor
     with autocast():
         shared = Shared("prefill", P, G, C=C)
         hidden = decoder(model, embed_prompts(model, prompts), prompts.positions, shared)
-        hidden = hidden[torch.arange(B), prompts.lengths - 1].repeat_interleave(G, 0)    # (B*G, E)
+        hidden = hidden[torch.arange(B, device=hidden.device), prompts.lengths - 1].repeat_interleave(G, 0)  # (B*G, E)
         start = (last_positions(prompts) + 1).repeat_interleave(G)                       # (B*G,)
         real = torch.arange(P, device=start.device) < prompts.lengths[:, None]           # (B, P)
         shared.mode, shared.mask = "decode", real[:, None, None] if prompts.padded else None
@@ -438,5 +433,5 @@ def stop_ids(processor: Processor) -> list[int]:
 def decode(processor: Processor, result: Rollout) -> list[list[str]]:
     """B x G texts without the stop token. Other special tokens stay visible: the format reward should see them."""
     ends = set(stop_ids(processor))
-    rows = [[[t for t in row[m].tolist() if t not in ends] for row, m in zip(*group)] for group in zip(result.tokens, result.mask)]
-    return [processor.tokenizer.batch_decode(group, skip_special_tokens=False) for group in rows]
+    return [processor.tokenizer.batch_decode([[t for t in row[real].tolist() if t not in ends] for row, real in zip(*group)],
+                                             skip_special_tokens=False) for group in zip(result.tokens, result.mask)]

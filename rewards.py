@@ -26,7 +26,7 @@ def format_reward(completion: str) -> float:
     """1 if the completion is `<think>reasoning</think> <answer>answer</answer>` and nothing else, else 0.
 
     Each tag stands exactly once, in this order, both parts say something, and only blanks stand around them.
-    Source: GeoVLM-R1, section 3 (format reward in {0, 1}); that empty and repeated tags earn nothing is ours.
+    Source: GeoVLM-R1 (a format reward of 0 or 1); that empty and repeated tags earn nothing is ours.
     """
     if any(completion.count(tag) != 1 for tag in TAGS):
         return 0.0
@@ -45,7 +45,7 @@ def extract_answer(completion: str) -> str | None:
         return None
     before, rest = completion.split("<answer>")
     answer, closed, after = rest.partition("</answer>")
-    if not closed or "think>" in answer + after or before.count("<think>") != before.count("</think>"):
+    if not closed or "think>" in answer + after or before.rfind("<think>") > before.rfind("</think>"):
         return None
     return answer.strip() or None
 
@@ -59,9 +59,9 @@ def parse_boxes(answer: str) -> np.ndarray | None:
     as an empty box that overlaps nothing: dropping it would make a malformed guess free. Text around the brackets,
     such as Qwen's JSON, is ignored.
     """
-    if answer.strip().rstrip(".").lower() in ("none", "[]"):
-        return np.zeros((0, 4))
     lists = re.findall(r"\[([^\[\]]*)\]", answer)
+    if answer.strip().rstrip(".").lower() == "none" or (len(lists) == 1 and not lists[0].strip()):
+        return np.zeros((0, 4))
     if not 0 < len(lists) <= MAX_BOXES:
         return None
     return np.array([_box(text) for text in lists])
@@ -111,8 +111,8 @@ def matched_ious(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def reference_boxes(sample) -> np.ndarray:
-    """The sample's boxes as upright boxes (m, 4), pixels of the frame."""
-    return np.array([horizontal(box) for box in sample.boxes]).reshape(-1, 4)
+    """The sample's boxes as upright boxes (m, 4), pixels of the frame and cut to it."""
+    return np.array([horizontal(box) for box in sample.boxes]).reshape(-1, 4).clip(0, sample.frame)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def detection_scores(answers: list[str | None], samples: list) -> dict[str, floa
     """What the tables of GeoVLM-R1 and EarthDial print as mAP, under its true name, and beside it honest figures.
 
     `box_precision@t`: share of predicted boxes that overlap *any* reference by at least t; no matching, no penalty for
-    what was missed; also by EarthDial's size group and by one or several references. `precision`, `recall`, `f1`:
-    one-to-one matches at IoU 0.5. `reward`: the mean detection reward. All on upright boxes.
+    what was missed; also by EarthDial's size group and by one or several references. `precision`, `recall`, `f1`: pairs of
+    the reward's one-to-one matching with an IoU of at least 0.5. `reward`: the mean detection reward. All on upright boxes.
     """
     tally: dict[str, list[int]] = {}  # name -> [hits, boxes]
     matches = n_pred = n_ref = 0
@@ -174,8 +174,9 @@ def detection_scores(answers: list[str | None], samples: list) -> dict[str, floa
         predicted, reference = parse_boxes(answer or ""), reference_boxes(sample)
         predicted = np.zeros((0, 4)) if predicted is None else predicted
         best = iou_matrix(predicted, reference).max(1) if len(reference) else np.zeros(len(predicted))
-        groups = ["", "_single" if len(reference) == 1 else "_multiple"]
-        groups += [f"_{sample.size_group}"] if sample.size_group else []
+        groups = [""] + ([f"_{sample.size_group}"] if sample.size_group else [])
+        if len(reference):
+            groups.append("_single" if len(reference) == 1 else "_multiple")
         for threshold in (0.5, 0.25):
             for group in groups if threshold == 0.5 else groups[:1]:
                 entry = tally.setdefault(f"box_precision@{threshold}{group}", [0, 0])
@@ -199,7 +200,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cls": Task("Answer with the name of one class.", recall_reward, classification_scores),
-    "det": Task("Answer with one box [x1,y1,x2,y2] for each object, in pixels of the {frame}x{frame} image, or none.",
+    "cls": Task("Answer with one class.", recall_reward, classification_scores),
+    "det": Task("Answer with a box [x1,y1,x2,y2] for each, in pixels of {frame}x{frame}, or none.",
                 detection_reward, detection_scores),
 }

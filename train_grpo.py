@@ -15,9 +15,9 @@ Writes metrics.jsonl (a line a step), samples.jsonl, curves.png, model/ and chec
 import argparse
 import copy
 import json
-import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,24 +25,24 @@ from tqdm import tqdm
 
 import grpo
 import model as qwen
-from data import BadInput, batch, load, load_images, prompt
+from data import BadInput, batch, load, load_images, positive, prompt
 from evaluate import heldout_rewards, plot_curves
 from rewards import TASKS, reward_parts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--task", default="det", help="comma-separated tasks, one stage each in this order; or `all`")
-parser.add_argument("--out", type=Path, default=Path("runs/grpo"), help="folder that the run writes to")
+parser.add_argument("--out", type=Path, default=Path("runs/grpo"), help="folder that the run writes to, over an earlier run in it")
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
 flags = parser.add_argument_group("model and data")
 flags.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
 flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
 flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
-flags.add_argument("--image-size", type=int, help="side of the frame in pixels (default: the checkpoint's, else 448)")
+flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 flags = parser.add_argument_group("rollout")
-flags.add_argument("--steps", type=int, default=150, help="optimiser steps of each stage")
-flags.add_argument("--prompts", type=int, default=16, help="B: prompts in a step")
+flags.add_argument("--steps", type=positive, default=150, help="optimiser steps of each stage")
+flags.add_argument("--prompts", type=positive, default=16, help="B: prompts in a step")
 flags.add_argument("--group", type=int, default=16, help="G: completions for each prompt, at least 2")
-flags.add_argument("--max-new-tokens", type=int, default=96, help="C: longest completion")
+flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion")
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
 flags.add_argument("--seed", type=int, default=0)
 flags = parser.add_argument_group("reward")
@@ -50,10 +50,10 @@ flags.add_argument("--format-weight", type=float, default=1.0, help="weight of t
 flags.add_argument("--accuracy-weight", type=float, default=1.0, help="weight of the task's reward in the sum")
 flags = parser.add_argument_group("objective")
 flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo", help="how tokens are weighted and ratios taken, see grpo.py")
-flags.add_argument("--no-std", action="store_true", help="do not divide advantages by the group's std (Dr. GRPO)")
-flags.add_argument("--inner-steps", type=int, default=1, help="mu: optimiser steps on each rollout")
-flags.add_argument("--clip-low", type=float, default=0.2, help="the ratio is clipped below at 1 - this")
-flags.add_argument("--clip-high", type=float, default=0.2, help="and above at 1 + this (DAPO: 0.28)")
+flags.add_argument("--no-std", action="store_true", help="do not divide advantages by the group's std (as Dr. GRPO does)")
+flags.add_argument("--inner-steps", type=positive, default=1, help="mu: optimiser steps on each rollout")
+flags.add_argument("--clip-low", type=float, default=0.2, help="the ratio is clipped below at 1 - this (GSPO: 3e-4)")
+flags.add_argument("--clip-high", type=float, default=0.2, help="and above at 1 + this (DAPO: 0.28, GSPO: 4e-4)")
 flags.add_argument("--beta", type=float, default=0.01, help="weight of the KL penalty; 0 keeps no reference model")
 flags.add_argument("--mask-truncated", action="store_true", help="no loss on completions cut off at --max-new-tokens")
 flags = parser.add_argument_group("optimisation")
@@ -61,10 +61,11 @@ flags.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (t
 flags.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; after them it decays linearly to 0")
 flags.add_argument("--weight-decay", type=float, default=0.0)
 flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
-flags.add_argument("--micro-batch", type=int, default=1, help="groups in a forward pass of the update")
+flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
+flags.add_argument("--micro-batch", type=positive, default=1, help="groups in a forward pass of the update")
 flags = parser.add_argument_group("output")
-flags.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-flags.add_argument("--eval-every", type=int, default=50, help="steps between held-out scores")
+flags.add_argument("--save-every", type=positive, default=50, help="steps between checkpoints")
+flags.add_argument("--eval-every", type=positive, default=50, help="steps between held-out scores")
 
 
 def main() -> None:
@@ -72,18 +73,19 @@ def main() -> None:
     tasks = list(TASKS) if args.task == "all" else args.task.split(",")
     if args.group < 2:
         raise BadInput(f"--group {args.group}: an advantage is relative to the group's mean, so a group needs at least 2")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("more than one process: training is not distributed yet, start it without --nproc-per-node")
+    if args.temperature <= 0:
+        raise BadInput(f"--temperature {args.temperature}: greedy completions of a group are all the same; it has to be positive")
+    qwen.refuse_several_processes()
     torch.manual_seed(args.seed)
     policy, processor = qwen.load(args.model, args.image_size)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed) for task in tasks]
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
 
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every", "eval_every")}
-    state = qwen.load_checkpoint(args.out / "checkpoint") if args.resume else None
-    if state and (changed := [k for k in settings if settings[k] != state["settings"].get(k)]):
-        raise BadInput(f"--resume: other flags than the checkpoint's ({', '.join(changed)}) would make another run of it")
+    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    state = qwen.load_checkpoint(args.out / "checkpoint", settings) if args.resume else qwen.clear(args.out)
     first_stage, first_step = (state["stage"], state["step"]) if state else (0, 0)
     done = first_stage * args.steps + first_step
     qwen.keep_lines(args.out / "metrics.jsonl", done)
@@ -101,7 +103,7 @@ def main() -> None:
                 reference.load_state_dict(state["reference"])
         heldout_scores = lambda: heldout_rewards(policy, processor, heldout[stage], args.max_new_tokens, args.temperature)
         before = state["before"] if state else heldout_scores()
-        state = None
+        state, after = None, None  # the loaded state is as large as the model: let it go
         policy.train()
 
         for step in range(first_step, args.steps):
@@ -110,7 +112,8 @@ def main() -> None:
             samples = batch(data[stage], step, args.prompts, args.seed)
             prompts = [qwen.encode(processor, prompt(s), load_images(s)) for s in samples]
             noise = qwen.noise((args.seed, stage, step), range(args.prompts), args.group, args.max_new_tokens)
-            rollout = qwen.rollout(policy, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group, args.temperature)
+            rollout = qwen.rollout(policy, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
+                                   args.temperature)
             texts = qwen.decode(processor, rollout)
             rollout_seconds = time.perf_counter() - began
 
@@ -130,34 +133,43 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = qwen.learning_rate(step, args.steps, args.lr, args.warmup)
             chosen = learning.nonzero().squeeze(1).split(args.micro_batch)               # micro-batches of group numbers
+            longest = rollout.mask.sum(2).amax(1).tolist()                               # tokens of each group's longest
             old, ref = {}, {}                                                            # log-probs by micro-batch
-            totals = torch.zeros(4, device=qwen.device())                                # loss, clipped, kl, gradient norm
+            totals = Counter()                                                           # sums over the passes
             for inner in range(args.inner_steps if mask.any() else 0):                   # without loss, Adam must not drift
                 for i, groups in enumerate(chosen):
-                    inputs = qwen.collate([prompts[b] for b in groups.tolist()]), rollout.tokens[groups], mask[groups], args.temperature
+                    C = max(longest[b] for b in groups.tolist())
+                    tokens, m, w, sampled = (x[groups, :, :C] for x in (rollout.tokens, mask, weights, rollout.logprobs))
+                    inputs = qwen.collate([prompts[b] for b in groups.tolist()]), tokens, m, args.temperature
                     logprobs = qwen.token_logprobs(policy, *inputs)                      # (b, G, C)
                     if inner == 0:
                         old[i], ref[i] = logprobs.detach(), None
+                        totals["gap"] += (old[i] - sampled).abs()[m].sum()
                         if reference:
                             with torch.no_grad():
                                 ref[i] = qwen.token_logprobs(reference, *inputs)
-                    loss, sums = grpo.policy_loss(logprobs, old[i], ref[i], advantages[groups], mask[groups], weights[groups],
-                                                  loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
+                    loss, sums = grpo.policy_loss(
+                        logprobs, old[i], ref[i], advantages[groups], m, w,
+                        loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
                     loss.backward()
-                    totals += torch.stack([loss.detach(), sums["clipped"], sums["kl"], torch.zeros_like(loss)])
-                totals[3] += torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm)
+                    totals.update(loss=loss.detach(), **sums)
+                totals["norm"] += torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
             tokens = rollout.mask.sum()
             scored = (mask.sum() * args.inner_steps).clamp(min=1)
-            names = ("reward", "reward_std", "kl", "entropy", "clip_frac", "grad_norm", "loss", "len_mean", "truncated_frac", "zero_std_frac")
-            values = torch.stack([rewards.mean(), rewards.std(1).mean(), totals[2] / scored, rollout.entropy.sum() / tokens,
-                                  totals[1] / scored, totals[3] / args.inner_steps, totals[0] / args.inner_steps,
-                                  tokens / rewards.numel(), (~rollout.stopped).float().mean(), (~learning).float().mean()]).tolist()
+            figures = {"reward": rewards.mean(), "reward_std": rewards.std(1).mean(), "kl": totals["kl"] / scored,
+                       "entropy": rollout.entropy.sum() / tokens, "clip_frac": totals["clipped"] / scored,
+                       "grad_norm": totals["norm"] / args.inner_steps, "loss": totals["loss"] / args.inner_steps,
+                       "sampling_gap": totals["gap"] / mask.sum().clamp(min=1),  # of log-probs, as sampled and as scored
+                       "len_mean": tokens / rewards.numel(), "truncated_frac": (~rollout.stopped).float().mean(),
+                       "zero_std_frac": (~learning).float().mean()}
+            values = torch.stack([torch.as_tensor(value, device=mask.device).float() for value in figures.values()])
+            figures = dict(zip(figures, values.tolist()))
             seconds = time.perf_counter() - began
-            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage], **dict(zip(names, values)),
+            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage], **figures,
                    "parts": {name: sum(p[name] for group in parts for p in group) / rewards.numel() for name in parts[0][0]},
                    "lr": optimizer.param_groups[0]["lr"], "rollout_s": rollout_seconds, "update_s": seconds,
                    "tokens_per_s": int(tokens) / (rollout_seconds + seconds)}
@@ -165,21 +177,25 @@ def main() -> None:
                 row["heldout"] = after = heldout_scores()
             print(json.dumps(row), file=metrics_log, flush=True)
             shown = step % args.prompts  # samples.jsonl keeps one whole group a step
-            for text, part, total, advantage in zip(texts[shown], parts[shown], rewards[shown].tolist(), advantages[shown].tolist()):
+            for g, text in enumerate(texts[shown]):
                 print(json.dumps({"step": row["step"], "stage": stage, "task": tasks[stage], "id": samples[shown].id,
-                                  "question": samples[shown].question, "reference": samples[shown].answer, "completion": text,
-                                  "parts": part, "reward": total, "advantage": advantage}), file=samples_log, flush=True)
-            line = (f"step {row['step']:4d} {tasks[stage]:4s} reward {row['reward']:.3f}  accuracy {row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}"
-                    f"  entropy {row['entropy']:.3f}  len {row['len_mean']:4.1f}  grad {row['grad_norm']:5.2f}  {rollout_seconds + seconds:.2f} s")
+                                  "question": samples[shown].question, "reference": samples[shown].answer,
+                                  "completion": text, "parts": parts[shown][g], "reward": rewards[shown, g].item(),
+                                  "advantage": advantages[shown, g].item()}), file=samples_log, flush=True)
+            line = (f"step {row['step']:4d} {tasks[stage]:4s} reward {row['reward']:.3f}  accuracy "
+                    f"{row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  len "
+                    f"{row['len_mean']:4.1f}  grad {row['grad_norm']:5.2f}  {rollout_seconds + seconds:.2f} s")
             bar.set_postfix_str(line[10:]) if not bar.disable else print(line, flush=True)
             bar.update()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 qwen.save_checkpoint(args.out / "checkpoint", {
                     "policy": policy.state_dict(), "reference": reference.state_dict() if reference else None,
-                    "optimizer": optimizer.state_dict(), "stage": stage, "step": step + 1, "before": before, "settings": settings})
+                    "optimizer": optimizer.state_dict(), "stage": stage, "step": step + 1, "before": before,
+                    "settings": settings})
 
-        first_step = 0
-        print(f"\n{tasks[stage]}: mean accuracy reward over {len(heldout[stage])} held-out samples\n{'':12s}{'before':>8s}{'after':>8s}")
+        first_step, after = 0, after or heldout_scores()
+        print(f"\n{tasks[stage]}: mean accuracy reward over {len(heldout[stage])} held-out samples\n"
+              f"{'':12s}{'before':>8s}{'after':>8s}")
         for name in before:
             print(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}")
 
@@ -191,5 +207,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")

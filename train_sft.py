@@ -17,55 +17,98 @@ import time
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
-from data import BadInput, batch, load, load_images, prompt, target
+from data import BadInput, batch, load, load_images, positive, prompt, target
 from evaluate import heldout_rewards, plot_curves
-from rewards import TASKS
+from rewards import TAGS, TASKS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--task", default="all", help="comma-separated tasks, mixed in equal parts (one named twice counts twice); or `all`")
+parser.add_argument("--task", default="all", help="comma-separated tasks to mix, one named twice counts twice; or `all`")
 parser.add_argument("--out", type=Path, required=True, help="folder for model/, checkpoint/, metrics.jsonl, curves.png")
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
 group = parser.add_argument_group("model and data")
 group.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; or `scratch`: tiny's architecture, random")
 group.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
 group.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
-group.add_argument("--limit", type=int, help="train on the first so many samples of each task only")
-group.add_argument("--image-size", type=int, help="side of the frame in pixels (default: the checkpoint's, else 448)")
+group.add_argument("--limit", type=positive, help="train on the first so many samples of each task only")
+group.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=int, default=1000)
-group.add_argument("--batch", type=int, default=32, help="samples in an optimiser step")
-group.add_argument("--micro-batch", type=int, default=32, help="samples in a forward pass; lower it to save memory")
+group.add_argument("--steps", type=positive, default=1000)
+group.add_argument("--batch", type=positive, default=32, help="samples in an optimiser step")
+group.add_argument("--micro-batch", type=positive, default=32, help="samples in a forward pass; lower it to save memory")
+group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
 group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the real 3B model: 1e-5)")
 group.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
 group.add_argument("--weight-decay", type=float, default=0.01)
 group.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
 group.add_argument("--seed", type=int, default=0)
 group = parser.add_argument_group("output")
-group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-group.add_argument("--max-new-tokens", type=int, default=96, help="longest completion in the held-out scores")
+group.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
+group.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion in the held-out scores")
+
+
+def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForConditionalGeneration, qwen.Processor]:
+    """A new model of the same architecture with 1.5 M random weights, and a tokenizer learned from `corpus`.
+
+    Beside its size it differs from Qwen2.5-VL-3B in two things, both to shorten completions: a number of up to three
+    digits is one token (Qwen: one a digit), and so is each of the think and answer tags.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [*qwen.STOPS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=640, special_tokens=special, show_progress=False,
+                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_tokens(list(TAGS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=qwen.STOPS[0], pad_token=qwen.STOPS[1])
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.08, max_position_embeddings=4096,
+                         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+                         bos_token_id=None, eos_token_id=ids[qwen.STOPS[0]], pad_token_id=ids[qwen.STOPS[1]]),
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128,
+                           fullatt_block_indexes=[0, 2], initializer_range=0.08),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=qwen.ATTENTION)
+    with torch.no_grad():  # 1,176 pixels go into a patch: at the common scale its features, and then the image tokens',
+        model.model.visual.patch_embed.proj.weight *= 0.1  # would be twenty times the text's and drown all that
+        model.model.visual.merger.mlp[2].weight *= 0.1     # attention adds to them, positions first
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": frame**2, "longest_edge": frame**2})
+    return model.to(qwen.device()), qwen.Processor(tokenizer, images, frame)
 
 
 def main() -> None:
     args = parser.parse_args()
     tasks = list(TASKS) if args.task == "all" else args.task.split(",")
+    qwen.refuse_several_processes()
     torch.manual_seed(args.seed)
     if args.model == "scratch":
-        corpus = [prompt(s) + target(s) for task in tasks for s in batch(load(args.data, task, 112, args.images, "train"), 0, 500, 0)]
-        model, processor = qwen.scratch(corpus, args.image_size or 112)
+        frame = args.image_size or 112
+        corpus = [prompt(s) + target(s) for task in tasks
+                  for s in batch(load(args.data, task, frame, args.images, "train"), 0, 500, args.seed)]
+        model, processor = scratch(corpus, frame)
     else:
         model, processor = qwen.load(args.model, args.image_size)
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed)[: args.limit] for task in tasks]
     heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks}
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
 
     args.out.mkdir(parents=True, exist_ok=True)
     first, metrics_file = 0, args.out / "metrics.jsonl"
-    if args.resume:
-        state = qwen.load_checkpoint(args.out / "checkpoint")
+    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    state = qwen.load_checkpoint(args.out / "checkpoint", settings) if args.resume else qwen.clear(args.out)
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -77,7 +120,7 @@ def main() -> None:
             began = time.perf_counter()
             samples = [batch(data[place % len(tasks)], place // len(tasks), 1, args.seed + place % len(tasks))[0]
                        for place in range(step * args.batch, (step + 1) * args.batch)]
-            targets = [torch.tensor(processor.tokenizer(target(s))["input_ids"], device=qwen.device()) for s in samples]
+            targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"], device=qwen.device()) for s in samples]
             T = sum(map(len, targets))  # counted before the micro-batches, so that their number does not matter
             loss = torch.zeros((), device=qwen.device())
             for at in range(0, args.batch, args.micro_batch):
@@ -85,8 +128,7 @@ def main() -> None:
                 prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples[part]])
                 completions = pad_sequence(targets[part], batch_first=True)[:, None]                             # (B, 1, C)
                 mask = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in targets[part]], batch_first=True)[:, None]
-                logprobs = qwen.token_logprobs(model, prompts, completions, mask)
-                micro_loss = -logprobs.sum() / T
+                micro_loss = -qwen.token_logprobs(model, prompts, completions, mask).sum() / T
                 micro_loss.backward()
                 loss += micro_loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
@@ -100,21 +142,23 @@ def main() -> None:
                    "lr": optimizer.param_groups[0]["lr"], "update_s": seconds, "tokens_per_s": T / seconds}
             print(json.dumps(row), file=log, flush=True)
             if bar.disable and (step % 10 == 9 or step == first):
-                print(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  lr {row['lr']:.1e}  {seconds:5.2f} s", flush=True)
+                print(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  {seconds:5.2f} s", flush=True)
             bar.set_postfix_str(f"loss {row['loss']:.4f}")
             bar.update()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                qwen.save_checkpoint(args.out / "checkpoint", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+                qwen.save_checkpoint(args.out / "checkpoint", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                                               "step": step + 1, "settings": settings})
 
     qwen.save(model, processor, args.out / "model")
     plot_curves(metrics_file, ("loss", "grad_norm", "lr"))
-    for task in tasks:
+    for task in dict.fromkeys(tasks):
         scores = heldout_rewards(model, processor, heldout[task], args.max_new_tokens)
-        print(f"{task}: held-out reward over {len(heldout[task])} samples: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        print(f"{task}: mean accuracy reward over {len(heldout[task])} held-out samples: {figures}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")

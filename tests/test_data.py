@@ -1,0 +1,471 @@
+"""From a file to a Sample: readers, the frame of the boxes, synthetic scenes, the order of the data, and bad input."""
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import (HELDOUT_SEED, LAND, BadInput, Sample, Scenes, batch, box_text, convert_box, draw, load, load_images, prompt,
+                  scene, target)
+from rewards import format_reward, horizontal, reward_parts
+
+F = 112
+SIZE = (200, 50)  # of the images in `folder`: far from square, so that swapped axes show
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png", "sub/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", SIZE, "green").save(tmp_path / name)
+    Image.new("RGB", (200, 1)).save(tmp_path / "thin.png")
+    return tmp_path
+
+
+def write(folder, *records, name="data.jsonl"):
+    """Records as JSON lines, or as a JSON array where the name ends in .json; strings are written as they are."""
+    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
+    (folder / name).write_text("[" + ",\n".join(lines) + "]" if name.endswith(".json") else "\n".join(lines), encoding="utf-8")
+    return str(folder / name)
+
+
+def chat(*turns, image="a.png"):
+    return {"id": "x", "image": image, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boxes in the frame
+
+def test_box_follows_its_image_into_the_frame():
+    assert convert_box((10, 10, 60, 40), (200, 50), (100, 100)) == (5, 20, 30, 80, 0)
+
+
+@pytest.mark.parametrize("source, to", [((100, 100), (448, 448)), ((981, 775), (448, 448)), ((30, 900), (112, 112))])
+def test_box_survives_a_round_trip(source, to):
+    box = (3.5, 7, 21, 29, 0)
+    assert convert_box(convert_box(box, source, to), to, source) == pytest.approx(box)
+
+
+def test_turned_box_stays_turned_only_where_both_axes_scale_alike():
+    assert convert_box((10, 10, 30, 20, 30), (100, 100), (448, 448)) == pytest.approx((44.8, 44.8, 134.4, 89.6, 30))
+    box = (10, 10, 30, 20, 90)
+    assert convert_box(box, (100, 100), (200, 100)) == pytest.approx((30, 5, 50, 25, 0))  # the envelope (15, 5, 25, 25)
+
+
+def test_answer_holds_whole_pixels_of_the_upright_boxes():
+    assert box_text([(10.4, 10.6, 30, 20, 0), (10, 10, 30, 20, 90)], 112) == "[10,11,30,20],[15,5,25,25]"
+    assert box_text([], 112) == "none"
+
+
+def test_images_come_as_rgb_squares_of_the_frame(folder):
+    Image.new("L", (7, 300)).save(folder / "grey.png")
+    Image.new("RGBA", (300, 7)).save(folder / "alpha.png")
+    images = load_images(Sample("x", "cls", (folder / "grey.png", folder / "alpha.png", Image.new("1", (5, 5))), "q", "a", 56))
+    assert [(i.mode, i.size) for i in images] == [("RGB", (56, 56))] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts and targets
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_prompt_has_one_mark_for_each_image(n):
+    text = prompt(Sample("x", "cls", ("i.png",) * n, "Which class?", "sea", F))
+    assert text.count("<|vision_start|><|image_pad|><|vision_end|>") == text.count("<|image_pad|>") == n
+    assert text.index("<|image_pad|>") < text.index("Which class?") and text.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("task", ["det", "cls"])
+def test_prompt_names_the_frame_and_never_the_answer(task):
+    for sample in Scenes(task, F, seed=3)[:40]:
+        text = prompt(sample)
+        assert not re.search(r"\[\s*\d", text)
+        assert sample.think not in text and prompt(replace(sample, answer="?", think="?", boxes=())) == text
+        assert (f"{F}x{F}" in text) == (task == "det")
+
+
+@pytest.mark.parametrize("task", ["det", "cls"])
+def test_what_sft_imitates_earns_the_full_reward(task):
+    """Prompt, target, parser and reward speak of the same frame, and the end of the turn is part of the target."""
+    for sample in Scenes(task, F, seed=4)[:60]:
+        completion, end, rest = target(sample).partition("<|im_end|>")
+        parts = reward_parts(completion, sample)
+        assert end and not rest and parts["format"] == 1 and parts["accuracy"] > .85  # boxes are rounded to pixels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic scenes
+
+def test_scene_is_a_pure_function_of_seed_and_index():
+    for task in ("det", "cls"):
+        first, again = Scenes(task, F, seed=5)[7], Scenes(task, F, seed=5, n=8)[7]
+        assert np.array_equal(first.images[0], again.images[0]) and replace(first, images=()) == replace(again, images=())
+        others = [Scenes(task, F, seed=5)[8], Scenes(task, F, seed=6)[7]]
+        assert not any(np.array_equal(first.images[0], other.images[0]) for other in others)
+
+
+def test_heldout_scenes_are_the_same_for_every_seed_and_never_those_of_training():
+    heldout = load("synthetic", "det", F, split="heldout", seed=1)
+    assert heldout == load("synthetic", "det", F, split="heldout", seed=2)
+    assert heldout.seed == HELDOUT_SEED and len(heldout) == 256
+    train = {s.images[0].tobytes() for seed in (0, 1) for s in load("synthetic", "det", F, split="train", seed=seed)[:50]}
+    assert not train & {s.images[0].tobytes() for s in heldout[:50]}
+
+
+def test_tasks_share_their_pictures():
+    assert np.array_equal(Scenes("det", F, 0)[3].images[0], Scenes("cls", F, 0)[3].images[0])
+
+
+def test_scenes_hold_none_to_six_things_apart_from_each_other_some_turned():
+    counts, turned = Counter(), Counter()
+    for i in range(400):
+        boxes = [horizontal(t.box) for t in scene(0, i, F).things]
+        counts[len(boxes)] += 1
+        turned.update(bool(t.box[4]) for t in scene(0, i, F).things)
+        for k, (x1, y1, x2, y2) in enumerate(boxes):
+            assert 0 <= x1 < x2 <= F and 0 <= y1 < y2 <= F
+            assert not any(x1 < b[2] and b[0] < x2 and y1 < b[3] and b[1] < y2 for b in boxes[:k])
+    assert set(counts) == set(range(7)) and .1 < turned[True] / turned.total() < .4
+
+
+def painted(view, **drawing):
+    """(rows, columns) of the pixels that the things of the scene change."""
+    with_things, without = draw(view, **drawing), draw(replace(view, things=()))
+    return np.nonzero((np.asarray(with_things) != np.asarray(without)).any(-1))
+
+
+@pytest.mark.parametrize("frame, n", [(112, 60), (252, 15)])
+def test_reference_box_is_where_the_thing_was_painted(frame, n):
+    """All paint lies in the upright box; it reaches all four sides where the outline does (upright, or a rectangle)."""
+    for i in range(n):
+        view = scene(1, i, frame)
+        for thing in view.things:
+            ys, xs = painted(replace(view, things=(thing,)))
+            x1, y1, x2, y2 = horizontal(thing.box)
+            edges = np.array([xs.min() - x1, ys.min() - y1, x2 - xs.max(), y2 - ys.max()])
+            assert (edges >= -1).all()                                 # PIL paints the pixel that a corner lies on
+            if thing.box[4] == 0 or thing.kind == "court":
+                assert (edges <= 2).all()
+
+
+def test_earlier_image_differs_only_where_something_appeared():
+    seen = Counter()
+    for i in range(60):
+        view = scene(2, i, F)
+        changed = (np.asarray(draw(view)) != np.asarray(draw(view, before=True))).any(-1)
+        for thing in view.things:
+            x1, y1, x2, y2 = map(round, horizontal(thing.box))
+            part = changed[max(0, y1 - 1) : y2 + 2, max(0, x1 - 1) : x2 + 2]
+            assert part.any() == thing.appeared
+            seen[thing.appeared] += 1
+            if thing.appeared:
+                part[:] = False
+        assert not changed.any()
+    assert seen[True] and seen[False]
+
+
+def test_question_asks_for_all_things_of_a_name_and_the_reference_lists_them_from_left_to_right():
+    nothing = 0
+    for i, sample in enumerate(Scenes("det", F, seed=8)[:150]):
+        name = re.fullmatch(r"Locate every (.+)\.", sample.question)[1]
+        things = [t for t in scene(8, i, F).things if name in (t.kind, f"{t.colour} {t.kind}")]
+        assert sorted(sample.boxes) == sorted(t.box for t in things)
+        assert [b[0] for b in sample.boxes] == sorted(b[0] for b in sample.boxes)
+        assert sample.answer == box_text(sample.boxes, sample.frame)
+        nothing += not things
+    assert 0 < nothing < 50
+
+
+def test_classes_are_all_met_and_named_in_the_question():
+    samples = list(Scenes("cls", F, seed=0)[:200])
+    assert {s.answer for s in samples} == set(LAND) and all(name in samples[0].question for name in LAND)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order of the data
+
+@pytest.mark.parametrize("n, size", [(10, 4), (10, 5), (7, 16), (1, 3), (64, 64), (13, 1)])
+def test_each_pass_visits_every_sample_once(n, size):
+    """A batch size that does not divide the data drops no tail: passes follow each other without a seam."""
+    stream = [i for step in range(3 * n) for i in batch(range(n), step, size, seed=1)]
+    passes = [stream[at : at + n] for at in range(0, len(stream) - n + 1, n)]
+    assert all(sorted(one) == list(range(n)) for one in passes)
+    assert n < 5 or passes[0] != passes[1]
+
+
+def test_batch_is_a_function_of_seed_and_step():
+    """A resumed run begins anywhere in the stream and meets the samples that the unbroken one would have met."""
+    late = batch(range(100), 40, 8, seed=3)
+    data._permutation.cache_clear()
+    assert [batch(range(100), step, 8, seed=3) for step in range(41)][-1] == late != batch(range(100), 40, 8, seed=4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_conversations_in_pixels(folder, name):
+    """2U1 and VLM-R1: an array or lines, one image or several, with or without reasoning."""
+    source = write(folder, chat("<image>\nWhere is the ship?", "[10, 10, 60, 40]"),
+                   chat("<image><image>Where is it now?", "<think>It\nmoved.</think>\n<answer>[0,0,100,25],"
+                        "[100,25,200,50]</answer>", image=["a.png", "sub/a.jpg"]),
+                   chat("Where?", '{"bbox_2d": [10, 10, 60, 40]}'), chat("<image>Any?", "none"), name=name)
+    one, two, qwen, none = load(source, "det", F)
+    assert one.question == "Where is the ship?" and one.images == (folder / "a.png",) and one.frame == F
+    assert one.boxes[0] == pytest.approx((5.6, 22.4, 33.6, 89.6, 0)) and one.answer == "[6,22,34,90]"
+    assert two.images == (folder / "a.png", folder / "sub/a.jpg") and two.question == "Where is it now?"
+    assert two.think == "It\nmoved." and two.answer == "[0,0,56,56],[56,56,112,112]"
+    assert qwen.boxes == one.boxes and none.boxes == () and none.answer == "none"
+    assert len({s.id for s in (one, two, qwen, none)}) == 4 and all(name in s.id for s in (one, two, qwen, none))
+    assert all(format_reward(target(s).removesuffix("<|im_end|>")) == 1 for s in (one, two, qwen, none))
+
+
+def test_images_may_lie_elsewhere(folder):
+    (folder / "notes").mkdir()
+    source = write(folder / "notes", chat("Which class?", "sea"))
+    assert load(source, "cls", F, images=str(folder))[0].images == (folder / "a.png",)
+    with pytest.raises(BadInput):
+        load(source, "cls", F)
+
+
+def test_classes_of_conversations(folder):
+    record = chat("<image>\nClassify the scene. Classes: Sea, Forest", "<answer> Forest </answer>")
+    sample, = load(write(folder, record), "cls", F)
+    assert (sample.question, sample.answer, sample.boxes) == ("Classify the scene. Classes: Sea, Forest", "Forest", ())
+
+
+def test_geochat_boxes_are_on_a_grid_and_noisy(folder, capsys):
+    """Values beyond 100 are clipped, boxes without area are left out, and both are counted."""
+    source = write(folder, chat("<image>\n[refer] where are <p>2 planes</p> ?",
+                                "<p>2 planes</p> {<10><20><30><40>|<0>}<delim>{<50><50><90><70>|<45>}",
+                                "[refer] and <p>the ship</p>?", "{<90><80><102><104>|<0>}",
+                                "[refer] and <p>the tank</p>?", "{<50><50><50><60>|<0>}"),
+                   chat("<image>[refer] <p>it</p>", "{<0><0><50><25>}"), name="geochat.json")
+    planes, ship, it = load(source, "det", 700)
+    assert planes.question == "where are 2 planes ?" and planes.boxes == ((70, 140, 210, 280, 0), (350, 350, 630, 490, 45))
+    assert planes.answer == "[70,140,210,280],[342,272,638,568]"
+    assert ship.boxes == ((630, 560, 700, 700, 0),) and it.boxes == ((0, 0, 350, 175, 0),)
+    assert planes.id != ship.id and planes.images == ship.images == (folder / "a.png",)
+    notes = capsys.readouterr().err
+    assert "1 boxes clipped" in notes and "1 boxes without area" in notes and "geochat.json: 3 samples" in notes
+
+
+GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}",
+           "[identify] what is {<1><2><3><4>|<5>}", "a ship",
+           "Classify the image. Classes: sea, forest", "sea"]
+
+
+@pytest.mark.parametrize("records", [
+    [GEOCHAT], [GEOCHAT[:2], GEOCHAT[2:]],
+    [GEOCHAT + ["Is it a rural area? Answer with one word.", "no"]],                # untagged, as in GeoChat_Instruct
+    [GEOCHAT, ["<image>\nIs it a rural area? Answer with one word.", "no"]],
+], ids=["one record", "two records", "untagged question in the record", "untagged question in another record"])
+@pytest.mark.parametrize("task, answer", [("det", "[11,22,34,45]"), ("cls", "sea")])
+def test_geochat_mixes_tasks_and_each_takes_its_own(folder, records, task, answer):
+    assert [s.answer for s in load(write(folder, *(chat(*turns) for turns in records)), task, F)] == [answer]
+
+
+def test_earthdial_rows(folder):
+    row = {"image": "a.png", "question": " [refer] [hr_rgb_0.5] <image> \\n Give me the location of <ref>2 ships</ref>",
+           "gt_bbox": "[[10, 20, 30, 40, 0]][[-1, 50, 60, 101, 90]]", "task_type": "ref", "size_group": '"small"'}
+    sample, = load(write(folder, row), "det", 700)
+    assert sample.question == "Give me the location of 2 ships" and sample.size_group == "small"
+    assert sample.boxes == ((70, 140, 210, 280, 0), (0, 350, 420, 700, 90))
+    assert sample.answer == "[70,140,210,280],[35,315,385,700]"
+
+
+@pytest.mark.parametrize("above", ["", "2750/"])
+def test_class_folders(tmp_path, above):
+    for name in ("River", "AnnualCrop"):
+        for i in range(3):
+            (tmp_path / above / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64)).save(tmp_path / above / name / f"{name}_{i}.jpg")
+            (tmp_path / above / name / "notes.txt").write_text("no image")
+    samples = load(str(tmp_path), "cls", F)
+    assert [s.answer for s in samples] == ["AnnualCrop"] * 3 + ["River"] * 3
+    assert len({s.id for s in samples}) == 6 and "Classes: AnnualCrop, River." in samples[0].question
+
+
+def test_heldout_and_train_are_disjoint_by_image_and_together_everything(folder):
+    for i in range(60):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    source = write(folder, *(chat(question, "sea", image=f"{i}.png") for i in range(60) for question in ("Which?", "And now?")))
+    everything, train, heldout = (load(source, "cls", F, split=split) for split in ("all", "train", "heldout"))
+    assert len(everything) == 120 and 0 < len(heldout) < 30
+    assert sorted(s.id for s in train + heldout) == sorted(s.id for s in everything)
+    assert not {s.images for s in train} & {s.images for s in heldout}
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085"])
+def test_record_ends_at_a_newline_and_nowhere_else(folder, mark):
+    """str.splitlines also cuts at characters that JSON leaves bare inside a string."""
+    samples = load(write(folder, chat(f"Which{mark}class?", "sea"), chat("Which?", "sea")), "cls", F)
+    assert [s.answer for s in samples] == ["sea", "sea"] and samples[1].id.endswith("line 2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real files
+
+real = pytest.mark.skipif("EO_DATA" not in os.environ, reason="EO_DATA does not name the folder of real samples")
+
+
+@real
+def test_real_referring_boxes_lie_on_their_objects():
+    """NWPU VHR-10: boxes of the 0-100 grid, in the frame, against the same boxes in pixels (the grid is floored)."""
+    source = Path(os.environ["EO_DATA"]) / "nwpu_vhr10"
+    rows = [json.loads(line) for line in (source / "refer.jsonl").open()]
+    samples = load(str(source / "refer.jsonl"), "det", 448, images=str(source / "positive image set"))
+    assert len(samples) == len(rows) == 451
+    for sample, row in zip(samples, rows):
+        pixels = np.array(row["gt_xyxy_px"]) / ([row["width"], row["height"]] * 2) * 448
+        np.testing.assert_allclose(np.array(sample.boxes)[:, :4], pixels, atol=.012 * 448)
+        assert not re.search(r"[\[\]<>\\\n]|image|hr_rgb|refer", sample.question)
+        assert sample.size_group in ("small", "medium", "large")
+    assert load_images(samples[0])[0].size == (448, 448)
+
+
+@real
+def test_real_class_folders():
+    samples = load(str(Path(os.environ["EO_DATA"]) / "eurosat_rgb"), "cls", F)
+    assert len(samples) == 600 and len({s.answer for s in samples}) == 10
+    assert all(Path(s.images[0]).name.startswith(s.answer + "_") for s in samples)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that names the file, the record, what is wrong and what to do
+
+GOOD = chat("Where is the ship?", "[10, 10, 60, 40]")
+EARTHDIAL = {"image": "a.png", "question": "Where?", "gt_bbox": "[[10, 20, 30, 40, 0]]", "size_group": "small"}
+BAD_RECORDS = {  # what is wrong -> (second record, what the message has to say)
+    "image that is missing": (chat("Where?", "[1,2,3,4]", image="gone.png"), "gone.png.*--images"),
+    "second image that is missing": (chat("Where?", "[1,2,3,4]", image=["a.png", "gone.png"]), "gone.png.*--images"),
+    "image that is none": (chat("Where?", "[1,2,3,4]", image="data.jsonl"), "data.jsonl.*cannot be read"),
+    "image that is a folder": (chat("Where?", "[1,2,3,4]", image="sub"), "sub.*cannot be read"),
+    "image one pixel thin": (chat("Where?", "[1,2,3,4]", image="thin.png"), "thin.png.*200 x 1"),
+    "no image": ({"conversations": GOOD["conversations"]}, "image"),
+    "empty list of images": (chat("Where?", "[1,2,3,4]", image=[]), "image"),
+    "image that is a number": (chat("Where?", "[1,2,3,4]", image=5), "image"),
+    "list of images with a number": (chat("Where?", "[1,2,3,4]", image=[5]), "image"),
+    "fewer marks than images": (chat("<image>Where?", "[1,2,3,4]", image=["a.png", "b.png"]), "1 <image> marks.* 2 images"),
+    "more marks than images": (chat("<image><image>Where?", "[1,2,3,4]"), "2 <image> marks.* 1 image"),
+    "odd number of turns": (chat("Where?", "[1,2,3,4]", "And?"), "3 turns"),
+    "no turns": (chat(), "0 turns"),
+    "turns that are no list": ({"image": "a.png", "conversations": "Where?"}, "conversations"),
+    "turn without a text": ({"image": "a.png", "conversations": [{"value": "Where?"}, {"value": None}]}, "value"),
+    "answer without a box": (chat("Where?", "over there"), "over there.*box"),
+    "box of three numbers": (chat("Where?", "[1,2,3]"), "box"),
+    "box outside the image": (chat("Where?", "[10,10,60,60]"), r"\[10, 10, 60, 60\].*200 x 50"),
+    "box left of the image": (chat("Where?", "[-9,10,60,40]"), r"\[-9, 10, 60, 40\]"),
+    "box without area": (chat("Where?", "[10,10,10,40]"), r"10,10,10,40.*area"),
+    "one bad box among good ones": (chat("Where?", "[1,2,3,4],[10,10,60,60]"), r"\[10, 10, 60, 60\]"),
+    "malformed JSON": ('{"image": "a.png", ', "JSON"),
+    "number of 5000 digits": ('{"image": ' + "9" * 5000 + "}", "line 2"),
+    "brackets without end": ("[" * 50_000, "line 2"),
+    "record that is no object": ("7", "int"),
+    "record of an unknown format": ({"picture": "a.png"}, "picture"),
+    "EarthDial row without an image": ({k: v for k, v in EARTHDIAL.items() if k != "image"}, "image"),
+    "EarthDial boxes of four numbers": (EARTHDIAL | {"gt_bbox": "[[10, 20, 30, 40]]"}, "gt_bbox.*five"),
+    "EarthDial row without boxes": (EARTHDIAL | {"gt_bbox": ""}, "gt_bbox"),
+    "EarthDial question that is a number": (EARTHDIAL | {"question": 5}, "question"),
+}
+
+
+def refuse(message, *patterns):
+    """One line that says all of this."""
+    assert "\n" not in message and all(re.search(pattern, message) for pattern in patterns), message
+
+
+@pytest.mark.parametrize("wrong", BAD_RECORDS)
+def test_bad_record_is_named(folder, wrong):
+    record, says = BAD_RECORDS[wrong]
+    with pytest.raises(BadInput) as error:
+        load(write(folder, GOOD, record), "det", F)
+    refuse(str(error.value), "data.jsonl: line 2", says)
+
+
+def test_bad_record_of_an_array_is_named_by_its_place(folder):
+    with pytest.raises(BadInput) as error:
+        load(write(folder, GOOD, GOOD, chat("Where?", "there"), name="data.json"), "det", F)
+    refuse(str(error.value), "data.json: record 2", "there")
+
+
+def test_malformed_array_is_named_by_its_line(folder):
+    with pytest.raises(BadInput) as error:
+        load(write(folder, GOOD, '{"image": }', name="data.json"), "det", F)
+    refuse(str(error.value), "data.json: line 2", "JSON")
+
+
+def test_bad_turn_of_a_record_is_named(folder):
+    with pytest.raises(BadInput) as error:
+        load(write(folder, chat("Where?", "[1,2,3,4]", "And?", "there")), "det", F)
+    refuse(str(error.value), "data.jsonl: line 1, turn 1", "there")
+
+
+def test_label_must_say_something(folder):
+    with pytest.raises(BadInput) as error:
+        load(write(folder, chat("Which class?", "sea"), chat("Which class?", "<think>?</think><answer> </answer>")), "cls", F)
+    refuse(str(error.value), "data.jsonl: line 2")
+
+
+@pytest.mark.parametrize("suffix, keep", [("jpg", .5), ("png", .5), ("jpg", 0), ("png", .02)])
+def test_image_cut_off_is_named_with_its_record(folder, suffix, keep):
+    """A header that reads well does not mean that the pixels do."""
+    noise = np.random.default_rng(0).integers(0, 255, (*SIZE[::-1], 3), np.uint8)
+    Image.fromarray(noise).save(folder / f"cut.{suffix}")
+    file = (folder / f"cut.{suffix}")
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(BadInput) as error:
+        load_images(load(write(folder, GOOD, chat("Where?", "[1,2,3,4]", image=file.name)), "det", F)[1])
+    refuse(str(error.value), "data.jsonl: line 2", file.name, "cannot be read")
+
+
+def test_image_too_large_for_pillow_is_named(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] // 3)  # beyond twice this PIL takes it for an attack
+    with pytest.raises(BadInput) as error:
+        load_images(load(write(folder, GOOD), "det", F)[0])
+    refuse(str(error.value), "data.jsonl: line 1", "a.png")
+
+
+def test_bad_image_in_a_class_folder_is_named(tmp_path):
+    (tmp_path / "sea").mkdir()
+    (tmp_path / "forest").mkdir()
+    (tmp_path / "sea" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(BadInput) as error:
+        load(str(tmp_path), "cls", F)
+    refuse(str(error.value), "sea/1.jpg", "cannot be read")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_empty_file_is_refused(folder, content):
+    with pytest.raises(BadInput) as error:
+        load(write(folder, content), "det", F)
+    refuse(str(error.value), "data.jsonl: no samples of task det")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe[", b"\x89PNG\r\n\x1a\n\xff"])
+def test_binary_file_is_refused(folder, content):
+    (folder / "data.jsonl").write_bytes(content)
+    with pytest.raises(BadInput) as error:
+        load(str(folder / "data.jsonl"), "det", F)
+    refuse(str(error.value), "data.jsonl", "UTF-8")
+
+
+@pytest.mark.parametrize("source, task, frame, says", [
+    ("synthetic", "ship", F, "'ship'.*cls, det"), ("synthetic", "", F, "''"),
+    ("synthetic", "det", 100, "--image-size 100.*28"), ("synthetic", "det", 0, "--image-size 0"),
+    ("synthetic", "det", -28, "-28"), ("nowhere.json", "det", F, "--data nowhere.json"),
+    (".", "det", F, "class folders.* det"), ("empty", "cls", F, "empty.*no samples"),
+])
+def test_bad_flag_is_named(tmp_path, monkeypatch, source, task, frame, says):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as error:
+        load(source, task, frame)
+    refuse(str(error.value), says)

@@ -1,0 +1,310 @@
+"""grpo.py against the papers, written once more in NumPy with plain loops over sequences and tokens."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import grpo
+import model as qwen
+
+B, G, C, C_MAX = 4, 3, 6, 10
+CLIP = dict(clip_low=0.2, clip_high=0.28)
+
+
+def case(spread=0.6, seed=0):
+    """Log-probs of three models (policy with gradient), advantages, and a mask of different lengths, one of them 0."""
+    rng = np.random.default_rng(seed)
+    old = rng.normal(-2, 1, (B, G, C))
+    logprobs, reference = old + rng.normal(0, spread, old.shape), old + rng.normal(0, spread, old.shape)
+    lengths = rng.integers(1, C + 1, (B, G))
+    lengths[1, 2] = 0  # a truncated completion, left out of the loss
+    mask = torch.from_numpy(np.arange(C) < lengths[:, :, None])
+    logprobs, old, reference, advantage = map(torch.from_numpy, (logprobs, old, reference, rng.normal(0, 1, (B, G))))
+    return logprobs.requires_grad_(), old, reference, advantage, mask
+
+
+def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_high, beta):
+    """The objective of each paper, negated: sequence by sequence, token by token."""
+    logprobs, old, reference, advantage, mask = (x.detach().numpy() for x in (logprobs, old, reference, advantage, mask))
+    sequences = [i for i in np.ndindex(mask.shape[:2]) if mask[i].any()]
+    tokens, total = int(mask.sum()), 0.0
+    for i in sequences:
+        length, objective = int(mask[i].sum()), 0.0
+        ratios = [math.exp(logprobs[i][t] - old[i][t]) for t in range(length)]
+        if loss == "gspo":  # (pi / pi_old)^(1 / |o|) for every token
+            ratios = [math.prod(ratios) ** (1 / length)] * length
+        for t in range(length):
+            to_reference = math.exp(reference[i][t] - logprobs[i][t])
+            clipped = min(max(ratios[t], 1 - clip_low), 1 + clip_high)
+            objective += min(ratios[t] * advantage[i], clipped * advantage[i])
+            objective -= beta * (to_reference - math.log(to_reference) - 1)
+        total += objective / {"grpo": len(sequences) * length, "gspo": len(sequences) * length,
+                              "dapo": tokens, "dr_grpo": len(sequences) * C_MAX}[loss]
+    return -total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+def test_advantages_are_relative_to_the_group():
+    """With the unbiased std, as TRL; the biased one would make them 7 % larger at G = 8."""
+    rewards = np.random.default_rng(0).random((5, 8))
+    centred = rewards - rewards.mean(1, keepdims=True)
+    expected = centred / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards)), expected, rtol=1e-12)
+    np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards), divide_by_std=False), centred, rtol=1e-12)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 1.1, 1 / 3])
+@pytest.mark.parametrize("size", [2, 7, 16])
+def test_equal_rewards_have_no_advantage(reward, size):
+    rewards = torch.full((1, size), reward)
+    for divide in (True, False):
+        assert grpo.advantages(rewards, divide).abs().max() < 1e-2  # 0 but for rounding; the group is masked anyway
+    assert not grpo.learning_groups(rewards).any()
+
+
+def test_learning_groups_are_those_whose_rewards_differ():
+    rewards = torch.tensor([[0, 0, 0], [0, 0, 0.01], [2, 2, 2], [0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
+    assert grpo.learning_groups(rewards).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_group_of_equal_rewards_gets_no_gradient_not_even_from_the_kl(loss):
+    """In peers the KL penalty of such groups still pulls the policy back to the reference."""
+    logprobs, old, reference, _, mask = case()
+    rewards = torch.rand(B, G)
+    rewards[2] = 0.7
+    mask = mask & grpo.learning_groups(rewards)[:, None, None]
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    total, sums = grpo.policy_loss(logprobs, old, reference, grpo.advantages(rewards), mask, weights, loss=loss, beta=1.0, **CLIP)
+    total.backward()
+    assert not logprobs.grad[2].any() and logprobs.grad[[0, 1, 3]].any()
+    assert sums["kl"] == grpo.kl_k3(logprobs, reference)[mask].sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_loss_equals_the_paper(loss, beta):
+    clipped = 0
+    for seed in range(5):
+        logprobs, old, reference, advantage, mask = case(seed=seed)
+        expected = paper_loss(logprobs, old, reference, advantage, mask, loss, beta=beta, **CLIP)
+        weights = grpo.token_weights(mask, loss, C_MAX)
+        reference = reference if beta else None
+        ours, sums = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=beta, **CLIP)
+        assert ours.item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+        clipped += sums["clipped"]
+    assert clipped > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_gradient_equals_differences_of_the_paper(loss, beta):
+    logprobs, old, reference, advantage, mask = case()
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=beta, **CLIP)[0].backward()
+    numeric = torch.zeros_like(logprobs)
+    for i in np.ndindex(B, G, C):
+        for step in (1e-6, -1e-6):
+            moved = logprobs.detach().clone()
+            moved[i] += step
+            numeric[i] += paper_loss(moved, old, reference, advantage, mask, loss, beta=beta, **CLIP) / (2 * step)
+    torch.testing.assert_close(logprobs.grad, numeric.detach(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_on_policy_gradient_is_that_of_the_weighted_advantages(loss):
+    """old = logprobs: the ratio is 1, its gradient is not 0, and nothing is clipped."""
+    logprobs, _, _, advantage, mask = case()
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    total, sums = grpo.policy_loss(logprobs, logprobs.detach(), None, advantage, mask, weights, loss=loss, beta=0.0, **CLIP)
+    total.backward()
+    torch.testing.assert_close(logprobs.grad, -advantage[:, :, None] * weights)
+    assert sums["clipped"] == 0
+
+
+@pytest.mark.parametrize("advantage, ratio, clipped", [
+    (1, 1.27, False), (1, 1.29, True), (1, 0.5, False), (-1, 0.81, False), (-1, 0.79, True), (-1, 1.5, False)])
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_clip_stops_steps_further_in_the_advantages_direction_only(loss, advantage, ratio, clipped):
+    """Above at 1.28 where the advantage is positive, below at 0.8 where it is negative; a way back always has gradient."""
+    logprobs = torch.full((1, 1, 2), math.log(ratio), requires_grad=True)
+    mask = torch.ones(1, 1, 2, dtype=torch.bool)
+    total, sums = grpo.policy_loss(logprobs, torch.zeros(1, 1, 2), None, torch.tensor([[float(advantage)]]), mask,
+                                   grpo.token_weights(mask, loss, 2), loss=loss, beta=0.0, clip_low=0.2, clip_high=0.28)
+    total.backward()
+    bound = (1.28 if advantage > 0 else 0.8) if clipped else ratio
+    assert total.item() == pytest.approx(-advantage * bound)
+    assert sums["clipped"] == 2 * clipped and (logprobs.grad == 0).all() == clipped
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e30])
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_padding_does_not_poison_the_loss(loss, bad):
+    """0 * inf is NaN: one padded token would end the run."""
+    logprobs, old, reference, advantage, mask = case()
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    run = lambda *inputs: grpo.policy_loss(*inputs, advantage, mask, weights, loss=loss, beta=0.3, **CLIP)
+    clean, _ = run(logprobs, old, reference)
+    clean.backward()
+    for place in range(3):
+        inputs = [x.detach().masked_fill(~mask, bad if i == place else 0.0) for i, x in enumerate((logprobs, old, reference))]
+        total, sums = run(inputs[0].requires_grad_(), *inputs[1:])
+        total.backward()
+        torch.testing.assert_close(total, clean)
+        torch.testing.assert_close(inputs[0].grad, logprobs.grad)
+        assert sums["kl"].isfinite()
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("ratio", [1000.0, -1000.0])
+def test_stray_tokens_keep_the_loss_finite(loss, ratio):
+    logprobs, old, reference, advantage, mask = case()
+    with torch.no_grad():
+        logprobs[0, 0, 0] = old[0, 0, 0] + ratio
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    total, _ = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=0.3, **CLIP)
+    total.backward()
+    assert total.isfinite() and logprobs.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# KL
+
+def test_kl_is_k3_never_negative_and_zero_at_equality():
+    logprobs, _, reference, *_ = case(spread=2.0)
+    kl, ratio = grpo.kl_k3(logprobs, reference), (reference - logprobs).exp()
+    torch.testing.assert_close(kl, ratio - ratio.log() - 1)
+    assert (kl >= 0).all() and not grpo.kl_k3(reference, reference).any()
+
+
+@pytest.mark.parametrize("log_ratio", [1000.0, -1000.0])
+def test_kl_of_far_models_has_finite_value_and_gradient(log_ratio):
+    """A clamp after the exp gives a finite value and still a NaN gradient."""
+    logprobs = torch.zeros(3, requires_grad=True)
+    kl = grpo.kl_k3(logprobs, logprobs.detach() + log_ratio)
+    kl.sum().backward()
+    assert kl.isfinite().all() and (kl > 1).all() and logprobs.grad.isfinite().all()
+
+
+def test_kl_estimates_the_true_kl():
+    """Its mean over samples of the policy is KL[policy || reference]; with the ratio upside down it would be another."""
+    policy, reference = (torch.randn(10, generator=torch.Generator().manual_seed(s)).mul(0.7).log_softmax(0) for s in (0, 1))
+    torch.testing.assert_close((policy.exp() * grpo.kl_k3(policy, reference)).sum(), (policy.exp() * (policy - reference)).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights and micro-batches
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
+def test_weights_of_a_step_sum_to_one(loss):
+    mask = case()[-1]
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    assert weights.sum().item() == pytest.approx(1) and not weights[~mask].any()
+
+
+def test_dr_grpo_weighs_a_token_alike_in_long_and_short_completions():
+    mask = case()[-1]
+    weights = grpo.token_weights(mask, "dr_grpo", C_MAX)
+    assert weights[mask].unique().tolist() == pytest.approx([1 / ((B * G - 1) * C_MAX)])  # one completion is left out
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_nothing_to_learn_is_zero_not_nan(loss):
+    logprobs, old, reference, advantage, mask = case()
+    mask = torch.zeros_like(mask)
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    total, _ = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=0.3, **CLIP)
+    total.backward()
+    assert total == 0 and not logprobs.grad.any()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_micro_batches_change_neither_loss_nor_gradient(loss, size):
+    """Normalised per micro-batch, as trainers did for years, the tokens of short completions would weigh more."""
+    logprobs, old, reference, advantage, mask = case()
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    inputs = logprobs, old, reference, advantage, mask, weights
+    parts = [grpo.policy_loss(*(x[i : i + size] for x in inputs), loss=loss, beta=0.3, **CLIP) for i in range(0, B, size)]
+    total = sum(part for part, _ in parts)
+    total.backward()
+    gradient, logprobs.grad = logprobs.grad, None
+    whole, sums = grpo.policy_loss(*inputs, loss=loss, beta=0.3, **CLIP)
+    whole.backward()
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(gradient, logprobs.grad)
+    for name in sums:
+        torch.testing.assert_close(sum(part[name] for _, part in parts), sums[name])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training step on the tiny model
+
+@pytest.fixture(scope="module")
+def step(tiny):
+    """(policy, reference, prompts, rollout, advantages): one step's rollout, on the CPU, some completions cut off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        torch.manual_seed(0)
+        policy, processor = copy.deepcopy(tiny[0]).cpu(), tiny[1]
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        with torch.no_grad():
+            policy.model.language_model.norm.weight += 0.1 * torch.randn(128)
+        images = np.random.default_rng(0).integers(0, 256, (B, 56, 56, 3), dtype=np.uint8)
+        prompts = [qwen.encode(processor, "ship " * n + "<|vision_start|><|image_pad|><|vision_end|>", [Image.fromarray(image)])
+                   for n, image in enumerate(images)]
+        stops = torch.tensor(qwen.stop_ids(processor))
+        with policy.lm_head.register_forward_hook(lambda _, x, y: y.index_add(-1, stops, torch.full((len(y), 2), 3.5))):
+            rollout = qwen.rollout(policy, processor, qwen.collate(prompts), C, torch.rand(B * G, C), G)
+        assert 0 < rollout.stopped.sum() < B * G and not rollout.mask.all()
+        yield policy, reference, prompts, rollout, torch.randn(B, G)
+
+
+def gradient(step, size, loss, mask=None, tokens=None, advantages=None):
+    """The update of train_grpo.py with `size` groups a micro-batch -> gradient of every parameter."""
+    policy, reference, prompts, rollout, advantage = step
+    mask = rollout.mask if mask is None else mask
+    tokens = rollout.tokens if tokens is None else tokens
+    advantage = advantage if advantages is None else advantages
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    for i in range(0, B, size):
+        part = slice(i, i + size)
+        inputs = qwen.collate(prompts[part]), tokens[part], mask[part]
+        logprobs = qwen.token_logprobs(policy, *inputs)
+        with torch.no_grad():
+            ref = qwen.token_logprobs(reference, *inputs)
+        inputs = logprobs, logprobs.detach(), ref, advantage[part], mask[part], weights[part]
+        grpo.policy_loss(*inputs, loss=loss, beta=0.3, **CLIP)[0].backward()
+    grads = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_accumulation_changes_no_parameter_gradient(step, loss):
+    """One group at a time, or padded beside three others in one forward pass."""
+    single, together = gradient(step, 1, loss), gradient(step, B, loss)
+    for name, expected in together.items():
+        torch.testing.assert_close(single[name], expected, rtol=0, atol=1e-5 * max(1e-3, expected.abs().max().item()), msg=name)
+    assert max(g.abs().max() for g in together.values()) > 1e-2
+
+
+def test_masked_truncated_completions_give_no_gradient(step):
+    """Whatever they say and however they are rewarded."""
+    _, _, _, rollout, advantage = step
+    cut = ~rollout.stopped
+    mask = rollout.mask & rollout.stopped[:, :, None]
+    other = torch.where(cut[:, :, None], rollout.tokens.flip(2), rollout.tokens)
+    expected = gradient(step, 1, "grpo", mask)
+    for name, grad in gradient(step, 1, "grpo", mask, other, torch.where(cut, 100.0, advantage)).items():
+        assert torch.equal(grad, expected[name]), name
+    assert any(not torch.equal(grad, expected[name]) for name, grad in gradient(step, 1, "grpo").items())

@@ -1,0 +1,500 @@
+"""model.py against transformers' own model: what is computed once for a group must equal separate, ordinary rows."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import chisquare
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import model as qwen
+from data import BadInput
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+PROMPTS = {  # name -> text, (width, height) of its images
+    "one image": (f"<|im_start|>user\n{IMAGE}Find all ships.<|im_end|>\n<|im_start|>assistant\n", [(112, 112)]),
+    "two images": (f"before {IMAGE} after {IMAGE} what has appeared between the two images?", [(112, 112), (56, 84)]),
+    "wide": (f"{IMAGE} name the class", [(224, 140)]),  # more than one window of the vision tower
+    "tall": (f"scene: {IMAGE} name the class of it", [(28, 168)]),
+    "image first": ("<|image_pad|> which class?", [(84, 56)]),
+    "image last": ("which class is <|image_pad|>", [(140, 56)]),
+}
+MIXED = ("one image", "two images", "wide", "image last")
+
+
+def encode(processor, name):
+    """One of PROMPTS, with noise for images."""
+    text, sizes = PROMPTS[name]
+    rng = np.random.default_rng(0)
+    return qwen.encode(processor, text, [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes])
+
+
+def vision_ids(processor):
+    return processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+
+
+def random_tokens(processor, *shape):
+    allowed = np.setdiff1d(np.arange(len(processor.tokenizer)), vision_ids(processor))
+    return torch.from_numpy(np.random.default_rng(1).choice(allowed, shape))
+
+
+def gradients(model):
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def assert_same_gradients(ours, expected, tolerance=5e-5):
+    """Of every parameter, relative to its largest gradient."""
+    assert ours.keys() == expected.keys()
+    for name, grad in expected.items():
+        atol = tolerance * grad.abs().max().item()
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny):
+    """(model, processor): every bias and norm random too, and predictions far from uniform, so that an error shows."""
+    model, generator = copy.deepcopy(tiny[0]).cpu().eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn(p.shape, generator=generator)
+        model.model.language_model.norm.weight *= 2
+    return model, tiny[1]
+
+
+@pytest.fixture(scope="module")
+def folder(sharp, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    qwen.save(*sharp, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """The same weights in transformers without anything of this project."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+
+
+def plain_inputs(prompt, tokens, processor):
+    """One prompt and its (N, k) completions as N ordinary rows."""
+    N, ids = len(tokens), torch.cat([prompt.ids.expand(len(tokens), -1), tokens], 1)
+    image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == image).int(),
+                pixel_values=prompt.pixels.repeat(N, 1), image_grid_thw=prompt.grids.repeat(N, 1))
+
+
+def plain_dist(plain, processor, prompt, tokens, temperature=1.0):
+    """(N, k, V) log-probs of the distributions that the (N, k) tokens were drawn from."""
+    logits = plain(**plain_inputs(prompt, tokens, processor)).logits[:, prompt.ids.shape[1] - 1 : -1] / temperature
+    return logits.index_fill(2, torch.tensor(vision_ids(processor)), -math.inf).log_softmax(2)
+
+
+def plain_logprobs(plain, processor, prompt, tokens, temperature=1.0):
+    return plain_dist(plain, processor, prompt, tokens, temperature).gather(2, tokens[:, :, None]).squeeze(2)
+
+
+def likelier(model, tokens, by):
+    """A hook that adds `by` to the logits of some tokens; `with` removes it."""
+    def add(_, inputs, logits):
+        return logits.index_add(-1, torch.tensor(tokens), torch.full((*logits.shape[:-1], len(tokens)), by))
+    return model.lm_head.register_forward_hook(add)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_positions_equal_get_rope_index(sharp, plain, name):
+    """Without mm_token_type_ids transformers falls back to one-dimensional positions, silently."""
+    prompt = encode(sharp[1], name)
+    inputs = plain_inputs(prompt, prompt.ids[:, :0], sharp[1])
+    expected, delta = plain.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"])
+    assert torch.equal(prompt.positions, expected)
+    assert qwen.last_positions(prompt).item() + 1 == prompt.ids.shape[1] + delta.item()  # where the completion goes on
+
+
+def test_every_image_token_has_its_pixels(sharp):
+    prompt = encode(sharp[1], "two images")
+    image = sharp[1].tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert (prompt.ids == image).sum() == 4 * 4 + 2 * 3
+    assert prompt.grids.tolist() == [[1, 8, 8], [1, 6, 4]] and len(prompt.pixels) == 8 * 8 + 6 * 4
+
+
+def test_blank_image_changes_the_logprobs_of_policy_and_reference(sharp):
+    """A peer's reference saw no image at all, and nothing complained."""
+    model, processor = sharp
+    prompt, tokens = encode(processor, "one image"), random_tokens(processor, 1, 2, 6)
+    blank = prompt._replace(pixels=torch.zeros_like(prompt.pixels))
+    for one in (model, copy.deepcopy(model).requires_grad_(False)):
+        seen, unseen = (qwen.token_logprobs(one, p, tokens, torch.ones_like(tokens, dtype=torch.bool)) for p in (prompt, blank))
+        assert (seen - unseen).abs().max() > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs of a group
+
+@pytest.mark.parametrize("names", [("one image",), ("two images",), ("image last",), MIXED], ids="+".join)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_group_equals_separate_rows(sharp, plain, names, temperature):
+    """One row [prompt | c1 | .. | cG], or G rows of transformers: the same log-probs and gradients, vision tower included."""
+    (model, processor), G, C = sharp, 3, 7
+    prompts = [encode(processor, name) for name in names]
+    tokens = random_tokens(processor, len(names), G, C)
+    lengths = torch.randint(1, C + 1, (len(names), G))
+    lengths[0] = torch.tensor([C, 0, 2])  # 0: a completion without any token to score
+    mask = torch.arange(C) < lengths[:, :, None]
+    weights = torch.randn(mask.shape)
+
+    ours = qwen.token_logprobs(model, qwen.collate(prompts), tokens, mask, temperature)
+    rows = torch.zeros_like(ours)
+    for b, g in (lengths > 0).nonzero().tolist():
+        k = lengths[b, g]
+        rows[b, g, :k] = plain_logprobs(plain, processor, prompts[b], tokens[b, g, None, :k], temperature)
+    assert rows[mask].std() > 0.3  # far from uniform: a wrong position or mask would show
+    torch.testing.assert_close(ours, rows, rtol=0, atol=1e-5 / temperature)
+
+    (ours * weights).sum().backward()
+    (rows * weights).sum().backward()
+    ours = gradients(model)
+    assert ours.keys() == dict(model.named_parameters()).keys()
+    assert_same_gradients(ours, gradients(plain))
+
+
+def test_chunk_changes_neither_logprobs_nor_gradients(sharp):
+    model, processor = sharp
+    prompt, tokens = encode(processor, "one image"), random_tokens(processor, 1, 3, 7)
+    results = []
+    for chunk in (1024, 1, 4):
+        logprobs = qwen.token_logprobs(model, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), chunk=chunk)
+        logprobs.square().sum().backward()
+        results.append((logprobs.detach(), gradients(model)))
+        torch.testing.assert_close(results[-1][0], results[0][0], rtol=1e-5, atol=1e-5)
+        assert_same_gradients(results[-1][1], results[0][1])
+
+
+def test_no_logits_of_all_tokens_exist(sharp):
+    """G x C x 151,936 float32 logits fill a GPU: none are kept for the backward pass, they are made a chunk at a time."""
+    (model, processor), chunk, saved, rows = sharp, 5, [], []
+    V = model.get_input_embeddings().num_embeddings
+    prompt, tokens = encode(processor, "one image"), random_tokens(processor, 1, 3, 7)
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        saved.extend([tuple(tensor.shape)] if tensor.data_ptr() not in weights else [])
+        return tensor
+    hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: rows.append(logits.shape[0]))
+    with hook, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        qwen.token_logprobs(model, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), chunk=chunk).sum().backward()
+        assert saved and not any(V in shape for shape in saved)
+        assert max(rows) == chunk and sum(rows) == 2 * tokens.numel()  # once forward, once more backward
+        model.lm_head(torch.ones(21, 128)).log_softmax(1)
+        assert any(V in shape for shape in saved)  # the check does see logits that are kept
+    model.zero_grad()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_prefill_and_decode_equal_the_whole_forward(sharp, plain, temperature):
+    """The distributions that were sampled are those of one plain forward over prompt and completion, token by token."""
+    (model, processor), G, C = sharp, 3, 10
+    prompts = [encode(processor, name) for name in MIXED]
+    result = qwen.rollout(model, processor, qwen.collate(prompts), C, torch.rand(len(prompts) * G, C), G, temperature)
+    for b, prompt in enumerate(prompts):
+        for g in range(G):
+            k = int(result.mask[b, g].sum())
+            tokens = result.tokens[b, g, None, :k]
+            with torch.no_grad():
+                dist = plain_dist(plain, processor, prompt, tokens, temperature)[0]
+            torch.testing.assert_close(result.logprobs[b, g, :k], dist.gather(1, tokens[0, :, None])[:, 0], rtol=0, atol=2e-5)
+            torch.testing.assert_close(result.entropy[b, g, :k], torch.special.entr(dist.exp()).sum(1), rtol=0, atol=2e-5)
+
+
+def test_greedy_equals_transformers_generate(sharp, plain):
+    (model, processor), C = sharp, 20
+    prompts = [encode(processor, name) for name in PROMPTS if name != "image last"]  # generate takes what follows for image
+    ours = qwen.rollout(model, processor, qwen.collate(prompts), C, None)
+    for b, prompt in enumerate(prompts):
+        out = plain.generate(**plain_inputs(prompt, prompt.ids[:, :0], processor), do_sample=False, max_new_tokens=C,
+                             suppress_tokens=vision_ids(processor), eos_token_id=qwen.stop_ids(processor), pad_token_id=0)
+        assert ours.tokens[b, 0][ours.mask[b, 0]].tolist() == out[0, prompt.ids.shape[1]:].tolist()
+    assert len({tuple(row) for row in ours.tokens[:, 0].tolist()}) == len(prompts)  # not one answer to all of them
+
+
+def assert_frequencies(tokens, probabilities):
+    """Chi-square of drawn tokens against a distribution; tokens expected less than ten times share one bin."""
+    counts, expected = np.bincount(tokens, minlength=len(probabilities)), len(tokens) * probabilities
+    rare = expected < 10
+    assert not counts[probabilities == 0].any()
+    merge = lambda x: np.append(x[~rare], x[rare].sum())
+    assert (~rare).sum() > 10
+    assert chisquare(merge(counts), merge(expected)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sample_follows_the_softmax(temperature):
+    logits = torch.randn(200) * 2
+    logits[[0, 7, 199]] = -math.inf
+    dist = (logits / temperature).log_softmax(0)
+    tokens = qwen.sample(dist.expand(20_000, -1), qwen.noise((0,), range(20_000), 1, 1)[:, 0].cpu())
+    assert_frequencies(tokens.numpy(), dist.double().softmax(0).numpy())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_follows_the_softmax(sharp, plain, temperature):
+    """Hub configs of Qwen2.5-VL (temperature 1e-6, top_k 1) make `sampling` greedy; and a sampled image token has no image."""
+    model, processor = sharp
+    prompt = encode(processor, "one image")
+    tokens = np.concatenate([qwen.rollout(model, processor, prompt, 1, qwen.noise((seed,), [0], 2000, 1), 2000, temperature)
+                             .tokens.flatten().numpy() for seed in range(10)])
+    with torch.no_grad():
+        dist = plain_dist(plain, processor, prompt, prompt.ids[:, :1], temperature)[0, 0]
+    probabilities = dist.double().softmax(0).numpy()
+    assert not probabilities[vision_ids(processor)].any()
+    assert_frequencies(tokens, probabilities)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24])
+def test_impossible_tokens_are_never_drawn(number):
+    """The smallest and the largest uniform number must not fall on a banned token at either end of the vocabulary, nor
+    beyond it where the probabilities add up to a little less than 1."""
+    dist = torch.full((1, 150_000), -math.inf)
+    dist[0, 10:-10] = -math.log(dist.shape[1] - 20) - 1e-5
+    assert 10 <= qwen.sample(dist, torch.tensor([number])).item() < 149_990
+
+
+def test_vision_tokens_are_banned_where_the_model_wants_them(sharp):
+    model, processor = sharp
+    prompt = encode(processor, "one image")
+    with likelier(model, vision_ids(processor), 100.0):
+        result = qwen.rollout(model, processor, prompt, 6, torch.rand(4, 6), 4)
+        assert not torch.isin(result.tokens, torch.tensor(vision_ids(processor))).any()
+        scored = qwen.token_logprobs(model, prompt, result.tokens, result.mask)
+    torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
+
+
+def test_completions_depend_on_their_own_noise_only(sharp):
+    """Same seed, same completions: alone or beside other prompts, whatever the size of the group."""
+    (model, processor), G, C = sharp, 4, 8
+    prompts = [encode(processor, name) for name in MIXED]
+    together = qwen.rollout(model, processor, qwen.collate(prompts), C, qwen.noise((3, 1), range(4), G, C), G)
+    for b, prompt in enumerate(prompts):
+        assert len(together.tokens[b].unique(dim=0)) == G  # the rows of a group differ
+        alone = qwen.rollout(model, processor, prompt, C, qwen.noise((3, 1), [b], 2, C), 2)
+        k = alone.tokens.shape[2]
+        assert torch.equal(alone.tokens[0], together.tokens[b, :2, :k])
+    other = qwen.rollout(model, processor, qwen.collate(prompts), C, qwen.noise((4, 1), range(4), G, C), G)
+    assert not torch.equal(other.tokens, together.tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_equal_scored_ones(sharp, temperature):
+    """A peer samples at 0.9 and scores at 1: its ratio is never 1."""
+    (model, processor), G, C = sharp, 4, 12
+    prompts = qwen.collate([encode(processor, name) for name in MIXED])
+    with likelier(model, qwen.stop_ids(processor), 3.0):
+        result = qwen.rollout(model, processor, prompts, C, torch.rand(len(MIXED) * G, C), G, temperature)
+        scored = qwen.token_logprobs(model, prompts, result.tokens, result.mask, temperature)
+    assert not result.mask.all()
+    torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
+def test_every_stop_token_stops_and_counts(sharp, stop):
+    """Qwen ends a turn with either. Masked out of the loss, the stop would get no gradient and length not be learned."""
+    (model, processor), G, C = sharp, 64, 8
+    stop = processor.tokenizer.convert_tokens_to_ids(stop)
+    with likelier(model, [stop], 4.0):
+        result = qwen.rollout(model, processor, encode(processor, "one image"), C, torch.rand(G, C), G)
+    assert 0 < result.stopped.sum() < G
+    for row, mask, logprobs, stopped in zip(result.tokens[0], result.mask[0], result.logprobs[0], result.stopped[0]):
+        places = torch.isin(row, torch.tensor(qwen.stop_ids(processor))).nonzero().flatten().tolist()
+        length = places[0] + 1 if stopped else C
+        assert bool(places) == bool(stopped)
+        assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # the first stop, nothing after it
+        assert (logprobs[:length] < 0).all() and not logprobs[length:].any()
+
+
+@pytest.mark.parametrize("by, stopped", [(100.0, True), (-100.0, False)])
+def test_a_stop_at_the_last_place_is_not_cut_off(sharp, by, stopped):
+    model, processor = sharp
+    with likelier(model, qwen.stop_ids(processor), by):
+        result = qwen.rollout(model, processor, encode(processor, "one image"), 1, torch.rand(3, 1), 3)
+    assert result.stopped.tolist() == [[stopped] * 3] and result.mask.all()
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+def test_rollout_is_right_in_training_with_gradient_checkpointing(sharp):
+    """model.train() with checkpointing corrupts transformers' generate from the second token on."""
+    (model, processor), C = sharp, 8
+    training, noise = copy.deepcopy(model), torch.rand(2, C)
+    training.gradient_checkpointing_enable()
+    training.train()
+    prompt, modes = encode(processor, "one image"), set()
+    training.lm_head.register_forward_hook(lambda *_: modes.add(training.training))
+    expected, result = (qwen.rollout(m, processor, prompt, C, noise, 2) for m in (model, training))
+    assert torch.equal(result.tokens, expected.tokens)
+    torch.testing.assert_close(result.logprobs, expected.logprobs)
+    assert modes == {False} and training.training and not model.training
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+def test_gradient_checkpointing_changes_no_gradient(sharp):
+    model, processor = sharp
+    training = copy.deepcopy(model).train()
+    training.gradient_checkpointing_enable()
+    prompt, tokens = encode(processor, "two images"), random_tokens(processor, 1, 2, 5)
+    for m in (model, training):
+        qwen.token_logprobs(m, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool)).sum().backward()
+    assert_same_gradients(gradients(training), gradients(model))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+def test_texts_lose_the_stop_token_only(sharp):
+    """The format reward must see every other special token; what follows the stop is padding."""
+    processor, to_ids = sharp[1], sharp[1].tokenizer.encode
+    texts = ["<think>a ship</think>\n<answer>[1,2,30,4]</answer>", "<|im_start|> twice <think>", ""]
+    rows = [to_ids(texts[0] + "<|im_end|>"), to_ids(texts[1]), to_ids(texts[2] + "<|endoftext|>")]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [to_ids("x")[0]] * (width - len(row)) for row in rows])[None]
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    nothing = torch.zeros(tokens.shape)
+    assert qwen.decode(processor, qwen.Rollout(tokens, mask[None], nothing, nothing, nothing)) == [texts]
+
+
+@pytest.mark.parametrize("text", [
+    "<think>Two ships.</think>\n<answer>[12,345,6789,0],[1,2,3,4]</answer>", "ÄÖß naïve — “quotes” …", "船が二隻、右下に。",
+    "🛰️🌍👩‍🚀 e\u0301", "line\n\n  two\ttabs\r\n ", " leading , spaces . don 't", "0" * 50, "\u0000\u200b\ufeff\U0010ffff", "",
+    "".join(chr(c) for c in np.random.default_rng(0).integers(1, 0xd7ff, 500))], ids=range(10))
+def test_tokenizer_gives_every_text_back(sharp, text):
+    tokenizer = sharp[1].tokenizer
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+def test_tags_and_stops_are_single_tokens(sharp):
+    for token in ("<think>", "</think>", "<answer>", "</answer>", "<|im_end|>", "<|endoftext|>"):
+        assert len(sharp[1].tokenizer.encode(token)) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Load and save
+
+def test_saved_model_gives_the_same_logprobs_here_and_in_transformers(sharp, plain, folder):
+    (model, processor), (loaded, loaded_processor) = sharp, qwen.load(str(folder))
+    assert list(folder.parent.iterdir()) == [folder]  # no partial folder is left
+    prompt, tokens = encode(loaded_processor, "two images"), random_tokens(processor, 1, 2, 5)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        ours = qwen.token_logprobs(loaded, prompt, tokens, mask)
+        assert torch.equal(ours, qwen.token_logprobs(model, encode(processor, "two images"), tokens, mask))
+        torch.testing.assert_close(ours[0], plain_logprobs(plain, processor, prompt, tokens[0]), rtol=0, atol=2e-5)
+
+
+def test_saved_tokenizer_and_image_processor_work_in_transformers(sharp, folder):
+    """The saved image processor must not resize a frame once more: boxes and pixels would part."""
+    tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    text = PROMPTS["one image"][0] + "<think>7 ships</think>"
+    assert tokenizer.encode(text) == sharp[1].tokenizer.encode(text)
+    frame = Image.effect_noise((112, 112), 80).convert("RGB")
+    out, ours = images(images=[frame], return_tensors="pt"), qwen.encode(sharp[1], IMAGE, [frame])
+    assert out["image_grid_thw"].tolist() == ours.grids.tolist() == [[1, 8, 8]]
+    torch.testing.assert_close(out["pixel_values"], ours.pixels, rtol=0, atol=1e-5)
+
+
+def test_frame_survives_save_and_load(sharp, tmp_path):
+    name = str(tmp_path / "m")
+    qwen.save(*sharp, tmp_path / "m")
+    assert qwen.load(name)[1].frame == sharp[1].frame == 112
+    qwen.save(*qwen.load(name, 140), tmp_path / "m")
+    assert qwen.load(name)[1].frame == 140
+
+
+def test_a_checkpoint_of_others_is_read_at_448(sharp, tmp_path):
+    """Qwen's own files give a range of sizes, not a frame."""
+    qwen.save(*sharp, tmp_path / "m")
+    images = copy.deepcopy(sharp[1].images)
+    images.size = {"shortest_edge": 3136, "longest_edge": 12845056}
+    images.save_pretrained(tmp_path / "m")
+    assert qwen.load(str(tmp_path / "m"))[1].frame == 448
+
+
+@pytest.mark.parametrize("content", [None, {}, {"config.json": "{}"}, {"config.json": "not json"}], ids=str)
+def test_unreadable_model_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "m").mkdir()
+        for name, text in content.items():
+            (tmp_path / "m" / name).write_text(text)
+    with pytest.raises(BadInput, match=str(tmp_path / "m")) as error:
+        qwen.load(str(tmp_path / "m"))
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    state = {"policy": layer.state_dict(), "optimizer": optimizer.state_dict(), "reference": None,
+             "step": 7, "settings": {"lr": "0.1"}}
+    qwen.save_checkpoint(tmp_path / "c", {"step": 6})
+    qwen.save_checkpoint(tmp_path / "c", state)
+    loaded = qwen.load_checkpoint(tmp_path / "c", {"lr": "0.1"})
+    assert [f.name for f in (tmp_path / "c").iterdir()] == ["state.pt"]
+    assert loaded.keys() == state.keys() and (loaded["step"], loaded["settings"], loaded["reference"]) == (7, {"lr": "0.1"}, None)
+    torch.testing.assert_close(loaded["policy"], state["policy"], rtol=0, atol=0)
+    torch.testing.assert_close(loaded["optimizer"], state["optimizer"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b[:100], lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"no\nzip" * 50
+], ids=["empty", "start", "half", "most", "text"])
+def test_damaged_checkpoint_is_one_line(tmp_path, damage):
+    qwen.save_checkpoint(tmp_path, {"weights": torch.randn(1000)})
+    (tmp_path / "state.pt").write_bytes(damage((tmp_path / "state.pt").read_bytes()))
+    with pytest.raises(BadInput, match="state.pt is damaged") as error:
+        qwen.load_checkpoint(tmp_path, {})
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_cannot_run_code(tmp_path):
+    """A pickle of others may call anything when it is read."""
+    class Code:
+        def __reduce__(self):
+            return (tmp_path / "was_run").touch, ()
+    torch.save({"step": Code()}, tmp_path / "state.pt")
+    with pytest.raises(BadInput, match="state.pt is damaged"):
+        qwen.load_checkpoint(tmp_path, {})
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(BadInput, match="no checkpoint in") as error:
+        qwen.load_checkpoint(tmp_path / "none", {})
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
+    qwen.save_checkpoint(tmp_path, {"settings": {"lr": "0.1", "seed": "0"}})
+    with pytest.raises(BadInput, match="--lr changed"):
+        qwen.load_checkpoint(tmp_path, {"lr": "0.2", "seed": "0"})
+
+
+def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
+    rates = [qwen.learning_rate(step, 10, 1.0, 4) for step in range(10)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
+    assert rates[4:] == pytest.approx([1 - k / 6 for k in range(6)])

@@ -1,0 +1,282 @@
+"""The scripts from the outside: files and fields that others rely on, exact resume, and errors in one line."""
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import train_grpo
+import train_sft
+from data import BadInput, Scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = ("step stage task reward reward_std parts kl entropy clip_frac grad_norm loss lr len_mean truncated_frac "
+          "zero_std_frac rollout_s update_s tokens_per_s").split()
+SFT = "--batch 8 --warmup 3 --lr 3e-3 --max-new-tokens 32".split()
+GRPO = "--steps 2 --prompts 4 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 --eval-every 100".split()
+
+
+def script(name, *args):
+    """The script as a user starts it, on the CPU and without the hub."""
+    return subprocess.run([sys.executable, ROOT / name, *map(str, args)], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+
+
+def succeed(name, *args):
+    done = script(name, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A small file of both tasks, in GeoChat's layout: 40 synthetic scenes, some held out. All boxes are alike: easy to learn."""
+    folder, records = tmp_path_factory.mktemp("data"), []
+    for i in range(40):
+        sample = Scenes("cls", 112, seed=1)[i]
+        sample.images[0].save(folder / f"{i}.png")
+        records.append({"image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\n[refer] where is <p>the ship</p>?"},
+            {"from": "gpt", "value": "{<10><20><60><80>|<0>}"},
+            {"from": "human", "value": f"Classify the scene. {sample.question}"},
+            {"from": "gpt", "value": sample.answer}]})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory, dataset):
+    """--out of SFT from scratch: half learned, so that completions differ and GRPO has something to choose from."""
+    out = tmp_path_factory.mktemp("sft")
+    succeed("train_sft.py", "--task", "det,cls", "--model", "scratch", "--data", dataset, "--steps", 30, "--out", out, *SFT)
+    return out
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory, dataset, sft):
+    """--out of two stages of GRPO, two steps each, from the SFT model."""
+    out = tmp_path_factory.mktemp("grpo")
+    succeed("train_grpo.py", "--task", "cls,det", "--model", sft / "model", "--data", dataset, "--out", out, *GRPO)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SFT -> GRPO in stages -> evaluation
+
+def test_sft_leaves_a_model_a_checkpoint_and_curves(sft):
+    assert {"model", "checkpoint", "metrics.jsonl", "curves.png"} <= {p.name for p in sft.iterdir()}
+    log = rows(sft / "metrics.jsonl")
+    assert [row["step"] for row in log] == list(range(1, 31)) and all(row["loss"] > 0 for row in log)
+    assert log[-1]["loss"] < log[0]["loss"] / 3
+
+
+def test_grpo_logs_every_step_of_every_stage(staged):
+    log = rows(staged / "metrics.jsonl")
+    steps = [(row["step"], row["stage"], row["task"]) for row in log]
+    assert steps == [(1, 0, "cls"), (2, 0, "cls"), (3, 1, "det"), (4, 1, "det")]
+    for row in log:
+        assert set(FIELDS) <= set(row) and set(row["parts"]) == {"format", "accuracy"}
+        assert all(math.isfinite(row[name]) for name in FIELDS if name not in ("task", "parts"))
+        assert all(0 <= row[name] <= 1 for name in ("clip_frac", "truncated_frac", "zero_std_frac"))
+        assert row["reward"] == pytest.approx(sum(row["parts"].values())) and 0 < row["len_mean"] <= 32
+
+
+def test_each_stage_is_held_near_its_own_start(staged):
+    """The KL to the reference is 0 in the first step of every stage, and no longer in the second."""
+    kl = [row["kl"] for row in rows(staged / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0, abs=1e-6) == kl[2] and kl[1] > 1e-4 and kl[3] > 1e-4
+
+
+def test_grpo_shows_completions_with_their_parts_and_advantages(staged):
+    samples = rows(staged / "samples.jsonl")
+    assert [row["step"] for row in samples] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+    for row in samples:
+        assert isinstance(row["completion"], str) and row["reward"] == pytest.approx(sum(row["parts"].values()))
+        assert row["task"] == ("cls" if row["step"] < 3 else "det")
+    groups = [samples[at : at + 4] for at in range(0, 16, 4)]
+    assert all(abs(sum(row["advantage"] for row in group)) < 1e-4 for group in groups)
+
+
+def test_grpo_leaves_a_model_a_checkpoint_and_curves(staged):
+    assert {"model", "checkpoint", "curves.png"} <= {p.name for p in staged.iterdir()}
+    assert not list(staged.rglob("*partial*"))
+
+
+def test_saved_model_is_one_of_plain_transformers(staged):
+    """In a process that has never seen this project, with numbers that can be computed with."""
+    code = """if True:
+        import sys, torch
+        from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(sys.argv[1], output_loading_info=True)
+        tokenizer, images = AutoTokenizer.from_pretrained(sys.argv[1]), AutoImageProcessor.from_pretrained(sys.argv[1])
+        assert not any(info.values()), info
+        text = "<|im_start|>user\\nWhere?<|im_end|>\\n<|im_start|>assistant\\n"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        assert tokenizer.decode(ids[0]) == text and "<think>" in tokenizer.get_vocab() and tokenizer.eos_token == "<|im_end|>"
+        assert model(input_ids=ids).logits.isfinite().all() and images.size["longest_edge"] == 112**2
+    """
+    done = subprocess.run([sys.executable, "-c", code, staged / "model"], capture_output=True, text=True, cwd=staged,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_evaluation_writes_predictions_that_score_the_same_again(staged, tmp_path, monkeypatch):
+    shown = succeed("evaluate.py", "--task", "det", "--model", staged / "model", "--data", "synthetic", "--max-new-tokens", 12,
+                    "--out", tmp_path / "first")
+    predictions = rows(tmp_path / "first" / "predictions.jsonl")
+    scores = json.loads((tmp_path / "first" / "scores.json").read_text())
+    assert len(predictions) == scores["n"] == 256 and scores["task"] == "det"
+    assert all(0 <= value <= 1 for name, value in scores.items() if name not in ("n", "task"))
+    assert all(name in shown for name in ("box_precision@0.5", "recall", "f1"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--out", str(tmp_path / "again"),
+                                      "--predictions", str(tmp_path / "first" / "predictions.jsonl")])
+    evaluate.main()
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "first" / name).read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exact resume
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the scripts may catch it."""
+
+
+def here(monkeypatch, main, *args, die_at_save=None):
+    """A training script in this process; dies half-way through writing checkpoint number `die_at_save`."""
+    saves, save = [], torch.save
+
+    def torn(state, file):
+        saves.append(file)
+        if len(saves) == die_at_save:
+            Path(file).write_bytes(b"half a checkpoint")
+            raise Killed
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(sys, "argv", ["script", *map(str, args)])
+        main()
+
+
+def timeless(file):
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(file)]
+
+
+def assert_same_run(one, other, *logs):
+    for name in logs:
+        assert timeless(one / name) == timeless(other / name)
+    a, b = (load_file(out / "model" / "model.safetensors") for out in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def grpo_flags(sft, dataset):
+    return ["--task", "cls,det", "--model", sft / "model", "--data", dataset, "--save-every", 1, *GRPO, "--out"]
+
+
+@pytest.mark.parametrize("die_at_save", [1, 2, 3, 4],
+                         ids=["before any checkpoint", "inside stage 1", "between the stages", "inside stage 2"])
+def test_resumed_run_is_the_unbroken_run_bit_for_bit(staged, sft, tmp_path, monkeypatch, grpo_flags, die_at_save):
+    """Killed after a step whose checkpoint was never finished: data, draws, optimiser, schedule, stage and reference
+    continue, in another process than the unbroken run's, as if nothing had happened. A step off by one would show."""
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, die_at_save=die_at_save)
+    assert len(rows(tmp_path / "metrics.jsonl")) == die_at_save and not (tmp_path / "model").exists()
+    here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, *(["--resume"] if die_at_save > 1 else []))
+    assert_same_run(tmp_path, staged, "metrics.jsonl", "samples.jsonl")
+    assert all(row["grad_norm"] > 0 for row in rows(staged / "metrics.jsonl"))        # there was something to get wrong
+
+
+def test_resumed_sft_is_the_unbroken_run_bit_for_bit(dataset, tmp_path, monkeypatch):
+    flags = ["--task", "det,cls", "--model", "scratch", "--data", dataset, "--steps", 4, "--save-every", 1, *SFT, "--out"]
+    here(monkeypatch, train_sft.main, *flags, tmp_path / "whole")
+    with pytest.raises(Killed):
+        here(monkeypatch, train_sft.main, *flags, tmp_path / "broken", die_at_save=3)
+    here(monkeypatch, train_sft.main, *flags, tmp_path / "broken", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl")
+
+
+def test_resuming_a_finished_run_changes_nothing(staged, tmp_path, monkeypatch, grpo_flags):
+    shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
+    here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
+    assert_same_run(tmp_path, staged, "metrics.jsonl", "samples.jsonl")
+
+
+def test_new_run_leaves_no_checkpoint_of_an_old_one_to_resume_from(staged, tmp_path, monkeypatch, grpo_flags):
+    """Else a run that is killed early and resumed would take the old run's end for its own."""
+    shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, die_at_save=1)
+    with pytest.raises(BadInput):
+        here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_resume_with_other_flags_is_refused(sft, staged, dataset, tmp_path, monkeypatch, grpo_flags, stage):
+    shutil.copytree(sft if stage == "sft" else staged, tmp_path, dirs_exist_ok=True)
+    sft_flags = ["--task", "det,cls", "--model", "scratch", "--data", dataset, "--steps", 30, *SFT, "--out"]
+    main, flags = (train_sft.main, sft_flags) if stage == "sft" else (train_grpo.main, grpo_flags)
+    with pytest.raises(BadInput, match="lr"):
+        here(monkeypatch, main, *flags, tmp_path, "--resume", "--lr", 7e-4)
+
+
+@pytest.mark.parametrize("damage", [lambda file: b"", lambda file: file[: len(file) // 2], lambda file: b"half a checkpoint"],
+                         ids=["empty", "cut off", "something else"])
+def test_damaged_checkpoint_is_refused(staged, tmp_path, monkeypatch, grpo_flags, damage):
+    shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoint" / "state.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(BadInput, match="state.pt"):
+        here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
+    assert timeless(tmp_path / "metrics.jsonl") == timeless(staged / "metrics.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: a non-zero exit, one clear line, and nothing left that looks complete
+
+@pytest.mark.parametrize("name, args, says", [
+    ("train_grpo.py", "--task det --group 1", "--group 1"),
+    ("train_grpo.py", "--task ship --model SFT", "'ship'.*cls"),
+    ("train_grpo.py", "--task det --model EMPTY", "--model .*empty"),
+    ("train_grpo.py", "--task det --model SFT --resume", "--resume"),
+    ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
+    ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
+    ("evaluate.py", "--task det --predictions nowhere.jsonl", "nowhere.jsonl"),
+    ("evaluate.py", "--task det --predictions EMPTY/none.jsonl", "none.jsonl"),
+    ("evaluate.py", "--task det --predictions EMPTY/text.jsonl", "text.jsonl: line 1"),
+])
+def test_bad_input_ends_in_one_line(name, args, says, sft, tmp_path, monkeypatch, capsys):
+    """In this process; that Python turns SystemExit("error: ..") into a line and exit code 1 is tested below."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "none.jsonl").write_text("")
+    (tmp_path / "empty" / "text.jsonl").write_text('{"id": "x", "task": "det"}\n')
+    args = [arg.replace("SFT", str(sft / "model")).replace("EMPTY", str(tmp_path / "empty")) for arg in args.split()]
+    monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code and end.value.code.startswith("error: ")
+    assert re.search(says, end.value.code)
+    assert not any((tmp_path / "out" / left).exists() for left in ("model", "checkpoint", "predictions.jsonl", "scores.json"))
+
+
+def test_error_is_the_last_line_a_user_sees(tmp_path):
+    done = script("train_grpo.py", "--task", "det", "--model", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --model")
+    assert "Traceback" not in done.stderr and not (tmp_path / "out" / "model").exists()
