@@ -161,6 +161,7 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
         held = {name for s in samples if zlib.crc32((name := image_name(s)).encode()) % 10 == 0}
         held = held or {min(map(image_name, samples), key=lambda name: zlib.crc32(name.encode()))}
         samples = [s for s in samples if (image_name(s) in held) == (split == "heldout")]
+        samples.sort(key=lambda s: (zlib.crc32(s.id.encode()), s.id))  # or the first 256 of class folders are one class
     if not samples:
         raise BadInput(f"{source}: no samples of task {task} in the {split} split; it has too few images to hold some out")
     return samples
@@ -168,8 +169,7 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
 
 @lru_cache(maxsize=8)  # train and held-out split come from one reading
 def read_source(source: str, task: str, frame: int, images: str | None) -> list[Sample]:
-    """All samples of a file or folder, in an order of its own: class folders come sorted, and whoever takes the first
-    so many would get one class."""
+    """All samples of a file or folder, in its order."""
     path, skipped = Path(source), Counter()
     if path.is_dir():
         samples = list(read_class_folders(path, task, frame))
@@ -182,7 +182,7 @@ def read_source(source: str, task: str, frame: int, images: str | None) -> list[
         print(f"{path}: {len(samples)} samples of {task}; {notes}", file=sys.stderr)
     if not samples:
         raise BadInput(f"{path}: no samples of task {task}")
-    return sorted(samples, key=lambda s: (zlib.crc32(s.id.encode()), s.id))
+    return samples
 
 
 def image_name(sample: Sample) -> str:

@@ -31,7 +31,7 @@ def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_h
     """The objective of each paper, negated: sequence by sequence, token by token."""
     logprobs, old, reference, advantage, mask = (x.detach().numpy() for x in (logprobs, old, reference, advantage, mask))
     sequences = [i for i in np.ndindex(mask.shape[:2]) if mask[i].any()]
-    tokens, total = int(mask.sum()), 0.0
+    N, tokens, total = mask.shape[0] * mask.shape[1], int(mask.sum()), 0.0  # a sequence left out of the loss is a zero
     for i in sequences:
         length, objective = int(mask[i].sum()), 0.0
         ratios = [math.exp(logprobs[i][t] - old[i][t]) for t in range(length)]
@@ -42,8 +42,8 @@ def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_h
             clipped = min(max(ratios[t], 1 - clip_low), 1 + clip_high)
             objective += min(ratios[t] * advantage[i], clipped * advantage[i])
             objective -= beta * (to_reference - math.log(to_reference) - 1)
-        total += objective / {"grpo": len(sequences) * length, "gspo": len(sequences) * length,
-                              "dapo": tokens, "dr_grpo": len(sequences) * C_MAX}[loss]
+        total += objective / {"grpo": N * length, "gspo": N * length,
+                              "dapo": tokens, "dr_grpo": N * C_MAX}[loss]
     return -total
 
 
@@ -204,17 +204,18 @@ def test_kl_estimates_the_true_kl():
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights and micro-batches
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
-def test_weights_of_a_step_sum_to_one(loss):
+@pytest.mark.parametrize("loss, total", [("grpo", 11 / 12), ("dapo", 1), ("gspo", 11 / 12)])
+def test_weights_of_a_step_are_a_mean(loss, total):
+    """Over all 12 sequences: the one left out counts as a zero, or fewer live ones would mean a larger step. DAPO: over tokens."""
     mask = case()[-1]
     weights = grpo.token_weights(mask, loss, C_MAX)
-    assert weights.sum().item() == pytest.approx(1) and not weights[~mask].any()
+    assert weights.sum().item() == pytest.approx(total) and not weights[~mask].any()
 
 
 def test_dr_grpo_weighs_a_token_alike_in_long_and_short_completions():
     mask = case()[-1]
     weights = grpo.token_weights(mask, "dr_grpo", C_MAX)
-    assert weights[mask].unique().tolist() == pytest.approx([1 / ((B * G - 1) * C_MAX)])  # one completion is left out
+    assert weights[mask].unique().tolist() == pytest.approx([1 / (B * G * C_MAX)])
 
 
 @pytest.mark.parametrize("loss", grpo.LOSSES)

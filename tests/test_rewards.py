@@ -19,11 +19,11 @@ A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # thre
 
 
 def det(*boxes, size_group=""):
-    return SimpleNamespace(task="det", boxes=boxes, answer=text(*boxes), size_group=size_group)
+    return SimpleNamespace(frame=512, task="det", boxes=boxes, answer=text(*boxes), size_group=size_group)
 
 
 def cls(label):
-    return SimpleNamespace(task="cls", boxes=(), answer=label, size_group="")
+    return SimpleNamespace(frame=448, task="cls", boxes=(), answer=label, size_group="")
 
 
 def text(*boxes):
