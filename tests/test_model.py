@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import chisquare
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
 from data import BadInput
@@ -406,8 +407,9 @@ def test_saved_model_gives_the_same_logprobs_here_and_in_transformers(sharp, pla
 
 
 def test_saved_tokenizer_and_image_processor_work_in_transformers(sharp, folder):
-    """The saved image processor must not resize a frame once more: boxes and pixels would part."""
-    tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    """The saved image processor must not resize a frame once more: boxes and pixels would part. (AutoImageProcessor reads
+    the same file, but in older transformers it needs torchvision.)"""
+    tokenizer, images = AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
     text = PROMPTS["one image"][0] + "<think>7 ships</think>"
     assert tokenizer.encode(text) == sharp[1].tokenizer.encode(text)
     frame = Image.effect_noise((112, 112), 80).convert("RGB")
