@@ -4,7 +4,7 @@ Plain next-token cross-entropy on the completion, L = -1/T sum_t log pi(y_t | im
 completion tokens of a step (the paper sums over tokens; a mean only rescales the learning rate). Prompts carry no loss,
 the end-of-turn token does. A completion is a group of one, so this is the log-prob function of GRPO.
 
-    python train_sft.py --task det,cls --model scratch --out runs/sft          # how tiny/ was made: see its README
+    python train_sft.py --task det,cls --model scratch --out runs/sft        # from random weights; tiny/README.md
     python train_sft.py --task det --data refer.jsonl --images images/ --out runs/sft
     python train_sft.py --task det --model Qwen/Qwen2.5-VL-3B-Instruct --data GeoChat_Instruct.json --lr 1e-5 \\
         --batch 128 --micro-batch 4 --steps 1000 --out runs/sft-3b
