@@ -1,13 +1,15 @@
 """Stage 2, GRPO: sample answers, reward them, and make the better ones of each group more likely. Task after task.
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-aware accuracy reward, advantages relative to the group,
-a clipped ratio, a KL penalty to a frozen reference, one task per stage. Unlike there: a group's prompt is computed once
-for all its completions, one group is one micro-batch, and groups whose rewards are all equal are left out altogether.
+a clipped ratio, a KL penalty to a frozen reference, one task per stage. Unlike there: the ratio is the token's (the paper
+prints the sequence's: --loss gspo), advantages are not divided by the group's std unless --divide-by-std says so (IoU
+rewards of a group often differ by a hair, and the division would blow that up), a group's prompt is computed once for all
+its completions, and groups whose rewards are all equal are left out altogether.
 
     torchrun train_grpo.py --task det                          # the embedded default: minutes on a laptop
     python train_grpo.py --task cls,det --out runs/staged      # stages: det starts from, and is held near, the end of cls
     torchrun train_grpo.py --task det --model runs/sft-3b/model --data GeoChat_Instruct.json --lr 1e-6 --beta 0.04 \\
-        --prompts 16 --group 8 --max-new-tokens 512 --steps 400 --out runs/grpo-3b
+        --divide-by-std --prompts 16 --group 8 --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
 
 Writes metrics.jsonl (a line a step), samples.jsonl, curves.png, model/ and checkpoint/ to --out.
 """
@@ -39,7 +41,7 @@ flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file o
 flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
 flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 flags = parser.add_argument_group("rollout")
-flags.add_argument("--steps", type=positive, default=170, help="optimiser steps of each stage")
+flags.add_argument("--steps", type=positive, default=230, help="optimiser steps of each stage")
 flags.add_argument("--prompts", type=positive, default=32, help="B: prompts in a step")
 flags.add_argument("--group", type=int, default=8, help="G: completions for each prompt, at least 2")
 flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion")
@@ -50,11 +52,11 @@ flags.add_argument("--format-weight", type=float, default=1.0, help="weight of t
 flags.add_argument("--accuracy-weight", type=float, default=1.0, help="weight of the task's reward in the sum")
 flags = parser.add_argument_group("objective")
 flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo", help="how tokens are weighted and ratios taken, see grpo.py")
-flags.add_argument("--no-std", action="store_true", help="do not divide advantages by the group's std (as Dr. GRPO does)")
+flags.add_argument("--divide-by-std", action="store_true", help="advantages over the group's std (as GRPO, not Dr. GRPO)")
 flags.add_argument("--inner-steps", type=positive, default=1, help="mu: optimiser steps on each rollout")
 flags.add_argument("--clip-low", type=float, default=0.2, help="the ratio is clipped below at 1 - this (GSPO: 3e-4)")
 flags.add_argument("--clip-high", type=float, default=0.2, help="and above at 1 + this (DAPO: 0.28, GSPO: 4e-4)")
-flags.add_argument("--beta", type=float, default=0.01, help="weight of the KL penalty; 0 keeps no reference model")
+flags.add_argument("--beta", type=float, default=0.001, help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
 flags.add_argument("--mask-truncated", action="store_true", help="no loss on completions cut off at --max-new-tokens")
 flags = parser.add_argument_group("optimisation")
 flags.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (the real 3B model: 1e-6)")
@@ -121,7 +123,7 @@ def main() -> None:
             parts = [[reward_parts(text, sample) for text in group] for group, sample in zip(texts, samples)]
             rewards = torch.tensor([[args.format_weight * p["format"] + args.accuracy_weight * p["accuracy"] for p in group]
                                     for group in parts], device=qwen.device())
-            advantages = grpo.advantages(rewards, not args.no_std)
+            advantages = grpo.advantages(rewards, args.divide_by_std)
             learning = grpo.learning_groups(rewards)                                     # (B,)
             mask = rollout.mask & learning[:, None, None]                                # (B, G, C): tokens with loss
             if args.mask_truncated:

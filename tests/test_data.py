@@ -469,3 +469,14 @@ def test_bad_flag_is_named(tmp_path, monkeypatch, source, task, frame, says):
     with pytest.raises(BadInput) as error:
         load(source, task, frame)
     refuse(str(error.value), says)
+
+
+def test_first_held_out_samples_are_of_all_classes(folder):
+    """Class folders come sorted: the first 256 of a long list, which the scripts score, would be one class."""
+    for label in ("desert", "forest", "sea"):
+        (folder / "set" / label).mkdir(parents=True)
+        for i in range(60):
+            Image.new("RGB", (8, 8)).save(folder / "set" / label / f"{i}.png")
+    for split in ("heldout", "train"):
+        labels = [s.answer for s in load(str(folder / "set"), "cls", F, split=split)]
+        assert set(labels[:20]) == {"desert", "forest", "sea"} and labels != sorted(labels)
