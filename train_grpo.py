@@ -41,7 +41,7 @@ flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file o
 flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
 flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 flags = parser.add_argument_group("rollout")
-flags.add_argument("--steps", type=positive, default=230, help="optimiser steps of each stage")
+flags.add_argument("--steps", type=positive, default=200, help="optimiser steps of each stage")
 flags.add_argument("--prompts", type=positive, default=32, help="B: prompts in a step")
 flags.add_argument("--group", type=int, default=8, help="G: completions for each prompt, at least 2")
 flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion")
@@ -60,7 +60,8 @@ flags.add_argument("--beta", type=float, default=0.001, help="weight of the KL p
 flags.add_argument("--mask-truncated", action="store_true", help="no loss on completions cut off at --max-new-tokens")
 flags = parser.add_argument_group("optimisation")
 flags.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (the real 3B model: 1e-6)")
-flags.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; after them it decays linearly to 0")
+flags.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
+flags.add_argument("--decay", type=float, default=0.4, help="share of the steps, at the end, over which it falls to 0")
 flags.add_argument("--weight-decay", type=float, default=0.0)
 flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
 flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
@@ -133,7 +134,7 @@ def main() -> None:
             # --- update: mu passes over the rollout, some groups at a time --------------------------------------------
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = qwen.learning_rate(step, args.steps, args.lr, args.warmup)
+                group["lr"] = qwen.learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
             chosen = learning.nonzero().squeeze(1).split(args.micro_batch)               # micro-batches of group numbers
             longest = rollout.mask.sum(2).amax(1).tolist()                               # tokens of each group's longest
             old, ref = {}, {}                                                            # log-probs by micro-batch
