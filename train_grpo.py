@@ -141,18 +141,18 @@ def main() -> None:
             totals = Counter()                                                           # sums over the passes
             for inner in range(args.inner_steps if mask.any() else 0):                   # without loss, Adam must not drift
                 for i, groups in enumerate(chosen):
-                    C = max(longest[b] for b in groups.tolist())
-                    tokens, m, w, sampled = (x[groups, :, :C] for x in (rollout.tokens, mask, weights, rollout.logprobs))
-                    inputs = qwen.collate([prompts[b] for b in groups.tolist()]), tokens, m, args.temperature
+                    numbers = groups.tolist()
+                    some = groups, slice(None), slice(max(longest[b] for b in numbers))  # (b, G, C up to their longest)
+                    inputs = qwen.collate([prompts[b] for b in numbers]), rollout.tokens[some], mask[some], args.temperature
                     logprobs = qwen.token_logprobs(policy, *inputs)                      # (b, G, C)
                     if inner == 0:
                         old[i], ref[i] = logprobs.detach(), None
-                        totals["gap"] += (old[i] - sampled).abs()[m].sum()
+                        totals["gap"] += (old[i] - rollout.logprobs[some]).abs()[mask[some]].sum()
                         if reference:
                             with torch.no_grad():
                                 ref[i] = qwen.token_logprobs(reference, *inputs)
                     loss, sums = grpo.policy_loss(
-                        logprobs, old[i], ref[i], advantages[groups], m, w,
+                        logprobs, old[i], ref[i], advantages[groups], mask[some], weights[some],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
                     loss.backward()
                     totals.update(loss=loss.detach(), **sums)
