@@ -111,8 +111,8 @@ def matched_ious(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def reference_boxes(sample) -> np.ndarray:
-    """The sample's boxes as upright boxes (m, 4), pixels of the frame and cut to it."""
-    return np.array([horizontal(box) for box in sample.boxes]).reshape(-1, 4).clip(0, sample.frame)
+    """The sample's boxes as upright boxes (m, 4), pixels of the frame."""
+    return np.array([horizontal(box) for box in sample.boxes]).reshape(-1, 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def detection_reward(answer: str, sample) -> float:
     Matching is one to one, and the larger count divides, so neither a second box on the same object nor a spray of
     boxes pays (the paper's "IoU" leaves that open). Nothing to find and answered so: 1.
     """
-    predicted, reference = parse_boxes(answer), reference_boxes(sample)
+    predicted, reference = parse_boxes(answer), reference_boxes(sample).clip(0, sample.frame)  # cut as its answer is
     if predicted is None:
         return 0.0
     if len(predicted) == 0 or len(reference) == 0:
@@ -174,9 +174,8 @@ def detection_scores(answers: list[str | None], samples: list) -> dict[str, floa
         predicted, reference = parse_boxes(answer or ""), reference_boxes(sample)
         predicted = np.zeros((0, 4)) if predicted is None else predicted
         best = iou_matrix(predicted, reference).max(1) if len(reference) else np.zeros(len(predicted))
-        groups = [""] + ([f"_{sample.size_group}"] if sample.size_group else [])
-        if len(reference):
-            groups.append("_single" if len(reference) == 1 else "_multiple")
+        groups = ["", "_single" if len(reference) == 1 else "_multiple"]  # none counts as several, as in EarthDial's script
+        groups += [f"_{sample.size_group}"] if sample.size_group else []
         for threshold in (0.5, 0.25):
             for group in groups if threshold == 0.5 else groups[:1]:
                 entry = tally.setdefault(f"box_precision@{threshold}{group}", [0, 0])

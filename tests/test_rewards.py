@@ -276,11 +276,6 @@ def test_box_precision_ignores_what_was_missed_and_f1_does_not():
     assert scores["recall"] == pytest.approx(1 / 3) and scores["f1"] == pytest.approx(1 / 2)
 
 
-def test_scene_without_objects_is_neither_single_nor_multiple():
-    scores = detection_scores([text(A, B), text(B)], [det(A, B), det()])
-    assert scores["box_precision@0.5_multiple"] == 1 and scores["box_precision@0.5"] == pytest.approx(2 / 3)
-
-
 @pytest.mark.skipif("EO_DATA" not in os.environ, reason="EO_DATA does not name the folder of real samples")
 def test_box_precision_is_that_of_the_published_script():
     """EarthDial's released answers, scored by its released script with upright envelopes in place of turned polygons.
