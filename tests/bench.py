@@ -59,7 +59,7 @@ class Plain(Ours):
         left = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
         ids = torch.cat([left(p.ids) for p in self.prompts])
         attention = torch.cat([left(torch.ones_like(p.ids)) for p in self.prompts])
-        vision = self.processor.tokenizer.convert_tokens_to_ids([t for t in qwen.SPECIAL if "vision" in t or "pad" in t])
+        vision = self.processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
         out = self.policy.eval().generate(
             **self.inputs(ids, attention, range(len(ids))), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             suppress_tokens=vision, num_return_sequences=self.G, max_new_tokens=self.C, min_new_tokens=self.C)
