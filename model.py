@@ -95,6 +95,14 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     (folder / "state.partial").replace(folder / "state.pt")
 
 
+def start_or_resume(args) -> tuple[dict[str, str], dict | None]:
+    """Make `args.out`. Returns the settings to store in checkpoints (the flags that shape a run), and with `args.resume`
+    the last checkpoint, else None, with what an earlier run left there removed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    return settings, load_checkpoint(args.out / "checkpoint", settings) if args.resume else clear(args.out)
+
+
 def load_checkpoint(folder: Path, settings: dict[str, str]) -> dict:
     """The state that save_checkpoint wrote. Raises BadInput if there is none, if it is damaged, or if its `settings`
     (flags of the run) are not the given ones."""
@@ -149,6 +157,11 @@ class Prompts(NamedTuple):
     lengths: Tensor    # (B,)
     pixels: Tensor     # (patches of all images, 3 * 2 * 14 * 14)
     grids: Tensor      # (images, 3) patches in time, height, width
+
+    @property
+    def real(self) -> Tensor:
+        """(B, P) True on tokens, False on padding."""
+        return torch.arange(self.ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     @property
     def padded(self) -> bool:
@@ -344,8 +357,7 @@ def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, t
 
 def last_positions(prompts: Prompts) -> Tensor:
     """The largest rotary position of each prompt (B,). Not that of its last token when it ends in an image."""
-    real = torch.arange(prompts.ids.shape[1], device=prompts.lengths.device) < prompts.lengths[:, None]  # (B, P)
-    return prompts.positions.amax(0).masked_fill(~real, 0).amax(1)
+    return prompts.positions.amax(0).masked_fill(~prompts.real, 0).amax(1)
 
 
 def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
@@ -353,10 +365,8 @@ def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
     prompt is padded: then plain causal attention says the same, and fast kernels apply."""
     if not prompts.padded:
         return None
-    P = prompts.ids.shape[1]
-    real = torch.arange(P, device=prompts.lengths.device) < prompts.lengths[:, None]     # (B, P)
-    own = torch.ones(C, C, dtype=torch.bool, device=real.device).tril()
-    mask = torch.cat([real[:, None].expand(-1, C, -1), own.expand(len(real), -1, -1)], 2)  # (B, C, P+C)
+    own = torch.ones(C, C, dtype=torch.bool, device=prompts.ids.device).tril()
+    mask = torch.cat([prompts.real[:, None].expand(-1, C, -1), own.expand(len(prompts.ids), -1, -1)], 2)  # (B, C, P+C)
     return mask.repeat_interleave(G, 0).unsqueeze(1)
 
 
@@ -394,8 +404,7 @@ def rollout(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor
         hidden = decoder(model, embed_prompts(model, prompts), prompts.positions, shared)
         hidden = hidden[torch.arange(B, device=hidden.device), prompts.lengths - 1].repeat_interleave(G, 0)  # (B*G, E)
         start = (last_positions(prompts) + 1).repeat_interleave(G)                       # (B*G,)
-        real = torch.arange(P, device=start.device) < prompts.lengths[:, None]           # (B, P)
-        shared.mode, shared.mask = "decode", real[:, None, None] if prompts.padded else None
+        shared.mode, shared.mask = "decode", prompts.real[:, None, None] if prompts.padded else None
         for t in range(C):
             dist = next_token_logits(model, hidden, temperature).log_softmax(-1)         # (B*G, V)
             token = dist.argmax(-1) if noise is None else sample(dist, noise[:, t])

@@ -86,9 +86,7 @@ def main() -> None:
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed) for task in tasks]
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    state = qwen.load_checkpoint(args.out / "checkpoint", settings) if args.resume else qwen.clear(args.out)
+    settings, state = qwen.start_or_resume(args)
     first_stage, first_step = (state["stage"], state["step"]) if state else (0, 0)
     done = first_stage * args.steps + first_step
     qwen.keep_lines(args.out / "metrics.jsonl", done)

@@ -104,10 +104,8 @@ def main() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    settings, state = qwen.start_or_resume(args)
     first, metrics_file = 0, args.out / "metrics.jsonl"
-    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    state = qwen.load_checkpoint(args.out / "checkpoint", settings) if args.resume else qwen.clear(args.out)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
