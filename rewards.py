@@ -10,6 +10,7 @@ time, and an ambiguous answer earns nothing. `TASKS` at the end ties a task to i
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -92,6 +93,17 @@ def horizontal(box: tuple) -> tuple[float, float, float, float]:
     dx, dy = w * cos + h * sin, w * sin + h * cos
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     return (cx - dx, cy - dy, cx + dx, cy + dy)
+
+
+def box_text(boxes: Sequence[tuple], frame: int) -> str:
+    """Boxes as an answer: the upright envelope of each, cut to the frame, in whole pixels, at least one wide and high;
+    or `none`."""
+    texts = []
+    for box in boxes:
+        x1, y1, x2, y2 = (min(max(round(v), 0), frame) for v in horizontal(box))
+        x1, y1 = min(x1, frame - 1), min(y1, frame - 1)
+        texts.append(f"[{x1},{y1},{max(x2, x1 + 1)},{max(y2, y1 + 1)}]")
+    return ",".join(texts) or "none"
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import data
-from data import (HELDOUT_SEED, LAND, BadInput, Sample, Scenes, batch, box_text, convert_box, draw, load, load_images, prompt,
-                  scene, target)
-from rewards import format_reward, horizontal, reward_parts
+from data import HELDOUT_SEED, BadInput, Sample, Scenes, batch, convert_box, load, load_images, prompt, target
+from rewards import box_text, format_reward, horizontal, reward_parts
+from scenes import LAND, draw, scene
 
 F = 112
 SIZE = (200, 50)  # of the images in `folder`: far from square, so that swapped axes show
