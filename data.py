@@ -36,6 +36,10 @@ class BadInput(Exception):
     """Something the user must mend: one line with the file, the record, what is wrong and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -45,37 +45,6 @@ def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens:
             "format": float(np.mean([p["format"] for p in parts]))}
 
 
-def plot_curves(metrics: Path, names: Sequence[str]) -> None:
-    """curves.png beside metrics.jsonl: one panel a name, steps of all stages in a row; `parts` gives one line a part."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no curves.png (pip install matplotlib)", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), constrained_layout=True, squeeze=False)
-    for axis, name in zip(axes[0], names):
-        series = {name: [row[name] for row in rows]}
-        if rows and isinstance(rows[0][name], dict):
-            series = {part: [row[name][part] for row in rows] for part in rows[0][name]}
-        for label, values in series.items():
-            line = axis.plot(smooth(values), label=label)[0]
-            axis.plot(values, alpha=.3, color=line.get_color())
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-        if len(series) > 1:
-            axis.legend(fontsize=7)
-    figure.savefig(metrics.with_name("curves.png"), dpi=110)
-    plt.close(figure)
-
-
-def smooth(values: list[float], window: int = 10) -> list[float]:
-    """Mean over the last `window` values."""
-    return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
-
-
 def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
     """Samples and completions of a predictions.jsonl that this script wrote."""
     samples, completions = [], []

@@ -12,7 +12,6 @@ H query heads, K key/value heads, D head size, E hidden size.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import BadInput
+from data import BadInput, first_line
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -86,65 +85,6 @@ def save(model: torch.nn.Module, processor: Processor, folder: Path) -> None:
     processor.images.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """All that an exact resume needs, in one file that is replaced only once the new one is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "state.partial")
-    (folder / "state.partial").replace(folder / "state.pt")
-
-
-def start_or_resume(args) -> tuple[dict[str, str], dict | None]:
-    """Make `args.out`. Returns the settings to store in checkpoints (the flags that shape a run), and with `args.resume`
-    the last checkpoint, else None, with what an earlier run left there removed."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    return settings, load_checkpoint(args.out / "checkpoint", settings) if args.resume else clear(args.out)
-
-
-def load_checkpoint(folder: Path, settings: dict[str, str]) -> dict:
-    """The state that save_checkpoint wrote. Raises BadInput if there is none, if it is damaged, or if its `settings`
-    (flags of the run) are not the given ones."""
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"--resume: no checkpoint in {folder}")
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise BadInput(f"--resume: {folder / 'state.pt'} is damaged ({first_line(error)})") from error
-    changed = [name for name in settings if settings[name] != state["settings"].get(name)]
-    if changed:
-        raise BadInput(f"--resume: --{', --'.join(changed)} changed since the checkpoint; that would be another run")
-    return state
-
-
-def clear(out: Path) -> None:
-    """Remove what an earlier run left in `out`: a later --resume would take its checkpoint for this run's."""
-    for name in ("checkpoint", "model"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / "curves.png").unlink(missing_ok=True)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def keep_lines(file: Path, n: int) -> None:
-    """Cut a log back to its first n lines: what a killed run wrote after its last checkpoint is written again."""
-    lines = file.read_text().splitlines(keepends=True) if n and file.exists() else []
-    file.with_suffix(".partial").write_text("".join(lines[:n]))
-    file.with_suffix(".partial").replace(file)
-
-
-def refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("more than one process: training is not distributed yet, start it without --nproc-per-node")
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float = 1.0) -> float:
-    """Linear warm-up over `warmup` steps, then the peak, then linear decay over the last `decay` share of the steps; the
-    step after the last would have rate 0."""
-    return peak * min(1, (step + 1) / (warmup + 1), (steps - step) / max(1, decay * (steps - warmup)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 import grpo
 import model as qwen
+import run
 from data import BadInput, batch, load, load_images, positive, prompt
-from evaluate import heldout_rewards, plot_curves
+from evaluate import heldout_rewards
 from rewards import TASKS, reward_parts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +79,7 @@ def main() -> None:
         raise BadInput(f"--group {args.group}: an advantage is relative to the group's mean, so a group needs at least 2")
     if args.temperature <= 0:
         raise BadInput(f"--temperature {args.temperature}: greedy completions of a group are all the same; it has to be positive")
-    qwen.refuse_several_processes()
+    run.refuse_several_processes()
     torch.manual_seed(args.seed)
     policy, processor = qwen.load(args.model, args.image_size)
     if args.gradient_checkpointing:
@@ -86,11 +87,11 @@ def main() -> None:
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed) for task in tasks]
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
 
-    settings, state = qwen.start_or_resume(args)
+    settings, state = run.start_or_resume(args)
     first_stage, first_step = (state["stage"], state["step"]) if state else (0, 0)
     done = first_stage * args.steps + first_step
-    qwen.keep_lines(args.out / "metrics.jsonl", done)
-    qwen.keep_lines(args.out / "samples.jsonl", done * args.group)
+    run.keep_lines(args.out / "metrics.jsonl", done)
+    run.keep_lines(args.out / "samples.jsonl", done * args.group)
     metrics_log, samples_log = open(args.out / "metrics.jsonl", "a"), open(args.out / "samples.jsonl", "a")
     bar = tqdm(total=args.steps * len(tasks), initial=done, disable=not sys.stderr.isatty())
 
@@ -132,7 +133,7 @@ def main() -> None:
             # --- update: mu passes over the rollout, some groups at a time --------------------------------------------
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = qwen.learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
+                group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
             chosen = learning.nonzero().squeeze(1).split(args.micro_batch)               # micro-batches of group numbers
             longest = rollout.mask.sum(2).amax(1).tolist()                               # tokens of each group's longest
             old, ref = {}, {}                                                            # log-probs by micro-batch
@@ -189,7 +190,7 @@ def main() -> None:
             bar.set_postfix_str(line[10:]) if not bar.disable else print(line, flush=True)
             bar.update()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                qwen.save_checkpoint(args.out / "checkpoint", {
+                run.save_checkpoint(args.out / "checkpoint", {
                     "policy": policy.state_dict(), "reference": reference.state_dict() if reference else None,
                     "optimizer": optimizer.state_dict(), "stage": stage, "step": step + 1, "before": before,
                     "settings": settings})
@@ -202,7 +203,7 @@ def main() -> None:
 
     bar.close()
     qwen.save(policy, processor, args.out / "model")
-    plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
+    run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
 
 
 if __name__ == "__main__":

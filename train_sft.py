@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
+import run
 from data import BadInput, batch, load, load_images, positive, prompt, target
-from evaluate import heldout_rewards, plot_curves
+from evaluate import heldout_rewards
 from rewards import TAGS, TASKS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,7 +90,7 @@ def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForCondition
 def main() -> None:
     args = parser.parse_args()
     tasks = list(TASKS) if args.task == "all" else args.task.split(",")
-    qwen.refuse_several_processes()
+    run.refuse_several_processes()
     torch.manual_seed(args.seed)
     if args.model == "scratch":
         frame = args.image_size or 112
@@ -104,13 +105,13 @@ def main() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
 
-    settings, state = qwen.start_or_resume(args)
+    settings, state = run.start_or_resume(args)
     first, metrics_file = 0, args.out / "metrics.jsonl"
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    qwen.keep_lines(metrics_file, first)
+    run.keep_lines(metrics_file, first)
 
     model.train()
     with open(metrics_file, "a") as log, tqdm(total=args.steps, initial=first, disable=not sys.stderr.isatty()) as bar:
@@ -131,7 +132,7 @@ def main() -> None:
                 loss += micro_loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
             for param_group in optimizer.param_groups:
-                param_group["lr"] = qwen.learning_rate(step, args.steps, args.lr, args.warmup)
+                param_group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -144,11 +145,11 @@ def main() -> None:
             bar.set_postfix_str(f"loss {row['loss']:.4f}")
             bar.update()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                qwen.save_checkpoint(args.out / "checkpoint", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                run.save_checkpoint(args.out / "checkpoint", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                                                "step": step + 1, "settings": settings})
 
     qwen.save(model, processor, args.out / "model")
-    plot_curves(metrics_file, ("loss", "grad_norm", "lr"))
+    run.plot_curves(metrics_file, ("loss", "grad_norm", "lr"))
     for task in dict.fromkeys(tasks):
         scores = heldout_rewards(model, processor, heldout[task], args.max_new_tokens)
         figures = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
+import run
 from data import BadInput
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -453,9 +454,9 @@ def test_checkpoint_round_trip(tmp_path):
     optimizer.step()
     state = {"policy": layer.state_dict(), "optimizer": optimizer.state_dict(), "reference": None,
              "step": 7, "settings": {"lr": "0.1"}}
-    qwen.save_checkpoint(tmp_path / "c", {"step": 6})
-    qwen.save_checkpoint(tmp_path / "c", state)
-    loaded = qwen.load_checkpoint(tmp_path / "c", {"lr": "0.1"})
+    run.save_checkpoint(tmp_path / "c", {"step": 6})
+    run.save_checkpoint(tmp_path / "c", state)
+    loaded = run.load_checkpoint(tmp_path / "c", {"lr": "0.1"})
     assert [f.name for f in (tmp_path / "c").iterdir()] == ["state.pt"]
     assert loaded.keys() == state.keys() and (loaded["step"], loaded["settings"], loaded["reference"]) == (7, {"lr": "0.1"}, None)
     torch.testing.assert_close(loaded["policy"], state["policy"], rtol=0, atol=0)
@@ -466,10 +467,10 @@ def test_checkpoint_round_trip(tmp_path):
     lambda b: b"", lambda b: b[:100], lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"no\nzip" * 50
 ], ids=["empty", "start", "half", "most", "text"])
 def test_damaged_checkpoint_is_one_line(tmp_path, damage):
-    qwen.save_checkpoint(tmp_path, {"weights": torch.randn(1000)})
+    run.save_checkpoint(tmp_path, {"weights": torch.randn(1000)})
     (tmp_path / "state.pt").write_bytes(damage((tmp_path / "state.pt").read_bytes()))
     with pytest.raises(BadInput, match="state.pt is damaged") as error:
-        qwen.load_checkpoint(tmp_path, {})
+        run.load_checkpoint(tmp_path, {})
     assert "\n" not in str(error.value)
 
 
@@ -480,23 +481,23 @@ def test_checkpoint_cannot_run_code(tmp_path):
             return (tmp_path / "was_run").touch, ()
     torch.save({"step": Code()}, tmp_path / "state.pt")
     with pytest.raises(BadInput, match="state.pt is damaged"):
-        qwen.load_checkpoint(tmp_path, {})
+        run.load_checkpoint(tmp_path, {})
     assert not (tmp_path / "was_run").exists()
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):
     with pytest.raises(BadInput, match="no checkpoint in") as error:
-        qwen.load_checkpoint(tmp_path / "none", {})
+        run.load_checkpoint(tmp_path / "none", {})
     assert "\n" not in str(error.value)
 
 
 def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
-    qwen.save_checkpoint(tmp_path, {"settings": {"lr": "0.1", "seed": "0"}})
+    run.save_checkpoint(tmp_path, {"settings": {"lr": "0.1", "seed": "0"}})
     with pytest.raises(BadInput, match="--lr changed"):
-        qwen.load_checkpoint(tmp_path, {"lr": "0.2", "seed": "0"})
+        run.load_checkpoint(tmp_path, {"lr": "0.2", "seed": "0"})
 
 
 def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
-    rates = [qwen.learning_rate(step, 10, 1.0, 4) for step in range(10)]
+    rates = [run.learning_rate(step, 10, 1.0, 4) for step in range(10)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
     assert rates[4:] == pytest.approx([1 - k / 6 for k in range(6)])
