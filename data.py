@@ -1,10 +1,10 @@
-"""Files -> `Sample`: readers, prompts, the frame of the boxes, and a deterministic order.
+"""`Sample`, what every task learns from: prompts, the frame of the boxes, loading, and a deterministic order.
 
 All boxes of a `Sample` live in one frame: pixels of the square image of side `frame` that the model sees. Qwen2.5-VL
 speaks absolute pixels of the *processed* image, so an image is resized to the frame once, here, and every box is
 brought along when it is read; prompts, answers, rewards and pictures then need no conversion.
 
-A new file format is one more reader: a generator of Samples, named in `load`.
+A new file format is one more reader: a generator of Samples, named in a table of readers.py or records.py.
 """
 
 import argparse
@@ -22,14 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rewards import TASKS, box_text, horizontal, parse_boxes
+from rewards import TASKS, box_text, horizontal
 from scenes import ask, draw, scene
 
 PATCH = 28            # Qwen2.5-VL turns 28 x 28 pixels into one token, so a frame is a multiple of it
-GRID = (100, 100)     # the 0-100 space of GeoChat's and EarthDial's boxes
 HELDOUT_SEED = 2**31  # the seed of the synthetic scenes that no training run sees
-MARK = re.compile(r"\s*(?:<image>\s*)*\[(refer|grounding|identify|caption|classify|vqa|changedet)\]")  # GeoChat's tasks
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 class BadInput(Exception):
@@ -57,7 +54,12 @@ class Sample:
     frame: int            # side of the square image that the model sees, in pixels
     boxes: tuple = ()     # reference boxes (x1, y1, x2, y2, theta): pixels of the frame, degrees
     think: str = ""       # reasoning that SFT imitates
-    size_group: str = ""  # "small", "medium" or "large" where the benchmark says so
+    references: tuple = ()  # all right texts, where there are several captions; else `answer` is the only one
+    choices: tuple = ()   # what to choose from: the label vocabulary of mlc, the letters of pair
+    category: str = ""    # class of the object or scene: --shots draws evenly from these
+    subset: str = ""      # row of the benchmark's table: size of the object, type of the question, unique or not
+    split: str = ""       # "train", "val" or "test" where the source says so
+    mask: object = None   # seg: image or path, non-zero on the target
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ SYSTEM = "Read the image. Reason in <think></think>, then give only the result i
 def prompt(sample: Sample) -> str:
     """The chat up to where the model takes over, one `<|image_pad|>` for each image (model.encode widens it)."""
     images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.images)
-    instruction = TASKS[sample.task].instruction.format(frame=sample.frame)
+    instruction = TASKS[sample.task].instruction.replace("{frame}", str(sample.frame))
     return (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
             f"<|im_start|>user\n{images}{sample.question} {instruction}<|im_end|>\n<|im_start|>assistant\n")
 
@@ -122,11 +124,11 @@ def convert_box(box: Sequence[float], source: tuple[float, float], to: tuple[flo
     return (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy, theta)
 
 
-def plain_thought(task: str, answer: str, n_boxes: int) -> str:
-    """Reasoning for a source that has none: no more than what the reference itself says."""
-    if task == "det":
-        return f"{n_boxes} to find." if n_boxes else "Nothing to find."
-    return f"The scene looks like {answer}."
+def sloppy(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
+    """The sample as a hasty annotator would answer it: box edges off by Gaussian noise, its std in pixels of the frame.
+    `boxes`, which the reward reads, stay exact."""
+    noise = np.random.default_rng(seed).normal(0, pixels, (len(sample.boxes), 4))
+    return replace(sample, answer=box_text([np.add(horizontal(b), n) for b, n in zip(sample.boxes, noise)], sample.frame))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,12 +137,11 @@ def plain_thought(task: str, answer: str, n_boxes: int) -> str:
 def load(source: str, task: str, frame: int, images: str | None = None, split: str = "all", seed: int = 0) -> Sequence:
     """The samples of one task: a list, or `Scenes` where the source is `synthetic`.
 
-    source  `synthetic`; a .json/.jsonl file of conversations (2U1, VLM-R1, GeoChat_Instruct) or of EarthDial rows;
-            or a folder of class folders (task cls)
+    source  `synthetic`, or a file or folder of a format that readers.py knows
     frame   side of the square image that the model sees, in pixels
-    images  folder that a file's image names are relative to; the file's own folder by default
-    split   "all", or "train" / "heldout": a tenth of the images, chosen by a hash of their names, is held out, so that
-            a source without a published split can be scored on images that training did not see
+    images  folder that a file's image names are relative to; where the format keeps them by default
+    split   "all", or "train" / "heldout". Where the source has a "test" split, that is held out (and "val" is neither);
+            elsewhere a tenth of the images, chosen by a hash of their names
     seed    of the synthetic scenes; "heldout" takes a seed of its own
     Raises BadInput, in one line, for anything in the source that a user has to mend.
     """
@@ -151,26 +152,28 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     if source == "synthetic":
         return Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
     samples = read_source(source, task, frame, images)
-    if split != "all":  # by image, not by record, and alike for every task of a file: no task trains on another's test
+    published = any(s.split == "test" for s in samples)
+    if split != "all" and published:
+        samples = [s for s in samples if s.split == ("test" if split == "heldout" else "train")]
+    elif split != "all":  # by image, not by record, and alike for every task of a file: no task trains on another's test
         held = {name for s in samples if zlib.crc32((name := image_name(s)).encode()) % 10 == 0}
         held = held or {min(map(image_name, samples), key=lambda name: zlib.crc32(name.encode()))}
         samples = [s for s in samples if (image_name(s) in held) == (split == "heldout")]
         samples.sort(key=lambda s: (zlib.crc32(s.id.encode()), s.id))  # or the first 256 of class folders are one class
     if not samples:
-        raise BadInput(f"{source}: no samples of task {task} in the {split} split; it has too few images to hold some out")
+        raise BadInput(f"{source}: no samples of task {task} in the {split} split"
+                       + ("" if published else "; it has too few images to hold some out"))
     return samples
 
 
 @lru_cache(maxsize=8)  # train and held-out split come from one reading
 def read_source(source: str, task: str, frame: int, images: str | None) -> list[Sample]:
     """All samples of a file or folder, in its order."""
+    import readers  # which builds on this module
     path, skipped = Path(source), Counter()
-    if path.is_dir():
-        samples = list(read_class_folders(path, task, frame))
-    elif path.is_file():
-        samples = list(read_records(path, task, frame, Path(images) if images else path.parent, skipped))
-    else:
+    if not path.exists():
         raise BadInput(f"--data {source}: no such file or folder (or write: synthetic)")
+    samples = list(readers.read(path, task, frame, Path(images) if images else None, skipped))
     if skipped:
         notes = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
         print(f"{path}: {len(samples)} samples of {task}; {notes}", file=sys.stderr)
@@ -195,14 +198,37 @@ class Scenes(Sequence):
             return replace(self, n=len(range(self.n)[i]))
         if not 0 <= i < self.n:
             raise IndexError(i)
-        view = scene(self.seed, int(i), self.frame)
-        return Sample(id=f"synthetic {self.seed}:{i}", task=self.task, images=(draw(view),), frame=self.frame,
-                      **ask(self.task, view))
+        view = scene(self.seed, int(i), self.frame, least=self.task in ("rcap", "rec"))  # these two ask about one thing
+        common = dict(id=f"synthetic {self.seed}:{i}", task=self.task, images=(draw(view),), frame=self.frame)
+        return Sample(**common | ask(self.task, view))
 
 
 def image_name(sample: Sample) -> str:
-    """Folder and file name of the first image: the same on every machine."""
-    return Path(*sample.images[0].parts[-2:]).as_posix()
+    """Folder and file name of the first image, the same on every machine; of an image in a table a hash of its content."""
+    first = sample.images[0]
+    return Path(*Path(getattr(first, "filename", first)).parts[-2:]).as_posix()
+
+
+def as_row(sample: Sample) -> dict:
+    """The sample as JSON for predictions.jsonl and samples.jsonl: images by their paths, a built-in scene by its id."""
+    path = lambda image: str(image) if isinstance(image, (str, Path)) else sample.id
+    return {"id": sample.id, "task": sample.task, "images": [path(image) for image in sample.images], "question": sample.question,
+            "reference": sample.answer, "boxes": sample.boxes, "frame": sample.frame, "references": sample.references,
+            "choices": sample.choices, "category": sample.category, "subset": sample.subset,
+            "mask": None if sample.mask is None else path(sample.mask)}
+
+
+def from_row(row: dict) -> Sample:
+    """The sample that as_row wrote. A built-in scene is drawn again. Raises KeyError, TypeError or ValueError for a row
+    that is none."""
+    scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
+    if scene:
+        return Scenes(str(row["task"]), int(row["frame"]), int(scene[1]))[int(scene[2])]
+    texts = lambda name: tuple(map(str, row[name]))
+    return Sample(id=str(row["id"]), task=str(row["task"]), images=tuple(map(Path, row["images"])), question=str(row["question"]),
+                  answer=str(row["reference"]), frame=int(row["frame"]), boxes=tuple(tuple(map(float, box)) for box in row["boxes"]),
+                  references=texts("references"), choices=texts("choices"), category=str(row["category"]),
+                  subset=str(row["subset"]), mask=row["mask"] and Path(row["mask"]))
 
 
 def batch(samples: Sequence, step: int, size: int, seed: int) -> list[Sample]:
@@ -220,39 +246,7 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Readers: (file or folder) -> Samples. `skipped` counts what a noisy source had clipped or left out, by reason.
-
-def read_class_folders(path: Path, task: str, frame: int) -> Iterator[Sample]:
-    """EuroSAT- and AID-style folders: `path[/only folder]/<Class>/<image>`; the class names are the question's choices."""
-    if task != "cls":
-        raise BadInput(f"{path}: a folder of class folders serves the task cls, not {task}")
-    folders = sorted(p for p in path.iterdir() if p.is_dir())
-    while len(folders) == 1:  # EuroSAT keeps its classes below one more folder, 2750/
-        folders = sorted(p for p in folders[0].iterdir() if p.is_dir())
-    classes = ", ".join(folder.name for folder in folders)
-    for folder in folders:
-        for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            image_size(file, f"{folder.name}/{file.name}")
-            yield Sample(id=f"{folder.name}/{file.name}", task=task, images=(file,), frame=frame, answer=folder.name,
-                         question=f"Which class does this scene belong to? Classes: {classes}.",
-                         think=plain_thought(task, folder.name, 0))
-
-
-def read_records(path: Path, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
-    """A JSON array or JSON lines; the keys of a record say which format it is."""
-    records = list(json_records(path))
-    marked = any(MARK.match(str(turn.get("value"))) for _, r in records if isinstance(r, dict)
-                 for turn in r.get("conversations") or () if isinstance(turn, dict))  # GeoChat's mix of tasks
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise BadInput(f"{where}: expected an object, found {type(record).__name__}")
-        if "conversations" in record:
-            yield from read_conversation(where, record, task, frame, folder, skipped, marked)
-        elif "question" in record and "gt_bbox" in record:
-            yield from read_earthdial(where, record, task, frame, folder, skipped)
-        else:
-            raise BadInput(f"{where}: neither `conversations` nor `question` + `gt_bbox` among its keys {list(record)}")
-
+# What readers and scores share
 
 def json_records(path: Path) -> Iterator[tuple[str, object]]:
     """("file:record", value) of each record of a JSON array or of JSON lines."""
@@ -276,112 +270,8 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"{path}: line {i}", parse(line, f"line {i}")
 
 
-def read_conversation(where: str, record: dict, task: str, frame: int, folder: Path, skipped: Counter,
-                      marked: bool) -> Iterator[Sample]:
-    """2U1 / VLM-R1 / GeoChat_Instruct: `image` (one name or several) and `conversations`, alternately human and gpt.
-
-    Boxes `{<x1><y1><x2><y2>|<theta>}` are GeoChat's 0-100 grid, `[x1, y1, x2, y2]` are pixels of the original image.
-    GeoChat mixes tasks in one file and marks them, so in a `marked` file det takes the turns with [refer], cls those
-    that say "classify", and the others are counted. Elsewhere every turn belongs to the task that was asked for.
-    """
-    names = record.get("image") or record.get("images")
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{where}: `image` is neither a file name nor a list of file names")
-    paths = tuple(folder / name for name in names)
-    turns = record["conversations"]
-    if not isinstance(turns, list) or any(not isinstance(t, dict) or not isinstance(t.get("value"), str) for t in turns):
-        raise BadInput(f"{where}: `conversations` is not a list of objects with a text `value`")
-    if len(turns) < 2 or len(turns) % 2:
-        raise BadInput(f"{where}: `conversations` has {len(turns)} turns, expected question and answer in pairs")
-    placeholders = turns[0]["value"].count("<image>")
-    if placeholders and placeholders != len(paths):
-        raise BadInput(f"{where}: {placeholders} <image> marks for {len(paths)} images")
-    sizes = []
-    for i in range(0, len(turns), 2):
-        question, answer = turns[i]["value"], turns[i + 1]["value"]
-        tag = MARK.match(question)
-        mark = tag[1] if tag else "classify" if "classif" in question.lower() else None
-        if marked and mark != {"det": "refer", "cls": "classify"}[task]:
-            skipped["turns of other tasks left out"] += 1
-            continue
-        sizes = sizes or [image_size(path, where) for path in paths]
-        think, answer = split_reasoning(answer)
-        boxes = ()
-        if task == "det":
-            grid = re.findall(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>(?:\|<(-?\d+)>)?\}", answer)
-            if grid:
-                boxes = grid_boxes([[float(v or 0) for v in box] for box in grid], frame, skipped)
-                if not boxes:
-                    continue  # counted by grid_boxes
-            else:
-                boxes = pixel_boxes(answer, sizes[0], frame, f"{where}, turn {i // 2}")
-            answer = box_text(boxes, frame)
-        if not answer:
-            raise BadInput(f"{where}, turn {i // 2}: the answer is empty")
-        yield Sample(id=f"{where}" + (f", turn {i // 2}" if len(turns) > 2 else ""), task=task, images=paths,
-                     question=plain_text(question), answer=answer, frame=frame, boxes=boxes,
-                     think=think or plain_thought(task, answer, len(boxes)))
-
-
-def read_earthdial(where: str, row: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
-    """EarthDial's detection rows: `image`, `question`, `gt_bbox` as `[[x1, y1, x2, y2, theta]]...` on the 0-100 grid."""
-    if task != "det":
-        raise BadInput(f"{where}: a row with `gt_bbox` serves the task det, not {task}")
-    if not isinstance(row.get("image"), str) or not isinstance(row["question"], str):
-        raise BadInput(f"{where}: `image` and `question` have to be texts")
-    image_size(folder / row["image"], where)
-    lists = re.findall(r"\[([^\[\]]+)\]", str(row["gt_bbox"]))
-    boxes = [[float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", text)] for text in lists]
-    if not boxes or any(len(values) != 5 for values in boxes):
-        raise BadInput(f"{where}: `gt_bbox` {row['gt_bbox']!r} holds no boxes of five numbers")
-    boxes = grid_boxes(boxes, frame, skipped)
-    if boxes:
-        yield Sample(id=where, task=task, images=(folder / row["image"],), question=plain_text(row["question"]),
-                     answer=box_text(boxes, frame), frame=frame, boxes=boxes, think=plain_thought(task, "", len(boxes)),
-                     size_group=str(row.get("size_group") or "").strip('"'))
-
-
-def grid_boxes(boxes: list[list[float]], frame: int, skipped: Counter) -> tuple:
-    """0-100 boxes -> frame. GeoChat's and EarthDial's are noisy: beyond 100 is clipped, without area is left out."""
-    kept = []
-    for box in boxes:
-        envelope = horizontal(box)
-        clipped = tuple(min(max(v, 0), 100) for v in envelope)
-        if box[2] <= box[0] or box[3] <= box[1] or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-            skipped["boxes without area left out"] += 1
-            continue
-        if clipped != envelope:
-            skipped["boxes clipped to the image"] += 1
-            box = box if box[4] else clipped  # a turned box cut off is no box any more: it is cut where it is used
-        kept.append(convert_box(box, GRID, (frame, frame)))
-    if not kept:
-        skipped["records without any such box left out"] += 1
-    return tuple(kept)
-
-
-def pixel_boxes(answer: str, size: tuple[int, int], frame: int, where: str) -> tuple:
-    """`[x1, y1, x2, y2]` in pixels of the original image -> frame; an answer of `none` or `[]` has no boxes."""
-    boxes = parse_boxes(answer)
-    if boxes is None:
-        raise BadInput(f"{where}: the answer {answer[:60]!r} has no box [x1, y1, x2, y2] (task det)")
-    for x1, y1, x2, y2 in boxes:
-        if not (-1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1):  # a pixel of slack for rounding
-            raise BadInput(f"{where}: box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] of {answer[:60]!r} is malformed, has no area or "
-                           f"lies outside its image of {size[0]} x {size[1]} pixels")
-    return tuple(convert_box(box.tolist(), size, (frame, frame)) for box in boxes)
-
-
 def plain_text(question: str) -> str:
     """The question without <image>, <p>/<ref> tags, task and sensor marks in brackets, and chat marks <|..|>."""
     text = re.sub(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>", " ", question)
     text = re.sub(r"^\s*(?:\[[\w.]+\]\s*)+", "", text)
     return " ".join(text.split())
-
-
-def split_reasoning(answer: str) -> tuple[str, str]:
-    """(reasoning, answer) of a reference that may already carry <think> and <answer> tags."""
-    answer = re.sub(r"<\|\w+\|>", "", answer)  # a chat mark in a reference would have no probability
-    think = re.search(r"<think>(.*?)</think>", answer, re.DOTALL)
-    tagged = re.search(r"<answer>(.*?)</answer>", answer, re.DOTALL)
-    return think[1].strip() if think else "", (tagged[1] if tagged else answer).strip()

@@ -1,0 +1,877 @@
+"""Every format of the data sets, on real files where EO_DATA names them and else on small files in the published layout."""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from data import BadInput, Sample, load_images
+from notation import label_list, place_boxes, tasks_of, turned_box
+from readers import few_shots, read
+from rewards import TASKS, horizontal, reference_mask
+
+F = 112
+SIZE = (200, 50)  # of the images: far from square, so that swapped axes show
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    return tmp_path
+
+
+def picture(path, size=SIZE, colour="green"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def write(path, *records):
+    """JSON lines; a JSON array where the name ends in .json; other files, and a record that is a text, as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines))
+    return path
+
+
+def document(path, value, **layout):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, **layout))
+    return path
+
+
+def chat(*turns, image="a.png"):
+    return {"id": "x", "image": image, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+
+
+def samples_of(path, task, images=None, skipped=None, frame=F):
+    """The Samples of a source, each of them sound: its answer is right, boxes show in the frame, no mark is left over."""
+    samples = list(read(Path(path), task, frame, images, Counter() if skipped is None else skipped))
+    assert len({s.id for s in samples}) == len(samples)
+    for s in samples:
+        assert s.task == task and s.frame == frame and s.think and s.images
+        assert TASKS[task].reward(s.answer, s) > .7, (s.answer, s.boxes)  # boxes are rounded to pixels
+        assert not re.search(r"</?\w+>|\\n|\[[a-z]|\{<|\[\[", s.question + s.answer), s
+        for box in s.boxes:
+            x1, y1, x2, y2 = horizontal(box)
+            assert x1 < min(x2, frame) and y1 < min(y2, frame) and x2 > 0 and y2 > 0
+            assert box[4] or min(x1, y1) >= 0 and max(x2, y2) <= frame + 1e-6
+    return samples
+
+
+def refused(path, task, *says, images=None):
+    """BadInput of one line that says all of this."""
+    with pytest.raises(BadInput) as error:
+        list(read(Path(path), task, F, images, Counter()))
+    message = str(error.value)
+    assert "\n" not in message and all(re.search(pattern, message) for pattern in says), message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Notation
+
+def test_box_of_a_square_on_its_corner():
+    """By hand: corners (5,0), (10,5), (5,10), (0,5) are a square of side sqrt(50) turned by 45 degrees."""
+    half = 50 ** .5 / 2
+    assert turned_box(np.array([(5, 0), (10, 5), (5, 10), (0, 5)])) == pytest.approx((5 - half, 5 - half, 5 + half, 5 + half, 45))
+
+
+def test_upright_box_has_no_angle_wherever_its_corners_begin():
+    for start in range(4):
+        corners = np.roll(np.array([(2., 3), (9, 3), (9, 5), (2, 5)]), start, axis=0)
+        assert turned_box(corners) == turned_box(corners[::-1]) == (2, 3, 9, 5, 0)
+
+
+@pytest.mark.parametrize("theta", [1, 30, 60, 89, 120, 179, -45])
+def test_turned_box_keeps_the_corners_of_a_rectangle(theta):
+    """Clockwise on the screen: y points down, so (1, 0) turns towards (0, 1)."""
+    turn = np.radians(theta)
+    axes = np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))])
+    shape = np.array([(-8, -2), (8, -2), (8, 2), (-8, 2)])
+
+    def corners(box):
+        t, (w, h) = np.radians(box[4]), ((box[2] - box[0]) / 2, (box[3] - box[1]) / 2)
+        u = np.array([(np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t))])
+        return np.array([(-w, -h), (w, -h), (w, h), (-w, h)]) @ u + [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
+
+    expected = shape @ axes + [50, 40]
+    found = corners(turned_box(expected))
+    assert sorted(map(tuple, found.round(4))) == sorted(map(tuple, expected.round(4)))
+
+
+def test_turned_box_is_the_smallest_rectangle_around_a_quadrilateral():
+    shapely = pytest.importorskip("shapely", reason="shapely knows the smallest rectangle")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 4))  # on an ellipse, so convex
+        corners = np.stack([30 * np.cos(angles), 20 * np.sin(angles)], 1)
+        x1, y1, x2, y2, theta = turned_box(corners)
+        assert 0 <= theta < 90
+        assert (x2 - x1) * (y2 - y1) == pytest.approx(shapely.minimum_rotated_rectangle(shapely.Polygon(corners)).area)
+
+
+def test_boxes_of_every_notation_reach_the_frame_wherever_they_stand():
+    """By hand, 112 / 100 = 1.12: 25 -> 28, 50 -> 56, 75 -> 84; pixels of 200 x 50: x * .56, y * 2.24."""
+    skipped = Counter()
+    text, boxes = place_boxes(
+        "[grounding] [hr_rgb_0.5] <image> \\n <ref>1 ship</ref> <box>[[[25, 50, 50, 75, 0]]]</box> at left, "
+        "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, F, "here", skipped)
+    assert text == "1 ship [28,56,56,84] at left, two [0,0,28,28],[56,56,84,84] and [0,0,56,56]."
+    assert [box[4] for box in boxes] == [0, 0, 90, 0] and not skipped
+
+
+def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():
+    skipped = Counter()
+    text, boxes = place_boxes("a {<90><80><102><104>|<0>} b {<50><50><50><60>|<0>} c", SIZE, F, "here", skipped)
+    assert text == "a [101,90,112,112] b c" and len(boxes) == 1
+    assert skipped == {"boxes clipped to the image": 1, "boxes without area left out": 1}
+
+
+@pytest.mark.parametrize("question, answer, tasks", [
+    ("<image>\n[refer] where is <p>it</p>?", "{<1><2><3><4>}", ("det", "rec")),
+    ("<image>\n[identify] what is {<1><2><3><4>|<5>}", "a ship", ("rcap",)),
+    ("[grounding] give a description", "a ship {<1><2><3><4>|<5>}", ("ground",)), ("[caption] Describe.", "A ship.", ("cap",)),
+    ("[vqa] Is there one of two classes?", "yes", ("vqa",)), ("Is there a ship? Answer with one word.", "no", ("vqa",)),
+    ("Classify the image. Classes: sea, forest", "sea", ("cls",)), ("Who built this?", "Nobody knows.", ()),
+    (" [changedet] [hr_rgb_temp_0.5] <image> <image> \\n are there any semantic change detected?", "no", ("change",)),
+    ("[changedet] [hr_rgb_temp_0.5] <image> <image> \\n Identify the type of disaster. Options:  fire, wind.", "fire", ("cls",)),
+    ("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[5, 5, 8, 7, 0]]</box> affected? Please answer yes or "
+     "no.", "yes", ("cls",)),
+    ("[grounding] [hr_rgb_temp_0.5] <image> <image> \\n Please describe the damage.", "There was a fire.", ("change", "cap")),
+    ("[s2_rgb_10] <image> \\n Which are depicted? sea, forest. Answer with a list of classes.", "sea", ("mlc",)),
+])
+def test_marks_tell_the_tasks_of_a_question(question, answer, tasks):
+    assert tasks_of(question, answer) == tasks
+
+
+def test_commas_of_bigearthnet_stay_in_their_labels():
+    question = ("From the following scene categories, which ones are depicted in the provided remote sensing image? Broad-leaved "
+                "forest, Beaches, dunes, sands, Land principally occupied by agriculture, with significant areas of natural "
+                "vegetation, salt marshes. Answer with a list of classes.")
+    assert label_list(question, "here") == (
+        "Broad-leaved forest", "Beaches, dunes, sands",
+        "Land principally occupied by agriculture, with significant areas of natural vegetation", "salt marshes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}",
+           "[identify] what is in {<50><50><75><75>|<0>}", "<p>a ship</p>",
+           "[grounding] describe the image", "There is <p>a ship</p> {<0><0><25><25>|<0>} at the top left.",
+           "Classify the image. Classes: sea, forest", "sea", "Is it rural? Answer with one word.", "no", "Why?", "Because."]
+
+
+@pytest.mark.parametrize("task, question, answer", [
+    ("det", "where is the ship ?", "[11,22,34,45]"), ("rec", "where is the ship ?", '{"bbox_2d": [11, 22, 34, 45]}'),
+    ("rcap", "what is in [56,56,84,84]", "a ship"), ("cls", "Classify the image. Classes: sea, forest", "sea"),
+    ("ground", "describe the image", "There is a ship [0,0,28,28] at the top left."),
+    ("vqa", "Is it rural? Answer with one word.", "no")])
+def test_each_task_takes_its_turns_of_geochats_mix(folder, task, question, answer):
+    skipped = Counter()
+    sample, = samples_of(write(folder / "geochat.json", chat(*GEOCHAT)), task, skipped=skipped)
+    assert (sample.question, sample.answer) == (question, answer)
+    assert skipped == {"turns of other tasks left out": 5} and (sample.id.endswith(", turn 0") == (task in ("det", "rec")))
+
+
+def test_vrsbench_train(folder):
+    source = write(folder / "VRSBench_train.json", chat("<image>\n[caption] Describe the image in detail", "A pier."),
+                   chat("<image>\n[refer] give me the location of <p>The pier</p>", "{<25><50><75><100>}"),
+                   chat("<image>\n[vqa] How many piers?", "1"))
+    assert [samples_of(source, task)[0].answer for task in ("cap", "det", "vqa")] == ["A pier.", "[28,56,84,112]", "1"]
+
+
+@pytest.mark.parametrize("task, turns, answer", [
+    ("cap", ("<image>Describe it.", "A ship."), "A ship."), ("change", ("<image><image>What changed?", "A house."), "A house."),
+    ("vqa", ("How many?", "3"), "3"), ("rec", ("Find it.", '{"bbox_2d": [100, 25, 200, 50]}'), '{"bbox_2d": [56, 56, 112, 112]}'),
+    ("rcap", ("What is in [100, 25, 200, 50]?", "a ship"), "a ship"),
+    ("mlc", ("Which? sea, forest, city.", "sea, city"), "sea, city"),
+    ("ground", ("Describe.", "A ship [100, 25, 200, 50] at sea."), "A ship [56,56,112,112] at sea."),
+    ("pair", ("<image><image><image>Which of A and B?", "<answer>B</answer>"), "B")])
+def test_unmarked_conversations_serve_the_task_that_is_asked_for(folder, task, turns, answer):
+    n = {"change": 2, "pair": 3}.get(task, 1)
+    sample, = samples_of(write(folder / "2u1.jsonl", chat(*turns, image=["a.png"] * n if n > 1 else "a.png")), task)
+    assert sample.answer == answer and len(sample.images) == n
+    assert sample.choices == {"mlc": ("sea", "forest", "city"), "pair": ("A", "B")}.get(task, ())
+    assert ("[56,56,112,112]" in sample.question) == (task == "rcap")
+
+
+def test_question_of_several_objects_is_none_of_rec(folder):
+    skipped = Counter()
+    source = write(folder / "a.jsonl", chat("Find it.", "[1,2,30,40]"), chat("Find them.", "[1,2,30,40],[5,6,70,40]"))
+    assert len(samples_of(source, "rec", skipped=skipped)) == 1 and skipped == {"records of several objects left out": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EarthDial: rows as JSON, and shards
+
+BIGEARTHNET = (" [s2_rgb_10] <image> \\n From the following scene categories, which ones are depicted in the provided remote "
+               "sensing image? Water bodies, mixed forest, sea and ocean. Answer with a list of classes.")
+XBD_REGION = ("[identify] [hr_rgb_temp_0.5] <image> <image> \\n Compare the building at <box>[[25, 50, 50, 75, 0]]</box> "
+              "between the images. Classify the level of damage. Classes: no-damage, destroyed.")
+EARTHDIAL = {  # task -> (row as in a shard, question, answer)
+    "det": ({"question": '"[refer] [hr_rgb_0.5] <image> \\n <ref>2 ships</ref>"', "ttype": '"ref"', "size_group": '"small"',
+             "groundtruth": '"[[25, 50, 50, 75, 0]][[75, 75, 100, 100, 0]]"'},
+            "Give me the location of 2 ships", "[28,56,56,84],[84,84,112,112]"),
+    "rcap": ({"question": " [identify] [hr_rgb_0.5] <image> \\n describe this object in <box>[[25, 50, 50, 75, 90]]</box>",
+              "groundtruth": '"1 ship"', "size_group": '"small"'}, "describe this object in [28,56,56,84]", "1 ship"),
+    "ground": ({"question": "[grounding] [hr_rgb_0.5] <image> \n Describe the image.", "size_group": '["small"]',
+                "groundtruth": "There is <ref>1 ship </ref> <box>[[[25, 50, 50, 75, 0]]]</box> located at left."},
+               "Describe the image.", "There is 1 ship [28,56,56,84] located at left."),
+    "cls": ({"question": XBD_REGION, "groundtruth": '"destroyed"'},
+            "Compare the building at [28,56,56,84] between the images. Classify the level of damage. Classes: no-damage, "
+            "destroyed.", "destroyed"),
+    "mlc": ({"question": BIGEARTHNET, "groundtruth": "mixed forest, water bodies"},
+            BIGEARTHNET[24:], "mixed forest, water bodies"),
+    "cap": ({"question": " [caption] [hr_rgb_0.5] <image> \\n Caption the image?",
+             **{f"groundtruth{i}": f'"text {i} ."' for i in range(5)}}, "Caption the image?", "text 0 ."),
+    "change": ({"question": "[changedet] [hr_rgb_temp_0.5] <image> <image> \\n any change?",
+                "groundtruth": '["A road.", "New road."]'}, "any change?", "A road."),
+    "vqa": ({"question": "[hr_rgb_0.5] <image>\\n Is there a grass area?", "groundtruth": '"yes"', "ttype": '"presence"'},
+            "Is there a grass area?", "yes"),
+}
+
+
+@pytest.mark.parametrize("task", EARTHDIAL)
+def test_earthdial_rows(folder, task):
+    row, question, answer = EARTHDIAL[task]
+    sample, = samples_of(write(folder / "rows.jsonl", row | {"image": "a.png"}), task)
+    assert (sample.question, sample.answer) == (question, answer)
+    assert sample.subset == {"det": "small", "rcap": "small", "vqa": "presence"}.get(task, "")
+    assert len(sample.references) == {"cap": 5, "change": 2}.get(task, 0)
+    assert sample.choices == (("Water bodies", "mixed forest", "sea and ocean") if task == "mlc" else ())
+
+
+def test_earthdial_question_that_asks_is_left_as_it_is(folder):
+    row = EARTHDIAL["det"][0] | {"image": "a.png", "question": "[refer] [hr_rgb_0.5] <image> \\n Where are <ref>2 ships</ref>"}
+    assert samples_of(write(folder / "rows.jsonl", row), "det")[0].question == "Where are 2 ships"
+
+
+def shard(path, rows):
+    datasets = pytest.importorskip("datasets", reason="EarthDial's shards and parquet are read by datasets")
+    columns = {key: datasets.Image() for key in rows[0] if key.startswith("jpg")}
+    features = datasets.Features({key: columns.get(key, datasets.Value("string")) for key in rows[0]})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(path)
+    return path
+
+
+def test_earthdial_evaluation_shard_of_four_dates(tmp_path):
+    dates = {f"jpg_{x}": Image.new("RGB", SIZE, colour) for x, colour in zip("ABCD", ("red", "green", "blue", "white"))}
+    question = "[hr_rgb_temp_0.5] <image> <image> <image> <image> \\n Classify. Classes: a, b."
+    source = shard(tmp_path / "FMoW", [dates | {"question": question, "groundtruth": '"b"'}] * 3)
+    first, *_ = samples = samples_of(source, "cls")
+    assert [s.answer for s in samples] == ["b"] * 3 and len(first.images) == 4
+    assert np.asarray(load_images(first)[2])[0, 0] == pytest.approx((0, 0, 255), abs=3)
+    assert len({image.filename for s in samples for image in s.images}) == 4  # told apart by content, not by row
+
+
+def test_earthdial_training_shard(tmp_path):
+    turns = json.dumps(chat(*GEOCHAT)["conversations"])
+    source = shard(tmp_path / "GeoChat_part1", [{"jpg": Image.new("RGB", SIZE), "conversations": turns}] * 2)
+    assert [s.answer for s in samples_of(source, "det")] == ["[11,22,34,45]"] * 2
+    refused(tmp_path / "GeoChat_part1", "seg", "row 0.*serves.*not seg")
+
+
+def test_earthdial_training_shard_of_pairs_has_one_mark_for_both_images(tmp_path):
+    question = ("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[25, 50, 50, 75, 0]]</box> affected due to "
+                "disaster in the second image? Please answer yes or no.")
+    turns = json.dumps(chat(question, "no")["conversations"])
+    images = {"jpg_A": Image.new("RGB", SIZE), "jpg_B": Image.new("RGB", SIZE)}
+    source = shard(tmp_path / "xBD", [images | {"conversations": turns}])
+    sample, = samples_of(source, "cls")
+    assert len(sample.images) == 2 and sample.answer == "no" and "at [28,56,56,84] affected" in sample.question
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GeoChat-Bench, VRSBench's evaluation, few shots
+
+def test_geochat_bench_referring_has_polygons_in_pixels(folder):
+    picture(folder / "P0001__1.0__0___0.png")
+    source = write(folder / "referring.jsonl", {
+        "question_id": "1", "image_id": "P0001__1.0__0___0", "question": "2 gray ships", "type": "ref", "dataset": "SOTA",
+        "ground_truth": [[[0, 0], [100, 0], [100, 25], [0, 25]], [[200, 25], [200, 50], [100, 50], [100, 25]]],
+        "obj_ids": [1, 2], "size_group": "medium"})
+    sample, = samples_of(source, "det")
+    assert sample.question == "Give me the location of 2 gray ships" and sample.subset == "medium"
+    assert sample.answer == "[0,0,56,56],[56,56,112,112]" and [box[4] for box in sample.boxes] == [0, 0]
+    assert samples_of(source, "rec") == []
+
+
+def test_geochat_bench_region_captions_scenes_and_descriptions(folder):
+    region, = samples_of(write(folder / "region_captioning.jsonl", {
+        "question_id": "1", "image_id": "a", "question": "{<25><50><50><75>|<0>}", "ground_truth": "small ship", "type": "region",
+        "size_group": "small"}), "rcap")
+    assert (region.question, region.answer, region.subset) == ("What is the object at [28,56,56,84]", "small ship", "small")
+    text = "Classify the image within one of the given classes. Classes: MediumResidential, Pond.\nAnswer with one word."
+    scene, = samples_of(write(folder / "aid.jsonl", {  # the typo and the wrong extension are the published ones
+        "question_id": "AerialClass/1", "image": "a.tif", "text": text, "ground_truth": "MediumResidentialgt"}), "cls")
+    assert (scene.answer, scene.images[0].name, scene.category) == ("MediumResidential", "a.png", "MediumResidential")
+    described, = samples_of(write(folder / "grounding_description.jsonl", {"image_id": "a", "description": "Two ships."}), "cap")
+    assert (described.question, described.answer) == ("Describe the image.", "Two ships.")
+
+
+def test_geochat_bench_vqa_joins_the_answers_of_rsvqa(folder):
+    row = {"image": "a.png", "text": "Is there a road?\nAnswer with one word.", "category": "presence"}
+    source = write(folder / "lrben.jsonl", row | {"question_id": 3}, row | {"question_id": 7})
+    refused(source, "vqa", "0 files .*answers")
+    document(folder / "sub" / "all_answers.json", {"answers": [
+        {"id": i, "question_id": i, "answer": f"answer {i}", "active": True} for i in range(9)]})
+    picture(folder / "sub" / "a.png")
+    assert [(s.answer, s.subset) for s in samples_of(source, "vqa", images=folder / "sub")] == [
+        ("answer 3", "presence"), ("answer 7", "presence")]
+
+
+VRSBENCH = {"image_id": "a.png", "question": "The large yellow vehicle.", "ground_truth": "{<25><50><50><75>}",
+            "dataset": "RSBench", "question_id": 0, "type": "ref", "unique": False, "obj_cls": "vehicle", "obj_ids": [0],
+            "obj_corner": [.25, .5, .5, .5, .5, .75, .25, .75], "size_group": ""}
+
+
+@pytest.mark.parametrize("changed", [{}, {"obj_corner": []}], ids=["corners", "grid"])
+def test_vrsbench_referring(folder, changed):
+    source = write(folder / "VRSBench_EVAL_referring.json", VRSBENCH | changed, VRSBENCH | {"unique": True})
+    for task, answer in (("rec", '{"bbox_2d": [28, 56, 56, 84]}'), ("det", "[28,56,56,84]")):
+        one, two = samples_of(source, task)
+        assert one.answer == two.answer == answer and one.question == "Give me the location of The large yellow vehicle."
+        assert (one.subset, two.subset, one.category) == ("non-unique", "unique", "vehicle")
+
+
+def test_vrsbench_corners_keep_their_angle_for_det_alone(folder):
+    source = write(folder / "r.json", VRSBENCH | {"obj_corner": [.5, .25, .75, .5, .5, .75, .25, .5]})
+    assert samples_of(source, "det")[0].boxes[0][4] == 45 and samples_of(source, "rec")[0].boxes[0] == (28, 28, 84, 84, 0)
+
+
+def test_vrsbench_questions_and_captions(folder):
+    base = {"image_id": "a.png", "dataset": "RSBench", "question_id": 0}
+    question = {"question": "How many classes of ships?", "ground_truth": "2", "type": "object quantity"}
+    sample, = samples_of(write(folder / "vqa.json", base | question), "vqa")
+    assert (sample.question, sample.answer, sample.subset) == tuple(question.values())
+    caption = {"question": "Describe the image in detail", "ground_truth": "A pier.", "type": "caption"}
+    assert samples_of(write(folder / "Cap.json", base | caption), "cap")[0].answer == "A pier."
+
+
+@pytest.mark.parametrize("unique, subset", [("True", "unique"), ("False", "non-unique"), (True, "unique"), (False, "non-unique")])
+def test_few_shots_as_json(folder, unique, subset):
+    row = {"image": "a.png", "problem": "Find the ship.", "solution": [100, 25, 200, 50], "is_unique": unique}
+    sample, = samples_of(write(folder / "detailed.json", row), "rec")
+    assert (sample.answer, sample.subset, sample.question) == ('{"bbox_2d": [56, 56, 112, 112]}', subset, "Find the ship.")
+
+
+def test_few_shots_as_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="EarthDial's shards and parquet are read by datasets")
+    row = {"images": [Image.new("RGB", SIZE)], "problem": "Find it.", "answer": [100., 25., 200., 50.], "is_unique": "True"}
+    rows = [row | {"category": category} for category in ("ship", "pier")]
+    features = datasets.Features(dict.fromkeys(rows[0], datasets.Value("string")) | {
+        "images": datasets.Sequence(datasets.Image()), "answer": datasets.Sequence(datasets.Value("float64"))})
+    table = datasets.Dataset.from_list(rows, features=features)
+    (tmp_path / "data").mkdir()
+    for split in ("train_1shot", "val"):
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    samples = samples_of(tmp_path / "data" / "val-00000-of-00001.parquet", "rec")
+    assert [(s.category, s.answer) for s in samples] == [(c, '{"bbox_2d": [56, 56, 112, 112]}') for c in ("ship", "pier")]
+    assert load_images(samples[0])[0].size == (F, F)
+    refused(tmp_path, "rec", "splits train_1shot, val")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detection: DIOR-RSVG, NWPU VHR-10, COCO, DOTA, xBD
+
+XML = ("<annotation><filename>{name}.jpg</filename><size><width>200</width><height>50</height></size>{objects}</annotation>")
+THING = ("<object><name>{name}</name><pose>Unspecified</pose><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>"
+         "<ymax>{3}</ymax></bndbox><description>A green {name}</description></object>")
+
+
+@pytest.fixture
+def dior(tmp_path):
+    for name, kinds in (("00001", ["dam"]), ("00002", ["ship", "harbor"]), ("00003", ["ship"])):
+        picture(tmp_path / "JPEGImages" / f"{name}.jpg")
+        things = "".join(THING.format(100, 25, 200, 50, name=kind) for kind in kinds)
+        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=things))
+    write(tmp_path / "test.txt", "0", "2")
+    return tmp_path
+
+
+def test_dior_rsvg_split_holds_running_object_numbers(dior):
+    everything, test = samples_of(dior, "rec"), samples_of(dior / "test.txt", "rec")
+    assert [s.category for s in everything] == ["dam", "ship", "harbor", "ship"]
+    assert [s.question for s in test] == ["Give me the location of A green dam", "Give me the location of A green harbor"]
+    assert {s.answer for s in everything} == {'{"bbox_2d": [56, 56, 112, 112]}'}
+    assert samples_of(dior, "det")[0].answer == "[56,56,112,112]"
+
+
+NWPU_LINES = "(100, 25),(200,50),2 \n( 0,0),( 50, 25),1\n\n(0,25),(50,50),2"
+
+
+@pytest.fixture
+def nwpu(tmp_path):
+    picture(tmp_path / "positive image set" / "001.jpg")
+    write(tmp_path / "ground truth" / "001.txt", NWPU_LINES)
+    return tmp_path
+
+
+def test_nwpu_asks_once_for_each_class_of_an_image(nwpu):
+    airplane, ship = samples_of(nwpu, "ovd")
+    assert (airplane.category, ship.category) == ("airplane", "ship") and ship.question == "Locate every ship."
+    assert json.loads(ship.answer) == [
+        {"bbox_2d": box, "label": "ship"} for box in ([56, 56, 112, 112], [0, 56, 28, 112])]
+    assert [s.answer for s in samples_of(nwpu, "det")] == ["[0,0,28,56]", "[56,56,112,112],[0,56,28,112]"]
+
+
+COCO = {"images": [{"id": 7, "file_name": "a.png", "width": 200, "height": 50}, {"id": 9, "file_name": "b.png"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [100, 25, 100, 25]},
+                        {"id": 2, "image_id": 7, "category_id": 1, "bbox": [190, 25, 20, 25]}],
+        "categories": [{"id": 3, "name": "ship"}, {"id": 1, "name": "airplane"}]}
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 1}])
+def test_coco(folder, layout):
+    skipped = Counter()
+    airplane, ship = samples_of(document(folder / "annotations.json", COCO, **layout), "ovd", skipped=skipped)
+    assert json.loads(ship.answer) == [{"bbox_2d": [56, 56, 112, 112], "label": "ship"}] and ship.images == (folder / "a.png",)
+    assert airplane.boxes[0][2] == F and skipped == {"boxes clipped to the image": 1}
+
+
+DOTA_LINES = "imagesource:GoogleEarth\ngsd:0.146\n100 25 200 25 200 50 100 50 ship 0\n150 0 200 25 150 50 100 25 plane 1\n"
+
+
+@pytest.fixture
+def dota(tmp_path):
+    picture(tmp_path / "images" / "P0001__0.5__0___0.png")
+    write(tmp_path / "labelTxt" / "P0001__0.5__0___0.txt", DOTA_LINES)
+    return tmp_path
+
+
+def test_dota_turned_boxes_come_from_corners_in_the_frame(dota):
+    """By hand: (150,0) (200,25) (150,50) (100,25) of 200 x 50 is a rhombus (84,0) (112,56) (84,112) (56,56) of 112 x 112. Its
+    edges, 28 sqrt(5) long, rise by atan2(56, 28) = 63.43 degrees; along one it reaches 1.6 edges far, across 0.8."""
+    plane, ship = samples_of(dota, "det")
+    assert ship.boxes == ((56, 56, 112, 112, 0),)
+    x1, y1, x2, y2, theta = plane.boxes[0]
+    assert theta == pytest.approx(63.434949) and ((x1 + x2) / 2, (y1 + y2) / 2) == pytest.approx((84, 56))
+    assert (x2 - x1, y2 - y1) == pytest.approx((1.6 * 28 * 5 ** .5, .8 * 28 * 5 ** .5))
+    assert [s.category for s in samples_of(dota, "ovd")] == ["plane", "ship"]
+
+
+FIRE = "socal-fire_00000001_post_disaster"
+
+
+def polygon(x1, y1, x2, y2, kind):
+    return {"properties": {"feature_type": "building", "subtype": kind, "uid": "x"},
+            "wkt": f"POLYGON (({x1} {y1}, {x2}.5 {y1}, {x2}.5 {y2}, {x1} {y2}, {x1} {y1}))"}
+
+
+@pytest.fixture
+def xbd(tmp_path):
+    for name in ("socal-fire_00000001", "hurricane-harvey_00000002"):
+        for when in ("pre", "post"):
+            picture(tmp_path / "train" / "images" / f"{name}_{when}_disaster.png", (100, 100))
+    document(tmp_path / "train" / "labels" / f"{FIRE}.json", {"features": {"lng_lat": [], "xy": [
+        polygon(25, 50, 49, 75, "destroyed"), polygon(0, 0, 24, 25, "no-damage"), polygon(1, 1, 2, 2, "un-classified")]}})
+    (tmp_path / "train" / "masks").mkdir()
+    Image.new("L", (100, 100), 1).save(tmp_path / "train" / "masks" / "hurricane-harvey_00000002_post_disaster.png")
+    return tmp_path
+
+
+def test_xbd_asks_for_the_disaster_and_for_damage(xbd):
+    samples = samples_of(xbd, "cls")
+    assert [s.answer for s in samples] == ["flood", "no", "fire", "yes"]  # the mask says 1, no damage; the label one destroyed
+    assert [image.name[-17:] for image in samples[0].images] == ["_pre_disaster.png", "post_disaster.png"]
+
+
+def test_xbd_locates_buildings_by_their_damage(xbd):
+    skipped = Counter()
+    destroyed, intact = samples_of(xbd, "det", skipped=skipped)
+    assert (destroyed.question, destroyed.answer) == ("Locate every destroyed building in the second image.", "[28,56,55,84]")
+    assert intact.category == "no-damage" and len(intact.images) == 2
+    assert skipped == {"image pairs without labels/*.json left out": 1, "buildings of no class left out": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captions, changes, questions
+
+SENTENCES = [{"raw": f" caption {i} ."} for i in range(5)]
+
+
+def test_captions_of_karpathy_nwpu_and_rsicd_on_aid(folder):
+    picture(folder / "pier" / "c.png")
+    texts = [sentence["raw"] for sentence in SENTENCES]
+    raw = {"raw": texts[0]} | {f"raw_{i}": text for i, text in enumerate(texts[1:], 1)}
+    sources = (document(folder / "dataset_rsicd.json", {"images": [{"filename": "a.png", "sentences": SENTENCES}]}),
+               document(folder / "dataset_nwpu.json", {"pier": [{"filename": "c.png", "split": "train", **raw}]}),
+               write(folder / "rsicd_captions.jsonl", {"image": "pier/c.png", "split": "train", "captions": texts}))
+    for source, category in zip(sources, ("", "pier", "pier")):
+        sample, = samples_of(source, "cap")
+        assert sample.references == tuple(f"caption {i} ." for i in range(5)) and sample.answer == "caption 0 ."
+        assert sample.category == category and sample.images[0].is_file()
+
+
+@pytest.fixture
+def levir(tmp_path):
+    for when in "AB":
+        picture(tmp_path / "images" / "test" / when / "test_1.png")
+    document(tmp_path / "LevirCCcaptions.json", {"dataset": "LEVIR-CC", "images": [
+        {"filepath": "test", "filename": "test_1.png", "changeflag": 0, "sentences": SENTENCES}]}, indent=1)
+    return tmp_path
+
+
+def test_levir_cc_shows_before_and_after(levir):
+    for source in (levir, levir / "LevirCCcaptions.json"):
+        sample, = samples_of(source, "change")
+        assert [image.parent.name for image in sample.images] == ["A", "B"] and len(sample.references) == 5
+        assert sample.category == "no change" and sample.answer == "caption 0 ."
+
+
+@pytest.fixture
+def rsvqa(tmp_path):
+    picture(tmp_path / "Images_LR" / "5.tif")
+    document(tmp_path / "LR_split_test_questions.json", {"questions": [{"id": 0, "active": False}, {
+        "id": 1, "img_id": 5, "type": "count", "question": "How many?", "answers_ids": [1], "active": True}]})
+    document(tmp_path / "LR_split_test_answers.json", {"answers": [{"id": 0, "active": False}, {
+        "id": 1, "question_id": 1, "answer": "34", "active": True}]})
+    return tmp_path
+
+
+def test_rsvqa_takes_the_active_questions_of_a_split(rsvqa):
+    skipped = Counter()
+    sample, = samples_of(rsvqa, "vqa", skipped=skipped)
+    assert (sample.question, sample.answer, sample.subset, sample.images[0].name) == ("How many?", "34", "count", "5.tif")
+    assert skipped == {"questions of other splits left out": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EarthReason
+
+def mask_image(*boxes, size=SIZE):
+    image = Image.new("L", size)
+    for box in boxes:
+        ImageDraw.Draw(image).rectangle(box, fill=255)
+    return image
+
+
+@pytest.fixture
+def earthreason(tmp_path):
+    for name, boxes in (("x", [(100, 25, 199, 49), (0, 0, 49, 24)]), ("y", [])):
+        picture(tmp_path / "val" / "images" / f"{name}.jpg")
+        (tmp_path / "val" / "labels").mkdir(exist_ok=True)
+        mask_image(*boxes).save(tmp_path / "val" / "labels" / f"{name}.png")
+        document(tmp_path / "val" / "QAs" / f"{name}.json", {
+            "questions": ["Where to land?", "Where to dock?"], "answer": ["There."] * len(boxes)})
+    return tmp_path
+
+
+def test_earthreason_answers_with_the_pieces_of_the_mask(earthreason):
+    one, two, nothing, _ = samples_of(earthreason, "seg")
+    assert [two.question, two.answer, two.mask] == ["Where to dock?", one.answer, one.mask]
+    assert nothing.answer == "None" and not nothing.boxes and nothing.think == "Nothing to find."
+    target, things = reference_mask(one), json.loads(one.answer)
+    assert sorted(thing["bbox_2d"] for thing in things) == [[0, 0, 28, 56], [56, 56, 112, 112]]
+    for thing in things:
+        (x1, y1, x2, y2), points = thing["bbox_2d"], [thing["keypoint1"], thing["keypoint2"]]
+        assert points[0] != points[1] and all(target[y, x] and x1 <= x < x2 and y1 <= y < y2 for x, y in points)
+    assert samples_of(earthreason / "val", "seg")[0].answer == one.answer
+
+
+def test_earthreason_as_json_lines(folder):
+    mask_image((100, 25, 199, 49), (3, 3, 6, 4)).save(folder / "mask.png")  # a speck beside the target is no instance
+    sample, = samples_of(write(folder / "fs.jsonl", {"id": 1, "category": "pier", "image": "a.png", "mask": "mask.png",
+                                                     "problem": "Where?", "bbox_list": [[100, 25, 199, 49]]}), "seg")
+    assert [thing["bbox_2d"] for thing in json.loads(sample.answer)] == [[56, 56, 112, 112]] and sample.category == "pier"
+
+
+def test_points_of_a_single_pixel_lie_on_it(folder):
+    picture(folder / "a.png", (F, F))
+    mask_image((70, 20, 70, 20), size=(F, F)).save(folder / "mask.png")
+    sample, = samples_of(write(folder / "fs.jsonl", {"image": "a.png", "mask": "mask.png", "problem": "Where?"}), "seg")
+    assert json.loads(sample.answer) == [{"bbox_2d": [70, 20, 71, 21], "keypoint1": [70, 20], "keypoint2": [70, 20]}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cross-view pairs
+
+def cvusa(folder, n):
+    for i in range(n):
+        picture(folder / f"aerial{i}.jpg", (8, 8))
+        picture(folder / f"ground{i}.jpg", (24, 8))
+    return write(folder / "data.csv", *(f"aerial{i}.jpg,ground{i}.jpg,label{i}.png" for i in range(n)))
+
+
+def right_image(sample):
+    return sample.images[1 + sample.choices.index(sample.answer)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 18, 41])
+def test_letters_of_pairs_are_even_and_the_right_image_is_once_among_them(tmp_path, n):
+    samples = samples_of(cvusa(tmp_path, n), "pair")
+    k = min(4, n)
+    assert len(samples) == n and {s.choices for s in samples} == {tuple("ABCD"[:k])}
+    counts = Counter(s.answer for s in samples)
+    assert max(counts.values()) - min(counts[letter] for letter in "ABCD"[:k]) <= 1
+    for i, s in enumerate(samples):
+        assert s.images[0].name == f"ground{i}.jpg" and right_image(s).name == f"aerial{i}.jpg"
+        assert len(set(s.images)) == len(s.images) == k + 1
+    assert samples == samples_of(tmp_path, "pair")
+
+
+def test_wrong_images_differ_from_place_to_place_without_coordinates(tmp_path):
+    drawn = Counter(image.name for s in samples_of(cvusa(tmp_path, 40), "pair") for image in s.images[1:])
+    assert len(drawn) == 40 and max(drawn.values()) < 12  # the mean is 4
+
+
+@pytest.fixture
+def cities(tmp_path):
+    """Places along a street through the date line, 0.001 degrees apart, in shuffled order; the last two share a position."""
+    rng, lines = np.random.default_rng(0), []
+    for i in rng.permutation(12):
+        lon = (179.995 + .001 * min(int(i), 10) + 180) % 360 - 180
+        for kind in ("sat_images", "pano_images"):
+            picture(tmp_path / "city" / kind / f"{i}.png", (8, 8))
+        lines.append(f"{i},{lon:.3f},10.0,city,city/sat_images/{i}.png,city/pano_images/{i}.png")
+    write(tmp_path / "city" / "img_info.csv", *lines)
+    return tmp_path
+
+
+def test_wrong_images_are_the_nearest_places_where_there_are_coordinates(cities):
+    for sample in samples_of(cities, "pair"):
+        i = min(int(sample.images[0].stem), 10)
+        wrong = [min(int(image.stem), 10) for image in sample.images[1:] if image != right_image(sample)]
+        distances = sorted(abs(i - min(j, 10)) for j in range(12) if min(j, 10) != i)
+        assert sorted(abs(i - j) for j in wrong) == distances[:3]
+        assert sample.category == "city" and right_image(sample).stem == sample.images[0].stem
+    for source in (cities / "city", cities / "city" / "img_info.csv"):
+        assert samples_of(source, "pair") == samples_of(cities, "pair")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Few shots
+
+def shots_of(n):
+    return [Sample(f"folder/data.jsonl: line {i}", "cls", ("a.png",), "?", "x", F, category="abc"[i % 3]) for i in range(n)]
+
+
+def test_shots_are_nested_even_and_in_order():
+    samples = shots_of(90)
+    one, five, ten = (few_shots(samples, k) for k in (1, 5, 10))
+    assert {s.id for s in one} < {s.id for s in five} < {s.id for s in ten}
+    assert [Counter(s.category for s in chosen) for chosen in (one, five, ten)] == [dict.fromkeys("abc", k) for k in (1, 5, 10)]
+    assert ten == sorted(ten, key=samples.index) and [s.id for s in ten] != [s.id for s in samples[:30]]
+
+
+def test_shots_do_not_depend_on_where_the_file_lies_or_what_else_is_drawn():
+    samples = shots_of(60)
+    moved = [replace(s, id="/elsewhere/" + s.id) for s in reversed(samples)]
+    assert {s.id for s in few_shots(samples, 3)} == {s.id.removeprefix("/elsewhere/") for s in few_shots(moved, 3)}
+    assert [s for s in few_shots(samples, 3) if s.category == "a"] == few_shots([s for s in samples if s.category == "a"], 3)
+
+
+def test_shots_need_categories():
+    samples = shots_of(3) + [Sample("data.jsonl: line 9", "det", ("a.png",), "?", "none", F)]
+    with pytest.raises(BadInput, match=r"data.jsonl: line 9.*no category.*--shots"):
+        few_shots(samples, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a user has to mend
+
+GOOD = {"rcap": chat("What is in [1, 2, 30, 40]?", "x"), "pair": chat("<image><image>?", "A", image=["a.png", "b.png"]),
+        "mlc": chat("? a, b.", "a"), "det": chat("?", "[1, 2, 30, 40]"), "rec": chat("?", "[1, 2, 30, 40]"),
+        "seg": {"image": "a.png", "mask": "a.png", "problem": "?"}, "ovd": {"file_name": "a.png", "objects": []}}
+A = {"image": "a.png"}
+
+
+@pytest.mark.parametrize("task, record, says", [
+    ("pair", chat("<image><image>Which?", "C", image=["a.png", "b.png"]), "'C'.*A"),
+    ("mlc", chat("Which classes?", "sea"), "lists no classes"), ("ovd", chat("?", "x"), "serves.*not ovd"),
+    ("vqa", EARTHDIAL["vqa"][0] | A | {"groundtruth": ""}, "the answer is empty"),
+    ("det", EARTHDIAL["det"][0] | A | {"groundtruth": "[[1, 2, 3]]"}, "`groundtruth`.*five numbers"),
+    ("change", EARTHDIAL["change"][0] | A | {"groundtruth": '["A road.'}, "EarthDial.*JSONDecodeError"),
+    ("rcap", EARTHDIAL["vqa"][0] | A, "serves cls, mlc, cap, change, vqa, not rcap"),
+    ("det", VRSBENCH | {"obj_corner": [.1, .2, .3]}, "VRSBench.*ValueError"),
+    ("rec", VRSBENCH | {"image_id": "gone"}, "gone.*--images"),
+    ("rec", A | {"problem": "?", "solution": [1, 2, 3]}, "few shots"),
+    ("rec", A | {"problem": "?", "solution": ["x"] * 4}, "few shots.*'x'"),
+    ("cap", A | {"captions": [None]}, "captions"), ("cap", {"filename": "a.png", "sentences": []}, "captions"),
+    ("seg", A | {"mask": "gone.png", "problem": "?"}, "gone.png"),
+    ("seg", A | {"mask": "bad.jsonl", "problem": "?"}, "bad.jsonl.*cannot be read"),
+    ("det", {"picture": "a.png"}, "no known format has the keys picture"),
+])
+def test_bad_record_of_each_format_is_named(folder, task, record, says):
+    source = write(folder / "bad.jsonl", GOOD.get(task, chat("?", "x")), record)
+    refused(source, task, "bad.jsonl: line 2", says)
+
+
+def test_region_that_no_box_marks_is_left_out_and_counted(folder):
+    skipped = Counter()
+    assert len(samples_of(write(folder / "a.jsonl", GOOD["rcap"], chat("What is it?", "x")), "rcap", skipped=skipped)) == 1
+    assert skipped == {"records without a box in the image left out": 1}
+
+
+@pytest.mark.parametrize("fixture, file, old, new, task, source, says", [
+    ("nwpu", "ground truth/001.txt", "),2 ", "),11", "ovd", "", ["001.txt: line 1", "KeyError: 11"]),
+    ("nwpu", "ground truth/001.txt", "(100, 25)", "(100, x)", "det", "", ["001.txt: line 1", r"\(x1,y1\),\(x2,y2\),class"]),
+    ("dota", "labelTxt/P0001__0.5__0___0.txt", "50 ship 0", "ship", "det", "", ["0.txt: line 3", "x1 y1"]),
+    ("dota", "labelTxt/P0001__0.5__0___0.txt", " plane 1", "", "ovd", "", ["0.txt: line 4", "class"]),
+    ("dior", "Annotations/00002.xml", "<xmin>100</xmin>", "", "rec", "", ["00002.xml", "DIOR-RSVG"]),
+    ("dior", "Annotations/00002.xml", "</annotation>", "", "rec", "", ["00002.xml", "ParseError"]),
+    ("dior", "test.txt", "2", "4", "rec", "test.txt", ["test.txt", "object 4", "holds 4"]),
+    ("dior", "test.txt", "2", "two", "rec", "test.txt", ["test.txt", "object numbers"]),
+    ("xbd", f"train/labels/{FIRE}.json", '"subtype": "destroyed", ', "", "det", "", ["socal-fire", "subtype"]),
+    ("xbd", f"train/labels/{FIRE}.json", "25 50,", "25,", "det", "", ["socal-fire", "ValueError"]),
+    ("levir", "LevirCCcaptions.json", '"test_1.png"', '"test_2.png"', "change", "", ["image 0", "test_2.png.*--images"]),
+    ("levir", "LevirCCcaptions.json", '"filepath"', '"path"', "change", "", ["image 0", "filepath"]),
+    ("levir", "LevirCCcaptions.json", "]", "", "change", "", ["LevirCCcaptions.json", "JSON"]),
+    ("rsvqa", "LR_split_test_answers.json", '"question_id": 1', '"question_id": 2', "vqa", "", ["question 1", "answer"]),
+    ("rsvqa", "LR_split_test_questions.json", '"img_id": 5', '"img_id": 6', "vqa", "", ["question 1", "6.png"]),
+    ("earthreason", "val/QAs/y.json", '"questions"', '"question"', "seg", "", ["y.json", "questions"]),
+    ("cities", "city/img_info.csv", ",10.0,", ",north,", "pair", "", ["img_info.csv: line 1", "north"]),
+    ("cities", "city/img_info.csv", "\n", "\n7\n", "pair", "", ["img_info.csv: line 2", "aerial,ground"]),
+])
+def test_bad_line_of_a_folder_is_named(request, fixture, file, old, new, task, source, says):
+    folder = request.getfixturevalue(fixture)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1))
+    refused(folder / source, task, *says)
+
+
+def test_one_pair_is_no_choice(tmp_path):
+    refused(cvusa(tmp_path, 1), "pair", "data.csv: line 1", "add pairs")
+
+
+def test_image_that_a_table_holds_damaged_is_named(tmp_path):
+    pytest.importorskip("datasets", reason="EarthDial's shards and parquet are read by datasets")
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{"images": [{"bytes": b"no image", "path": None}], "problem": "?", "answer": [1., 2., 3., 4.]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "val.parquet")
+    refused(tmp_path / "val.parquet", "rec", "val.parquet: row 0", "cannot identify image")
+    (tmp_path / "val.parquet").write_bytes(b"PAR1")
+    refused(tmp_path / "val.parquet", "rec", "val.parquet: not a table")
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    refused(tmp_path, "cls", "pip install datasets")
+
+
+@pytest.mark.parametrize("fixture, task, says", [
+    ("nwpu", "cls", "NWPU VHR-10 serves det, ovd, not cls"), ("dota", "rec", "DOTA serves det, ovd"),
+    ("dior", "cap", "DIOR-RSVG serves rec, det"),
+    ("xbd", "change", "xBD serves cls, det"), ("levir", "cap", "LEVIR-CC serves change"), ("rsvqa", "cls", "RSVQA serves vqa"),
+    ("earthreason", "det", "EarthReason serves seg"), ("cities", "vqa", "CV-Cities serves pair")])
+def test_format_says_which_tasks_it_serves(request, fixture, task, says):
+    refused(request.getfixturevalue(fixture), task, says)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real files
+
+real = pytest.mark.skipif("EO_DATA" not in os.environ, reason="EO_DATA does not name the folder of real samples")
+EO = Path(os.environ.get("EO_DATA", "."))
+
+
+@real
+@pytest.mark.parametrize("source, task, images, n", [
+    ("nwpu_vhr10/refer.jsonl", "det", "nwpu_vhr10/positive image set", 451),
+    ("nwpu_vhr10/region_caption.jsonl", "rcap", "nwpu_vhr10/positive image set", 262),
+    ("nwpu_vhr10/grounding_description.jsonl", "ground", "nwpu_vhr10/positive image set", 10),
+    ("eurosat_rgb", "cls", None, 600), ("aid_150px/AID", "cls", None, 588), ("aid_150px/rsicd_captions.jsonl", "cap", None, 588),
+    ("rsvqa_lr", "vqa", None, 5005), ("levir_cc", "change", None, 3), ("xbd_sample", "cls", None, 6),
+    ("cross_view/cvusa_crossnet", "pair", None, 5)])
+def test_real_files_give_as_many_samples_as_they_have_records(source, task, images, n):
+    skipped = Counter()
+    samples = samples_of(EO / source, task, images and EO / images, skipped)
+    assert len(samples) == n and not skipped
+    assert all(image.size == (F, F) for image in load_images(samples[0]))
+
+
+@real
+def test_real_region_captions_ask_about_the_box_in_pixels():
+    rows = [json.loads(line) for line in (EO / "nwpu_vhr10/region_caption.jsonl").open()]
+    samples = samples_of(EO / "nwpu_vhr10/region_caption.jsonl", "rcap", EO / "nwpu_vhr10/positive image set")
+    assert samples[0].question == "what object is in this location [8,25,16,35]"  # 7, 22, 14, 31 of 100
+    for sample, row in zip(samples, rows):
+        pixels = np.array(row["gt_xyxy_px"][0]) / ([row["width"], row["height"]] * 2) * F
+        asked = [int(v) for v in re.search(r"\[(\d+),(\d+),(\d+),(\d+)\]", sample.question).groups()]
+        np.testing.assert_allclose(asked, pixels, atol=.012 * F + .5)  # the grid is floored, the question rounded
+        assert sample.answer == row["annotation"]
+
+
+@real
+def test_real_grounding_descriptions_keep_all_boxes():
+    rows = [json.loads(line) for line in (EO / "nwpu_vhr10/grounding_description.jsonl").open()]
+    samples = samples_of(EO / "nwpu_vhr10/grounding_description.jsonl", "ground", EO / "nwpu_vhr10/positive image set")
+    for sample, row in zip(samples, rows):
+        pixels = np.array(row["gt_xyxy_px"]) / ([row["width"], row["height"]] * 2) * F
+        np.testing.assert_allclose(np.array(sample.boxes)[:, :4], pixels, atol=.012 * F)
+        assert sample.answer.count("[") == len(pixels)
+
+
+@real
+def test_real_nwpu_folder_holds_every_annotated_object():
+    lines = {file.stem: file.read_text().split("\n") for file in (EO / "nwpu_vhr10/ground truth").glob("*.txt")}
+    objects = [(name, int(line.strip()[line.strip().rindex(",") + 1:])) for name in lines for line in lines[name] if line.strip()]
+    samples = samples_of(EO / "nwpu_vhr10", "ovd", frame=896)
+    assert sum(len(s.boxes) for s in samples) == len(objects) and len(samples) == len(set(objects))
+    assert {s.category for s in samples if "004.txt" in s.id} == {"airplane"}  # whose three lines end in class 1
+
+
+@real
+def test_real_dota_boxes_cover_their_polygons():
+    """The smallest rectangle around four noisy corners is at most a little larger than their polygon."""
+    shapely = pytest.importorskip("shapely")
+    skipped, lines = Counter(), sum(len(file.read_text().split("\n")) for file in (EO / "dota_tiles/labelTxt").glob("*.txt"))
+    samples = samples_of(EO / "dota_tiles", "det", skipped=skipped, frame=896)
+    assert lines - 3 <= sum(len(s.boxes) for s in samples) + skipped["boxes without area left out"] <= lines
+    for sample in samples:
+        image = Image.open(sample.images[0])
+        rows = [line.split() for line in (EO / "dota_tiles/labelTxt" / f"{sample.images[0].stem}.txt").open() if line.strip()]
+        shapes = [np.array(row[:8], float).reshape(4, 2) / image.size * 896 for row in rows if row[8] == sample.category]
+        ratios = []
+        for box, shape in zip(sample.boxes, shapes):
+            (x1, y1, x2, y2, theta), polygon = box, shapely.Polygon(shape)
+            rectangle = shapely.affinity.rotate(shapely.box(x1, y1, x2, y2), theta, "center")  # y points down: so clockwise
+            assert rectangle.buffer(1e-6).covers(polygon)
+            ratios.append(rectangle.area / max(polygon.area, 1e-9))
+        assert np.median(ratios) < 1.35
+
+
+@real
+def test_real_rsvqa_answers_belong_to_their_questions():
+    samples = samples_of(EO / "rsvqa_lr", "vqa")
+    first = samples[0]
+    assert (first.question, first.answer, first.subset) == ("Is it a rural or an urban area", "rural", "rural_urban")
+    allowed = {"presence": "yes|no", "comp": "yes|no", "rural_urban": "rural|urban", "count": r"\d+"}
+    assert all(re.fullmatch(allowed[s.subset], s.answer) for s in samples)
+    assert Counter(s.subset for s in samples) == {"presence": 1491, "comp": 1993, "rural_urban": 50, "count": 1471}
+
+
+@real
+def test_real_xbd_labels_lie_on_their_tile(tmp_path):
+    """The sample's label file is of a tile without images, so it gets blank ones."""
+    for when in ("pre", "post"):
+        name = f"joplin-tornado_00000050_{when}_disaster"
+        picture(tmp_path / "images" / f"{name}.png", (1024, 1024))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"{name}.json").write_bytes((EO / "xbd_sample/labels_json_example" / f"{name}.json").read_bytes())
+    skipped = Counter()
+    samples = samples_of(tmp_path, "det", skipped=skipped)
+    assert sum(len(s.boxes) for s in samples) + skipped["buildings of no class left out"] == 15
+    first = next(s for s in samples if s.category == "destroyed").boxes[0]  # POLYGON ((265.84 3.48, 263.62 65.86, ..
+    assert first == pytest.approx(tuple(v * F / 1024 for v in (211.418, 2.5225, 265.844, 65.8606)) + (0,), abs=1e-3)
+    assert [s.answer for s in samples_of(tmp_path, "cls")] == ["wind", "yes"]
+
+
+@real
+def test_real_levir_captions():
+    first = samples_of(EO / "levir_cc", "change")[0]
+    assert first.answer == "several houses appear on the bareland at the bottom ." and len(first.references) == 5
+    assert [image.relative_to(EO / "levir_cc").as_posix() for image in first.images] == [
+        "images/train/A/train_000016.png", "images/train/B/train_000016.png"]
