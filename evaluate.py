@@ -2,8 +2,10 @@
 
     python evaluate.py --task det --model tiny --data synthetic --out runs/eval
     python evaluate.py --task det --predictions runs/eval/predictions.jsonl --out runs/rescored
+    python evaluate.py --task det --predictions rs_detection_results_GeoChat.jsonl --benchmark geochat-det --out runs/earthdial
 
-Writes predictions.jsonl (one record a sample, boxes in pixels of the frame) and scores.json, and prints the scores.
+Writes predictions.jsonl (one record a sample, boxes in pixels of the frame), scores.json and report.html, and prints the
+scores, beside the published ones where --benchmark names a table. An interrupted evaluation goes on where it stopped.
 """
 
 import argparse
@@ -13,98 +15,130 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import model as qwen
-from data import BadInput, Sample, json_records, load, load_images, positive, prompt
+import published
+import scores as metrics
+from data import BadInput, Sample, as_row, from_row, json_records, load, load_images, positive, prompt
+from judges import load_judges
+from report import write_report
 from rewards import TASKS, extract_answer, reward_parts
 
 
-def predict(model, processor, samples: Sequence[Sample], max_new_tokens: int, batch: int = 32, group: int = 1,
-            temperature: float = 0.0, seed: int = 0, progress: bool = False) -> list[list[str]]:
-    """`group` completions for each sample; temperature 0 is greedy. The draws depend on (seed, sample) alone."""
-    texts = []
-    for at in tqdm(range(0, len(samples), batch), disable=not progress, desc="predict"):
-        some = [samples[i] for i in range(at, min(at + batch, len(samples)))]
-        prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in some])
-        noise = None if temperature == 0 else qwen.noise((seed,), range(at, at + len(some)), group, max_new_tokens)
-        texts += qwen.decode(processor, qwen.rollout(model, processor, prompts, max_new_tokens, noise, group, temperature))
-    return texts
+def predict(model, processor, samples: Sequence[Sample], max_new_tokens: int, group: int = 1, temperature: float = 0.0,
+            first: int = 0) -> list[list[str]]:
+    """`group` completions for each sample; temperature 0 is greedy. The draws of sample i depend on first + i alone."""
+    prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples])
+    rows = range(first, first + len(samples))
+    noise = None if temperature == 0 else qwen.noise((0,), rows, group, max_new_tokens)
+    return qwen.decode(processor, qwen.rollout(model, processor, prompts, max_new_tokens, noise, group, temperature))
 
 
-def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens: int,
-                    temperature: float = 1.0) -> dict[str, float]:
+def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens: int, temperature: float = 1.0,
+                    batch: int = 32) -> dict[str, float]:
     """Mean accuracy reward on held-out samples: `greedy`, and `sampled` (4 draws each, what GRPO optimises); and the
     share of sampled completions in the right format."""
-    greedy = predict(model, processor, samples, max_new_tokens)
-    sampled = predict(model, processor, samples, max_new_tokens, group=4, temperature=temperature)
-    parts = [reward_parts(text, s) for texts, s in zip(sampled, samples) for text in texts]
-    return {"sampled": float(np.mean([p["accuracy"] for p in parts])),
-            "greedy": float(np.mean([reward_parts(texts[0], s)["accuracy"] for texts, s in zip(greedy, samples)])),
-            "format": float(np.mean([p["format"] for p in parts]))}
+    parts: dict[str, list] = {"greedy": [], "sampled": []}
+    for at in range(0, len(samples), batch):
+        some = [samples[i] for i in range(at, min(at + batch, len(samples)))]
+        for name, texts in (("greedy", predict(model, processor, some, max_new_tokens)),
+                            ("sampled", predict(model, processor, some, max_new_tokens, 4, temperature, at))):
+            parts[name] += [reward_parts(text, sample) for group, sample in zip(texts, some) for text in group]
+    mean = lambda name, part: float(np.mean([p[part] for p in parts[name]]))
+    return {"sampled": mean("sampled", "accuracy"), "greedy": mean("greedy", "accuracy"), "format": mean("sampled", "format")}
+
+
+def run_model(args) -> tuple[list[Sample], list[str]]:
+    """Samples and greedy completions of args.model on args.data. What is done is kept in predictions.partial, below a
+    line with the settings, so that the same command goes on after an interruption."""
+    model, processor = qwen.load(args.model, args.image_size)
+    split = "heldout" if args.data == "synthetic" else args.split
+    samples = list(load(args.data, args.task, processor.frame, args.images, split)[: args.limit])
+    print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
+    file = args.out / "predictions.partial"
+    settings = json.dumps({name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")})
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a torn last line has no end
+    completions = [json.loads(line)["completion"] for line in lines[1:]] if lines[:1] == [settings] else []
+    file.write_text("".join(line + "\n" for line in [settings, *(json.dumps({"completion": text}) for text in completions)]))
+    with open(file, "a") as log, tqdm(total=len(samples), initial=len(completions), desc="predict") as bar:
+        for at in range(len(completions), len(samples), args.batch):
+            texts = predict(model, processor, samples[at : at + args.batch], args.max_new_tokens)
+            for (text,) in texts:
+                print(json.dumps({"completion": text}), file=log)
+            log.flush()
+            completions += [text for (text,) in texts]
+            bar.update(len(texts))
+    return samples, completions
 
 
 def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
-    """Samples and completions of a predictions.jsonl that this script wrote."""
+    """Samples and completions of a predictions.jsonl that this script wrote, or of a result file of EarthDial's, whose
+    answers stand without tags and in a frame of 100."""
+    records = list(json_records(path))
+    if not records:
+        raise BadInput(f"{path}: no predictions")
+    if not (isinstance(records[0][1], dict) and "completion" in records[0][1]):
+        samples, answers = published.read_earthdial_results(path, task)
+        return samples, [f"<answer>{answer}</answer>" for answer in answers]
     samples, completions = [], []
-    for where, row in json_records(path):
+    for where, row in records:
         try:
             if row["task"] != task:
                 raise BadInput(f"{where}: a prediction of task {row['task']}, not {task}")
-            samples.append(Sample(row["id"], task, tuple(row["images"]), row["question"], row["reference"], row["frame"],
-                                  tuple(map(tuple, row["boxes"])), size_group=row["size_group"]))
+            samples.append(from_row(row))
             completions.append(row["completion"])
         except (KeyError, TypeError) as error:
             raise BadInput(f"{where}: not a record of predictions.jsonl ({error!r})")
-    if not samples:
-        raise BadInput(f"{path}: no predictions")
     return samples, completions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl and scores.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl, scores.json, report.html")
+    parser.add_argument("--benchmark", choices=published.BENCHMARKS, help="print the published rows of this table as well")
     source = parser.add_argument_group("what to score")
     source.add_argument("--predictions", type=Path, help="score this file of answers; no model is run")
     source.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
-    source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
+    source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
     source.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
     source.add_argument("--split", choices=("all", "heldout", "train"), default="all",
                         help="`heldout`: only the tenth of the images that training leaves out (synthetic: always held-out scenes)")
+    source.add_argument("--limit", type=positive, help="only the first so many samples")
+    source.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
+    source.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and change: folder or hub id")
+    source.add_argument("--sam", help="SAM 2.1 for the masks of seg: folder or hub id")
     decoding = parser.add_argument_group("decoding (greedy)")
     decoding.add_argument("--max-new-tokens", type=positive, default=96)
     decoding.add_argument("--batch", type=positive, default=32, help="prompts decoded together")
-    decoding.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
     args = parser.parse_args()
+    if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
+        raise BadInput(f"--benchmark {args.benchmark} is a table of task {published.BENCHMARKS[args.benchmark][0]}, not {args.task}")
 
-    if args.predictions:
-        samples, completions = read_predictions(args.predictions, args.task)
-    else:
-        model, processor = qwen.load(args.model, args.image_size)
-        split = "heldout" if args.data == "synthetic" else args.split
-        samples = list(load(args.data, args.task, processor.frame, args.images, split))
-        print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
-        completions = [texts[0] for texts in predict(model, processor, samples, args.max_new_tokens, args.batch, progress=True)]
-
-    parts = [reward_parts(completion, sample) for completion, sample in zip(completions, samples)]
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "predictions.partial", "w") as file:
-        for sample, completion, part in zip(samples, completions, parts):
-            images = [str(image) if isinstance(image, (str, Path)) else sample.id for image in sample.images]
-            row = {"id": sample.id, "task": sample.task, "images": images,
-                   "question": sample.question, "reference": sample.answer, "boxes": sample.boxes, "frame": sample.frame,
-                   "size_group": sample.size_group, "completion": completion, "answer": extract_answer(completion),
-                   "reward": part}
-            print(json.dumps(row), file=file)
-    (args.out / "predictions.partial").replace(args.out / "predictions.jsonl")
+    load_judges([args.task], args.sbert, args.sam)
+    samples, completions = read_predictions(args.predictions, args.task) if args.predictions else run_model(args)
 
-    scores = {"n": len(samples), "format": float(np.mean([part["format"] for part in parts]))}
-    scores |= TASKS[args.task].scores([extract_answer(c) for c in completions], samples)
+    answers = [extract_answer(completion) for completion in completions]
+    parts = [reward_parts(completion, sample) for completion, sample in zip(completions, samples)]
+    with open(args.out / "predictions.done", "w") as file:
+        for sample, completion, answer, part in zip(samples, completions, answers, parts):
+            print(json.dumps(as_row(sample) | {"completion": completion, "answer": answer, "parts": part}), file=file)
+    (args.out / "predictions.done").replace(args.out / "predictions.jsonl")
+    (args.out / "predictions.partial").unlink(missing_ok=True)
+
+    scores = {"n": len(samples), "format": float(np.mean([part["format"] for part in parts])),
+              "reward": float(np.mean([part["accuracy"] for part in parts]))}
+    for name in TASKS[args.task].scores:
+        scores |= getattr(metrics, name)(answers, samples)
     (args.out / "scores.json").write_text(json.dumps({"task": args.task, **scores}, indent=1) + "\n")
     for name, value in scores.items():
-        print(f"{name:28s} {value if name == 'n' else format(100 * value, '.2f')}")
+        print(f"{name:32s} {value if name == 'n' else format(100 * value, '.2f')}")
+    if args.benchmark:
+        print(published.table(args.benchmark, scores))
+    write_report(args.out / "report.html", ((s, [{"text": text, "parts": part}]) for s, text, part in zip(samples, completions, parts)),
+                 f"{args.task}: {args.model if not args.predictions else args.predictions.name}")
 
 
 if __name__ == "__main__":

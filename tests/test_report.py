@@ -1,0 +1,279 @@
+"""The report page: everything escaped, boxes where they belong, worst first, one file; looked at in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image, ImageColor
+
+import report
+from data import BadInput, Sample, Scenes, as_row
+from report import write_report
+from rewards import TASKS, horizontal
+
+HOSTILE = ("</script></dd><script>document.title='owned'</script><img src=x onerror=alert(1)> \"'><svg onload=alert(1)> &lt; "
+           "{cards} \udc00")
+GROUND = (120, 40, 130)  # a flat image, found again in a screenshot by this colour
+REFERENCE, PREDICTION = (28, 14, 84, 56), (14, 28, 98, 98)
+
+
+def completion(answer, accuracy, think="Looking.", **rewards):
+    text = f"<think>{think}</think>\n<answer>{answer}</answer>"
+    return {"text": text, "parts": {"format": 1.0, "accuracy": accuracy}, **rewards}
+
+
+def sample(**fields):
+    return Sample(**dict(id="a", task="det", images=(Image.new("RGB", (112, 112), GROUND),), question="Where?",
+                         answer="[28,14,84,56]", frame=112, boxes=(REFERENCE,)) | fields)
+
+
+def written(folder, *entries, **options):
+    write_report(folder / "report.html", entries, options.pop("title", "Answers"), **options)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements as (tag, attributes), and the text outside scripts and styles."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data if self.elements and self.elements[-1][0] not in ("script", "style") else ""
+
+    def rects(self):
+        """{"reference": rectangles, "predicted": rectangles}, each (x, y, width, height, transform)."""
+        found, layer = {"reference": [], "predicted": []}, None
+        for tag, attributes in self.elements:
+            layer = attributes["class"] if tag == "g" else layer
+            if tag == "rect":
+                found[layer].append((*(float(attributes[k]) for k in ("x", "y", "width", "height")), attributes.get("transform")))
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the page says
+
+def test_text_of_models_and_data_is_shown_and_never_markup(tmp_path):
+    def page(text, task):
+        one = sample(id=text, question=text, answer=text, subset=text + "s", category=text + "c", task="rec")
+        many = replace(one, task="pair", images=one.images * 2, choices=(text,), references=(text, text))
+        answers = [completion(text, 0.0, think=text), {"text": text, "parts": {"accuracy": 0.0, text: 0.0}}]
+        entries = [(one, answers), (one, answers[:1]), (many, answers), (replace(one, task=task), answers)]
+        return Page(written(tmp_path, *entries, title=text))
+
+    hostile, plain = page(HOSTILE, HOSTILE), page("plain", "vqa")
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in plain.elements]
+    assert [set(attributes) for _, attributes in hostile.elements] == [set(attributes) for _, attributes in plain.elements]
+    assert hostile.text.count(HOSTILE.replace("\udc00", "?")) == plain.text.count("plain") + 2  # twice the task's name
+
+
+def test_reasoning_answer_reference_question_and_reward_parts_stand_on_the_page(tmp_path):
+    entry = (sample(task="vqa", answer="seven", boxes=()), [completion("eight", 0.125, "I count.")])
+    text = Page(written(tmp_path, entry)).text
+    for words in ("Where?", "I count.", "eight", "seven", "accuracy 0.12", "format 1.00"):
+        assert words in text
+
+
+def test_a_completion_that_is_not_in_the_format_is_shown_whole(tmp_path):
+    text = Page(written(tmp_path, (sample(), [{"text": "<answer>[1,2,3,4]</answer> so", "parts": {"accuracy": 0.0}}]))).text
+    assert "<answer>[1,2,3,4]</answer> so" in text
+
+
+def test_page_is_one_file_that_refers_to_nothing_outside(tmp_path):
+    page = written(tmp_path, *((Scenes(task, 112, 0)[1], [completion("none", 0.0)] * 2) for task in TASKS))
+    assert not re.search(r"https?://|url\(|@import", page)
+    for tag, attributes in Page(page).elements:
+        address = attributes.get("src") or attributes.get("href") or "#"
+        assert address.startswith(("#", "data:image/jpeg;base64,")), tag
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boxes
+
+def test_boxes_of_reference_and_prediction_are_drawn_in_the_frame(tmp_path):
+    rects = Page(written(tmp_path, (sample(), [completion("[14,28,98,98],[1,2,3]", 0.5)]))).rects()
+    assert rects == {"reference": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
+
+
+def test_turned_reference_box_is_drawn_turned_clockwise_about_its_centre(tmp_path):
+    rects = Page(written(tmp_path, (sample(boxes=((40, 30, 80, 50, 30),)), [completion("none", 0)]))).rects()
+    assert rects == {"reference": [(40, 30, 40, 20, "rotate(30 60 40)")], "predicted": []}  # SVG turns clockwise, as scenes do
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_perfect_answer_covers_its_reference(tmp_path, task):
+    scene = next(s for s in Scenes(task, 112, 3) if s.boxes or task not in report.BOXED)
+    rects = Page(written(tmp_path, (scene, [completion(scene.answer, 1.0)]))).rects()
+    boxes = [np.round(horizontal(box)) for box in scene.boxes] if task in report.BOXED else []
+    corners = [(x, y, x + w, y + h) for x, y, w, h, _ in rects["predicted"]]
+    assert len(corners) == len(boxes) and np.allclose(corners, boxes, atol=1)
+
+
+def test_boxes_without_an_image_stand_in_an_empty_frame(tmp_path):
+    rects = Page(written(tmp_path, (sample(images=()), [completion("[14,28,98,98]", 0.5)]))).rects()
+    assert rects == {"reference": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
+
+
+def test_key_points_of_a_segmentation_are_drawn(tmp_path):
+    answer = '[{"bbox_2d": [10, 20, 60, 70], "keypoint1": [31, 42], "keypoint2": [33, 44]}]'
+    page = written(tmp_path, (sample(task="seg"), [completion(answer, 1.0)]))
+    assert 'd="M31 42h0"' in page and 'd="M33 44h0"' in page
+    assert Page(page).rects()["predicted"] == [(10, 20, 50, 50, None)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order, groups, missing images
+
+def test_worst_first_by_mean_accuracy_of_the_group(tmp_path):
+    entries = [(sample(id=name), [completion("none", a) for a in accuracies])
+               for name, accuracies in (("first", (1, 1)), ("second", (0, 1)), ("third", (0, 0)), ("fourth", (.4, .4)))]
+    page = written(tmp_path, *entries)
+    assert re.findall(r"</b> (\w+)</p>", page) == ["third", "fourth", "second", "first"]
+    assert re.findall(r'data-answer="(\w+)"', page) == ["wrong", "wrong", "right", "right"]  # from 0.5 on
+
+
+def test_beyond_the_limit_stay_the_worst_and_an_even_choice_of_the_others(tmp_path):
+    page = written(tmp_path, *((sample(id=str(i)), [completion("none", i / 100)]) for i in range(100)), limit=6)
+    assert re.findall(r"</b> (\w+)</p>", page) == ["0", "1", "2", "3", "51", "99"]
+    assert "100 samples" in page and "here the 3 worst and 3 of the others" in page
+
+
+def test_group_stands_side_by_side_in_one_card_with_rewards_and_advantages(tmp_path):
+    group = [completion(f"[{i},2,30,40]", i / 10, reward=1 + i / 10, advantage=i - 1.5) for i in range(4)]
+    page = written(tmp_path, (sample(), group))
+    assert page.count("<article") == 1 and page.count("<section") == 4 and page.count("data:image/jpeg") == 1
+    rects = Page(page).rects()
+    assert [r[0] for r in rects["predicted"]] == [0, 1, 2, 3] and len(rects["reference"]) == 4
+    assert re.findall(r"reward (\S+?)advantage (\S+?)Reas", Page(page).text) == [
+        ("1.00", "-1.50"), ("1.10", "-0.50"), ("1.20", "+0.50"), ("1.30", "+1.50")]
+
+
+def test_missing_image_leaves_a_placeholder_and_is_counted(tmp_path, capsys):
+    Image.new("RGB", (50, 20)).save(tmp_path / "here.png")
+    pair = sample(task="change", images=(tmp_path / "gone.png", tmp_path / "here.png"), boxes=())
+    lost = sample(images=(Path("lost.png"),))
+    page = written(tmp_path, (pair, [completion("none", 0)]), (lost, [completion("none", 0)] * 2))
+    assert page.count("image not found</text>") == 2 and page.count("data:image/jpeg") == 1
+    assert "2 images are missing" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files of evaluate.py and train_grpo.py
+
+def row(scene, text, **fields):
+    return json.dumps(as_row(scene) | {"completion": text, "parts": {"format": 1.0, "accuracy": 0.5}} | fields)
+
+
+def command(file):
+    return subprocess.run([sys.executable, str(ROOT / "report.py"), str(file)], capture_output=True, text=True, check=False)
+
+
+def test_predictions_become_a_page_beside_their_file(tmp_path):
+    scenes = [Scenes(task, 112, 7)[2] for task in ("det", "change", "pair")]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(row(s, f"<answer>{s.answer}</answer>") for s in scenes))
+    done = command(tmp_path / "predictions.jsonl")
+    assert done.returncode == 0 and done.stderr == ""
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<article") == 3 and page.count("data:image/jpeg") == 1 + 2 + 5  # the built-in scenes are drawn again
+
+
+def test_samples_become_one_card_a_group(tmp_path):
+    scenes = [Scenes("det", 112, 7)[i] for i in (2, 2, 3)]  # the second step meets the same scene
+    rewards = dict(stage=0, reward=0.5, advantage=-0.25)
+    (tmp_path / "samples.jsonl").write_text("\n".join(
+        row(s, f"answer {g}", step=step, **rewards) for step, s in enumerate(scenes) for g in range(4)))
+    entries = report.read_entries(tmp_path / "samples.jsonl")
+    assert [len(completions) for _, completions in entries] == [4, 4, 4]
+    assert entries[2][1][3] == {"text": "answer 3", "parts": {"format": 1.0, "accuracy": 0.5},
+                                         "reward": 0.5, "advantage": -0.25}
+    assert entries[0][0].id == f"step 0 · {scenes[0].id}" and entries[0][0].images == scenes[0].images
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", "7", *(row(sample(id="x.png"), "", **fields) for fields in (
+    dict(frame="x"), dict(boxes=[[1, 2, 3, None]]), dict(images=None), dict(parts={"format": 1}),
+    dict(parts={"accuracy": "high"})))])
+def test_bad_record_is_named(tmp_path, line):
+    (tmp_path / "predictions.jsonl").write_text(row(sample(id="x.png"), "") + "\n" + line)
+    with pytest.raises(BadInput, match="line 2: not a record"):
+        report.read_entries(tmp_path / "predictions.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A real browser
+
+@pytest.fixture
+def browser(tmp_path):
+    """(address, *flags) -> (what the browser prints, what it logs)."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no chromium or google-chrome on PATH (apt-get install chromium)")
+
+    def run(address, *flags):
+        done = subprocess.run(
+            [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+             "--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=700,900", *flags, address],
+            capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout, done.stderr
+    return run
+
+
+def near(pixels, colour):
+    return np.abs(pixels.astype(int) - colour).max(-1) < 24
+
+
+def test_browser_shows_both_boxes_at_their_place_without_script_errors(tmp_path, browser):
+    x1, y1, x2, y2 = PREDICTION
+    written(tmp_path, (sample(question=HOSTILE), [completion(f"[{x1},{y1},{x2},{y2}] {HOSTILE}", 0.2)]))
+    _, log = browser((tmp_path / "report.html").as_uri(), f"--screenshot={tmp_path / 'shot.png'}")
+    assert "CONSOLE" not in log
+
+    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+    rows, columns = np.nonzero(near(pixels, GROUND))
+    top, left, side = rows.min(), columns.min(), columns.max() + 1 - columns.min()
+    assert side > 200 and abs(rows.max() + 1 - top - side) <= 2  # the image, square
+    figure = pixels[top : top + side, left : left + side]
+    for colour, box in ((report.REFERENCE, REFERENCE), (report.PREDICTED, PREDICTION)):
+        seen = near(figure, ImageColor.getrgb(colour))
+        rows, columns = np.nonzero(seen)
+        drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * 112 / side
+        assert np.allclose(drawn, box, atol=2), colour  # a line is some 3 of 336 pixels wide
+        assert seen.sum() > side, colour
+
+
+def test_browser_filters_by_task_and_by_correctness(tmp_path, browser):
+    written(tmp_path, *((sample(task=task, id=f"{task}{a}", boxes=()), [completion("none", a)])
+                        for task in ("det", "vqa") for a in (0, 1)))
+
+    def shown(filters):
+        page, log = browser((tmp_path / "report.html").as_uri() + filters, "--dump-dom")
+        assert "CONSOLE" not in log
+        cards = re.findall(r"<article([^>]*)>.*?</b> (\w+)</p>", page, re.DOTALL)
+        names = [name for attributes, name in cards if " hidden" not in attributes]
+        assert len(cards) == 4 and f"{len(names)} shown" in page
+        return names
+
+    assert shown("#task=vqa&answer=") == ["vqa0", "vqa1"]
+    assert shown("#task=det&answer=right") == ["det1"]
+
+
+def test_browser_would_have_logged_an_error_and_refuses_foreign_scripts(tmp_path, browser):
+    page = written(tmp_path, (sample(), [completion("none", 0)]))
+    foreign = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+    (tmp_path / "report.html").write_text(page.replace("<main>", "<main>" + foreign))
+    dom, log = browser((tmp_path / "report.html").as_uri(), "--dump-dom")
+    assert "CONSOLE" in log and "<title>Answers</title>" in dom
