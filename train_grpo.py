@@ -11,7 +11,7 @@ its completions, and groups whose rewards are all equal are left out altogether.
     torchrun train_grpo.py --task det --model runs/sft-3b/model --data GeoChat_Instruct.json --lr 1e-6 --beta 0.04 \\
         --divide-by-std --prompts 16 --group 8 --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
 
-Writes metrics.jsonl (a line a step), samples.jsonl, curves.png, model/ and checkpoint/ to --out.
+Writes metrics.jsonl (a line a step), samples.jsonl and its page report.html, curves.png, model/ and checkpoint/ to --out.
 """
 
 import argparse
@@ -28,8 +28,11 @@ from tqdm import tqdm
 import grpo
 import model as qwen
 import run
-from data import BadInput, batch, load, load_images, positive, prompt
+from data import BadInput, as_row, batch, load, load_images, positive, prompt
 from evaluate import heldout_rewards
+from judges import load_judges
+from readers import few_shots
+from report import read_entries, write_report
 from rewards import TASKS, reward_parts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,6 +43,7 @@ flags = parser.add_argument_group("model and data")
 flags.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
 flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
 flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
+flags.add_argument("--shots", type=positive, help="train on so many samples of each category only")
 flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 flags = parser.add_argument_group("rollout")
 flags.add_argument("--steps", type=positive, default=200, help="optimiser steps of each stage")
@@ -49,8 +53,11 @@ flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longe
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
 flags.add_argument("--seed", type=int, default=0)
 flags = parser.add_argument_group("reward")
-flags.add_argument("--format-weight", type=float, default=1.0, help="weight of the format reward in the sum")
-flags.add_argument("--accuracy-weight", type=float, default=1.0, help="weight of the task's reward in the sum")
+for part in ("format", "accuracy", "length", "repetition"):
+    flags.add_argument(f"--{part}-weight", type=float, default=1.0, help=f"weight of the {part} reward in the sum"
+                       + " (task pair)" * (part in ("length", "repetition")))
+flags.add_argument("--sbert", help="sentence embedding model for rcap and change (all-MiniLM-L6-v2): folder or hub id")
+flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: folder or hub id")
 flags = parser.add_argument_group("objective")
 flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo", help="how tokens are weighted and ratios taken, see grpo.py")
 flags.add_argument("--divide-by-std", action="store_true", help="advantages over the group's std (as GRPO, not Dr. GRPO)")
@@ -85,8 +92,11 @@ def main() -> None:
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed) for task in tasks]
+    if args.shots:
+        data = [few_shots(samples, args.shots) for samples in data]
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
-
+    load_judges(tasks, args.sbert, args.sam)
+    weights = {name: getattr(args, f"{name}_weight") for name in ("format", "accuracy", "length", "repetition")}
     settings, state = run.start_or_resume(args)
     first_stage, first_step = (state["stage"], state["step"]) if state else (0, 0)
     done = first_stage * args.steps + first_step
@@ -120,15 +130,17 @@ def main() -> None:
             rollout_seconds = time.perf_counter() - began
 
             # --- rewards and advantages, (B, G) -----------------------------------------------------------------------
-            parts = [[reward_parts(text, sample) for text in group] for group, sample in zip(texts, samples)]
-            rewards = torch.tensor([[args.format_weight * p["format"] + args.accuracy_weight * p["accuracy"] for p in group]
-                                    for group in parts], device=qwen.device())
+            used = (rollout.mask.sum(2) / args.max_new_tokens).tolist()                  # share of the longest allowed
+            parts = [[reward_parts(text, sample, share) for text, share in zip(group, shares)]
+                     for sample, group, shares in zip(samples, texts, used)]             # B x G, by name
+            rewards = torch.tensor([[sum(weights[name] * value for name, value in p.items()) for p in group] for group in parts],
+                                   device=qwen.device())
             advantages = grpo.advantages(rewards, args.divide_by_std)
             learning = grpo.learning_groups(rewards)                                     # (B,)
             mask = rollout.mask & learning[:, None, None]                                # (B, G, C): tokens with loss
             if args.mask_truncated:
                 mask &= rollout.stopped[:, :, None]
-            weights = grpo.token_weights(mask, args.loss, args.max_new_tokens)
+            token_weights = grpo.token_weights(mask, args.loss, args.max_new_tokens)
 
             # --- update: mu passes over the rollout, some groups at a time --------------------------------------------
             began = time.perf_counter()
@@ -151,7 +163,7 @@ def main() -> None:
                             with torch.no_grad():
                                 ref[i] = qwen.token_logprobs(reference, *inputs)
                     loss, sums = grpo.policy_loss(
-                        logprobs, old[i], ref[i], advantages[groups], mask[some], weights[some],
+                        logprobs, old[i], ref[i], advantages[groups], mask[some], token_weights[some],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
                     loss.backward()
                     totals.update(loss=loss.detach(), **sums)
@@ -180,11 +192,10 @@ def main() -> None:
             print(json.dumps(row), file=metrics_log, flush=True)
             shown = step % args.prompts  # samples.jsonl keeps one whole group a step
             for g, text in enumerate(texts[shown]):
-                print(json.dumps({"step": row["step"], "stage": stage, "task": tasks[stage], "id": samples[shown].id,
-                                  "question": samples[shown].question, "reference": samples[shown].answer,
-                                  "completion": text, "parts": parts[shown][g], "reward": rewards[shown, g].item(),
+                print(json.dumps({"step": row["step"], "stage": stage} | as_row(samples[shown]) |
+                                 {"completion": text, "parts": parts[shown][g], "reward": rewards[shown, g].item(),
                                   "advantage": advantages[shown, g].item()}), file=samples_log, flush=True)
-            line = (f"step {row['step']:4d} {tasks[stage]:4s} reward {row['reward']:.3f}  accuracy "
+            line = (f"step {row['step']:4d} {tasks[stage]:6s} reward {row['reward']:.3f}  accuracy "
                     f"{row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  len "
                     f"{row['len_mean']:4.1f}  grad {row['grad_norm']:5.2f}  {rollout_seconds + seconds:.2f} s")
             bar.set_postfix_str(line[10:]) if not bar.disable else print(line, flush=True)
@@ -204,6 +215,7 @@ def main() -> None:
     bar.close()
     qwen.save(policy, processor, args.out / "model")
     run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
+    write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import model as qwen
 import run
-from data import BadInput, batch, load, load_images, positive, prompt, target
+from data import BadInput, batch, load, load_images, positive, prompt, sloppy, target
 from evaluate import heldout_rewards
+from readers import few_shots
 from rewards import TAGS, TASKS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,6 +39,9 @@ group.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; 
 group.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
 group.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
 group.add_argument("--limit", type=positive, help="train on the first so many samples of each task only")
+group.add_argument("--shots", type=positive, help="train on so many samples of each category only")
+group.add_argument("--box-noise", type=float, default=0.0, help="std in pixels of noise on the box edges of det's targets: "
+                   "hasty annotators, for GRPO to outgrow")
 group.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 group = parser.add_argument_group("optimisation")
 group.add_argument("--steps", type=positive, default=1000)
@@ -58,7 +62,7 @@ def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForCondition
     """A new model of the same architecture with 1.5 M random weights, and a tokenizer learned from `corpus`.
 
     Beside its size it differs from Qwen2.5-VL-3B in two things, both to shorten completions: a number of up to three
-    digits is one token (Qwen: one a digit), and so is each of the think and answer tags.
+    digits is one token (Qwen: one a digit), and so is each of the think and answer tags and of the pieces of JSON answers.
     """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
@@ -67,7 +71,7 @@ def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForCondition
     special = [*qwen.STOPS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=640, special_tokens=special, show_progress=False,
                                                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_tokens(list(TAGS))
+    tokenizer.add_tokens([*TAGS, '{"bbox_2d": [', '], "label": "', '], "keypoint1": [', '], "keypoint2": [', ']}', '"}'])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=qwen.STOPS[0], pad_token=qwen.STOPS[1])
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     config = Qwen2_5_VLConfig(
@@ -100,6 +104,8 @@ def main() -> None:
     else:
         model, processor = qwen.load(args.model, args.image_size)
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed)[: args.limit] for task in tasks]
+    if args.shots:
+        data = [few_shots(samples, args.shots) for samples in data]
     heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,6 +125,9 @@ def main() -> None:
             began = time.perf_counter()
             samples = [batch(data[place % len(tasks)], place // len(tasks), 1, args.seed + place % len(tasks))[0]
                        for place in range(step * args.batch, (step + 1) * args.batch)]
+            if args.box_noise:
+                samples = [sloppy(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s for i, s in enumerate(samples)]
+            samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
             targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"], device=qwen.device()) for s in samples]
             T = sum(map(len, targets))  # counted before the micro-batches, so that their number does not matter
             loss = torch.zeros((), device=qwen.device())
