@@ -66,10 +66,9 @@ def refuse_several_processes() -> None:
         raise BadInput("more than one process: training is not distributed yet, start it without --nproc-per-node")
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float = 1.0) -> float:
-    """Linear warm-up over `warmup` steps, then the peak, then linear decay over the last `decay` share of the steps; the
-    step after the last would have rate 0."""
-    return peak * min(1, (step + 1) / (warmup + 1), (steps - step) / max(1, decay * (steps - warmup)))
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then linear decay; the step after the last would have rate 0."""
+    return peak * min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
 
 
 def plot_curves(metrics: Path, names: Sequence[str]) -> None:

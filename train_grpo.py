@@ -67,9 +67,8 @@ flags.add_argument("--clip-high", type=float, default=0.2, help="and above at 1 
 flags.add_argument("--beta", type=float, default=0.001, help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
 flags.add_argument("--mask-truncated", action="store_true", help="no loss on completions cut off at --max-new-tokens")
 flags = parser.add_argument_group("optimisation")
-flags.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (the real 3B model: 1e-6)")
-flags.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
-flags.add_argument("--decay", type=float, default=0.4, help="share of the steps, at the end, over which it falls to 0")
+flags.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (the real 3B model: 1e-6)")
+flags.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; after them it decays linearly to 0")
 flags.add_argument("--weight-decay", type=float, default=0.0)
 flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
 flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
@@ -145,7 +144,7 @@ def main() -> None:
             # --- update: mu passes over the rollout, some groups at a time --------------------------------------------
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
+                group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
             chosen = learning.nonzero().squeeze(1).split(args.micro_batch)               # micro-batches of group numbers
             longest = rollout.mask.sum(2).amax(1).tolist()                               # tokens of each group's longest
             old, ref = {}, {}                                                            # log-probs by micro-batch

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: small, in the format, right about as often as its card says, with room left for GRPO."""
+"""The embedded checkpoint: small, in the format for every task, right about as often as its card says, with room for GRPO."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 import model as qwen
 from data import load
 from evaluate import heldout_rewards
+from rewards import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,3 +27,9 @@ def test_it_answers_in_format_and_leaves_detection_room(shipped, task, greedy):
     scores = heldout_rewards(*shipped, load("synthetic", task, shipped[1].frame, split="heldout")[:64], max_new_tokens=96)
     assert scores["format"] > 0.95 and greedy[0] <= scores["greedy"] <= greedy[1]
     assert scores["sampled"] <= scores["greedy"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_answers_every_task_in_its_format(shipped, task):
+    scores = heldout_rewards(*shipped, load("synthetic", task, shipped[1].frame, split="heldout")[:16], max_new_tokens=160)
+    assert scores["format"] > 0.9 and scores["sampled"] > 0.05
