@@ -19,6 +19,7 @@ from data import BadInput, Sample, convert_box, plain_text
 from rewards import box_numbers, box_text, horizontal, json_text, parse_boxes
 
 GRID = (100, 100)
+MOST_BOXES = 100  # that COCO counts; a tile of DOTA may have five hundred ships, an answer of thousands of tokens
 NUMBER = r"-?\d+(?:\.\d+)?"
 BRACES = r"\{(?:<-?\d+>){4}(?:\|<-?\d+>)?\}"
 FIVE = rf"\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{4}}\s*\]"
@@ -206,6 +207,8 @@ def each_class(where: str, task: str, frame: int, images: Sequence, things: Iter
         classes.setdefault(label, []).append(box)
     for label, boxes in sorted(classes.items()):
         boxes = in_frame(boxes, frame, skipped)
-        if boxes:
+        if len(boxes) > MOST_BOXES:
+            skipped[f"questions for more than {MOST_BOXES} boxes left out"] += 1
+        elif boxes:
             yield build(f"{where}, {label}", task, frame, images, question.format(label), boxes=boxes, label=label,
                         category=label)
