@@ -37,6 +37,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
+def natural(text: str) -> int:
+    """argparse type: a whole number from 0 on, below the seed of the held-out scenes."""
+    if not text.isdecimal() or int(text) >= HELDOUT_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {HELDOUT_SEED - 1}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -154,19 +161,29 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     samples = read_source(source, task, frame, images)
     published = any(s.split == "test" for s in samples)
     if split != "all" and published:
+        others = sum(s.split not in ("train", "test") for s in samples)
+        if others:
+            print(f"{source}: {others} samples of {task}, neither train nor test, are left aside", file=sys.stderr)
         samples = [s for s in samples if s.split == ("test" if split == "heldout" else "train")]
     elif split != "all":  # by image, not by record, and alike for every task of a file: no task trains on another's test
         held = {name for s in samples if zlib.crc32((name := image_name(s)).encode()) % 10 == 0}
         held = held or {min(map(image_name, samples), key=lambda name: zlib.crc32(name.encode()))}
         samples = [s for s in samples if (image_name(s) in held) == (split == "heldout")]
-        samples.sort(key=lambda s: (zlib.crc32(s.id.encode()), s.id))  # or the first 256 of class folders are one class
+    if split != "all":
+        samples = sorted(samples, key=record_hash)  # or the first 256 of class folders are one class
     if not samples:
         raise BadInput(f"{source}: no samples of task {task} in the {split} split"
                        + ("" if published else "; it has too few images to hold some out"))
     return samples
 
 
-@lru_cache(maxsize=8)  # train and held-out split come from one reading
+def record_hash(sample: Sample) -> tuple[int, str]:
+    """Of file name and record, not of the folder: the same order on every machine."""
+    name = sample.id.rsplit("/", 1)[-1]
+    return zlib.crc32(name.encode()), name
+
+
+@lru_cache(maxsize=32)  # train and held-out split come from one reading
 def read_source(source: str, task: str, frame: int, images: str | None) -> list[Sample]:
     """All samples of a file or folder, in its order."""
     import readers  # which builds on this module
@@ -210,23 +227,24 @@ def image_name(sample: Sample) -> str:
 
 
 def as_row(sample: Sample) -> dict:
-    """The sample as JSON for predictions.jsonl and samples.jsonl: images by their paths, a built-in scene by its id."""
+    """The sample as JSON for predictions.jsonl and samples.jsonl: images by their paths; a built-in scene, or an image that
+    lies in a table, by the sample's id."""
     path = lambda image: str(image) if isinstance(image, (str, Path)) else sample.id
     return {"id": sample.id, "task": sample.task, "images": [path(image) for image in sample.images], "question": sample.question,
             "reference": sample.answer, "boxes": sample.boxes, "frame": sample.frame, "references": sample.references,
             "choices": sample.choices, "category": sample.category, "subset": sample.subset,
-            "mask": None if sample.mask is None else path(sample.mask)}
+            "mask": str(sample.mask) if isinstance(sample.mask, (str, Path)) else None}
 
 
 def from_row(row: dict) -> Sample:
-    """The sample that as_row wrote. A built-in scene is drawn again. Raises KeyError, TypeError or ValueError for a row
-    that is none."""
+    """The sample that as_row wrote. A built-in scene is drawn again. Raises LookupError, TypeError, ValueError or
+    AttributeError for a row that is none."""
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:
         return Scenes(str(row["task"]), int(row["frame"]), int(scene[1]))[int(scene[2])]
     texts = lambda name: tuple(map(str, row[name]))
     return Sample(id=str(row["id"]), task=str(row["task"]), images=tuple(map(Path, row["images"])), question=str(row["question"]),
-                  answer=str(row["reference"]), frame=int(row["frame"]), boxes=tuple(tuple(map(float, box)) for box in row["boxes"]),
+                  answer=str(row["reference"]), frame=int(row["frame"]), boxes=tuple((float(x1), float(y1), float(x2), float(y2), float(theta)) for x1, y1, x2, y2, theta in row["boxes"]),
                   references=texts("references"), choices=texts("choices"), category=str(row["category"]),
                   subset=str(row["subset"]), mask=row["mask"] and Path(row["mask"]))
 

@@ -11,6 +11,7 @@ scores, beside the published ones where --benchmark names a table. An interrupte
 import argparse
 import json
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,11 +54,16 @@ def run_model(args) -> tuple[list[Sample], list[str]]:
     """Samples and greedy completions of args.model on args.data. What is done is kept in predictions.partial, below a
     line with the settings, so that the same command goes on after an interruption."""
     model, processor = qwen.load(args.model, args.image_size)
-    split = "heldout" if args.data == "synthetic" else args.split
-    samples = list(load(args.data, args.task, processor.frame, args.images, split)[: args.limit])
+    source = lambda split: load(args.data, args.task, processor.frame, args.images, split)
+    published = args.data != "synthetic" and any(s.split == "test" for s in source("all"))
+    split = args.split or ("heldout" if published or args.data == "synthetic" else "all")
+    samples = list(source(split)[: args.limit])
     print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
     file = args.out / "predictions.partial"
-    settings = json.dumps({name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")})
+    weights = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, whose weights do not change
+    settings = json.dumps({name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")}
+                          | {"weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
+                             "samples": zlib.crc32(json.dumps([as_row(s) for s in samples]).encode())})
     lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a torn last line has no end
     completions = [json.loads(line)["completion"] for line in lines[1:]] if lines[:1] == [settings] else []
     file.write_text("".join(line + "\n" for line in [settings, *(json.dumps({"completion": text}) for text in completions)]))
@@ -87,9 +93,11 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
             if row["task"] != task:
                 raise BadInput(f"{where}: a prediction of task {row['task']}, not {task}")
             samples.append(from_row(row))
-            completions.append(row["completion"])
-        except (KeyError, TypeError) as error:
+            completions.append(str(row["completion"]))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{where}: not a record of predictions.jsonl ({error!r})")
+        if task == "seg" and samples[-1].mask is None:
+            raise BadInput(f"{where}: its mask lies in a table; score it with --data instead")
     return samples, completions
 
 
@@ -103,8 +111,9 @@ def main() -> None:
     source.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
     source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
     source.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
-    source.add_argument("--split", choices=("all", "heldout", "train"), default="all",
-                        help="`heldout`: only the tenth of the images that training leaves out (synthetic: always held-out scenes)")
+    source.add_argument("--split", choices=("all", "heldout", "train"),
+                        help="`heldout`: what training leaves out, the published test split or a tenth of the images; that is the "
+                        "default where the source has a test split, and for synthetic; elsewhere `all` is")
     source.add_argument("--limit", type=positive, help="only the first so many samples")
     source.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
     source.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and change: folder or hub id")
@@ -121,20 +130,24 @@ def main() -> None:
     samples, completions = read_predictions(args.predictions, args.task) if args.predictions else run_model(args)
 
     answers = [extract_answer(completion) for completion in completions]
-    parts = [reward_parts(completion, sample) for completion, sample in zip(completions, samples)]
+    parts = [{name: part[name] for name in ("format", "accuracy")} for part in map(reward_parts, completions, samples)]
+    for name in ("scores.json", "report.html"):
+        (args.out / name).unlink(missing_ok=True)  # no older scores beside new predictions
     with open(args.out / "predictions.done", "w") as file:
         for sample, completion, answer, part in zip(samples, completions, answers, parts):
             print(json.dumps(as_row(sample) | {"completion": completion, "answer": answer, "parts": part}), file=file)
     (args.out / "predictions.done").replace(args.out / "predictions.jsonl")
-    (args.out / "predictions.partial").unlink(missing_ok=True)
+    if not args.predictions:
+        (args.out / "predictions.partial").unlink()
 
     scores = {"n": len(samples), "format": float(np.mean([part["format"] for part in parts])),
-              "reward": float(np.mean([part["accuracy"] for part in parts]))}
+              "accuracy_reward": float(np.mean([part["accuracy"] for part in parts])),
+              "words": float(np.mean([len(completion.split()) for completion in completions]))}
     for name in TASKS[args.task].scores:
         scores |= getattr(metrics, name)(answers, samples)
     (args.out / "scores.json").write_text(json.dumps({"task": args.task, **scores}, indent=1) + "\n")
     for name, value in scores.items():
-        print(f"{name:32s} {value if name == 'n' else format(100 * value, '.2f')}")
+        print(f"{name:32s} {value if name == 'n' else format(value if name == 'words' else 100 * value, '.2f')}")
     if args.benchmark:
         print(published.table(args.benchmark, scores))
     write_report(args.out / "report.html", ((s, [{"text": text, "parts": part}]) for s, text, part in zip(samples, completions, parts)),

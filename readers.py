@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from data import BadInput, Sample, convert_box, image_size
+from data import BadInput, Sample, Scenes, convert_box, image_size, record_hash
 from notation import asking, build, each_class, from_text, turned_box, upright_box
 from records import IMAGE_SUFFIXES, expecting, find_image, first_size, read_mask, read_records
 from rewards import TASKS
@@ -52,12 +52,12 @@ def read(path: Path, task: str, frame: int, images: Path | None, skipped: Counte
 def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
     """So many samples of each category, in their order. A hash of the record's name chooses, so the choice is the same on
     every machine, and fewer shots are a subset of more."""
+    samples = list(samples[:2000] if isinstance(samples, Scenes) else samples)  # a scene is drawn when it is looked at
     nameless = next((s.id for s in samples if not s.category), None)
     if nameless:
         raise BadInput(f"{nameless}: has no category, and --shots draws so many of each; leave --shots out")
-    names = [s.id.rsplit("/", 1)[-1] for s in samples]
     seen, kept = Counter(), []
-    for i in sorted(range(len(samples)), key=lambda i: (zlib.crc32(names[i].encode()), names[i])):
+    for i in sorted(range(len(samples)), key=lambda i: record_hash(samples[i])):
         seen[samples[i].category] += 1
         if seen[samples[i].category] <= shots:
             kept.append(i)

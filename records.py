@@ -195,7 +195,8 @@ def read_conversation(where: str, record: dict, task: str, frame: int, folder: P
 
 def read_earthdial(where: str, row: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
     """EarthDial's evaluation rows, of its shards or as JSON: `question`, the reference(s) under one of these keys, and
-    `size_group` or `ttype`. Values may be JSON-quoted; boxes are `[[x1, y1, x2, y2, theta]]...` on the 0-100 grid."""
+    `size_group` or `ttype`. Values may be JSON-quoted; boxes are `[[x1, y1, x2, y2, theta]]...` on the 0-100 grid. Theta is
+    taken as clockwise on the screen, as in GeoChat, where these boxes come from; EarthDial's scorer turns it the other way."""
     key = next((k for k in ("gt_bbox", "groundtruth", "annotation", "groundtruth0", "caption0") if k in row), None)
     if not key or not isinstance(row["question"], str):
         raise BadInput(f"{where}: a row of EarthDial needs a text as `question` and a reference such as `groundtruth`")
@@ -262,7 +263,7 @@ def read_few_shot(where: str, row: dict, task: str, frame: int, folder: Path, sk
     size, unique = first_size(images, where), str(row.get("is_unique")).lower() in ("true", "1", "unique")
     yield from from_text(where, task, frame, images, size, row["problem"], [""], skipped,
                          [convert_box(values[:4], size, (frame, frame))], category=str(row.get("category") or ""),
-                         subset="unique" if unique else "non-unique")
+                         subset=("unique" if unique else "non-unique") if "is_unique" in row else "")
 
 
 def read_captions(where: str, row: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:

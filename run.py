@@ -27,6 +27,8 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 def start_or_resume(args) -> tuple[dict[str, str], dict | None]:
     """Make `args.out`. Returns the settings to store in checkpoints (the flags that shape a run), and with `args.resume`
     the last checkpoint, else None, with what an earlier run left there removed."""
+    if Path(args.model).resolve().is_relative_to(args.out.resolve()) and not args.resume:
+        raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
     return settings, load_checkpoint(args.out / "checkpoint", settings) if args.resume else clear(args.out)
@@ -51,7 +53,8 @@ def clear(out: Path) -> None:
     """Remove what an earlier run left in `out`: a later --resume would take its checkpoint for this run's."""
     for name in ("checkpoint", "model"):
         shutil.rmtree(out / name, ignore_errors=True)
-    (out / "curves.png").unlink(missing_ok=True)
+    for name in ("curves.png", "report.html"):
+        (out / name).unlink(missing_ok=True)
 
 
 def keep_lines(file: Path, n: int) -> None:
@@ -85,7 +88,8 @@ def plot_curves(metrics: Path, names: Sequence[str]) -> None:
     for axis, name in zip(axes[0], names):
         series = {name: [row[name] for row in rows]}
         if rows and isinstance(rows[0][name], dict):
-            series = {part: [row[name][part] for row in rows] for part in rows[0][name]}
+            parts = dict.fromkeys(part for row in rows for part in row[name])  # pair has more of them than other stages
+            series = {part: [row[name].get(part, np.nan) for row in rows] for part in parts}
         for label, values in series.items():
             line = axis.plot(smooth(values), label=label)[0]
             axis.plot(values, alpha=.3, color=line.get_color())

@@ -184,8 +184,9 @@ def box_accuracy(answers: Answers, samples: Sequence[Sample]) -> dict[str, float
 
 
 def mask_iou(answers: Answers, samples: Sequence[Sample]) -> dict[str, float]:
-    """`giou`, the mean IoU of the masks, and `ciou`, all intersections over all unions. As in LISA and Geo-R1 two empty
-    masks have an IoU of 0, though to answer so is right; an answer that names no mask is an empty one."""
+    """`giou`, the mean IoU of the masks, and `ciou`, all intersections over all unions. As in Geo-R1's released
+    evaluation two empty masks have an IoU of 0, though to answer so is right (LISA counts 1); an answer without a mask is
+    an empty one."""
     areas = np.zeros((len(samples), 2))  # intersection, union
     for i, (answer, sample) in enumerate(zip(answers, samples)):
         reference, mask = reference_mask(sample), predicted_mask(answer or "", sample)

@@ -2,7 +2,7 @@
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-aware accuracy reward, advantages relative to the group,
 a clipped ratio, a KL penalty to a frozen reference, one task per stage. Unlike there: the ratio is the token's (the paper
-prints the sequence's: --loss gspo), advantages are not divided by the group's std unless --divide-by-std says so (IoU
+prints the sequence's, of which --loss gspo is the length-normalised form), advantages are not divided by the group's std unless --divide-by-std says so (IoU
 rewards of a group often differ by a hair, and the division would blow that up), a group's prompt is computed once for all
 its completions, and groups whose rewards are all equal are left out altogether.
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import grpo
 import model as qwen
 import run
-from data import BadInput, as_row, batch, load, load_images, positive, prompt
+from data import BadInput, as_row, batch, load, load_images, natural, positive, prompt
 from evaluate import heldout_rewards
 from judges import load_judges
 from readers import few_shots
@@ -41,7 +41,7 @@ parser.add_argument("--out", type=Path, default=Path("runs/grpo"), help="folder 
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
 flags = parser.add_argument_group("model and data")
 flags.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
-flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
+flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
 flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
 flags.add_argument("--shots", type=positive, help="train on so many samples of each category only")
 flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
@@ -51,7 +51,7 @@ flags.add_argument("--prompts", type=positive, default=32, help="B: prompts in a
 flags.add_argument("--group", type=int, default=8, help="G: completions for each prompt, at least 2")
 flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion")
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
-flags.add_argument("--seed", type=int, default=0)
+flags.add_argument("--seed", type=natural, default=0)
 flags = parser.add_argument_group("reward")
 for part in ("format", "accuracy", "length", "repetition"):
     flags.add_argument(f"--{part}-weight", type=float, default=1.0, help=f"weight of the {part} reward in the sum"
@@ -68,7 +68,7 @@ flags.add_argument("--beta", type=float, default=0.001, help="weight of the KL p
 flags.add_argument("--mask-truncated", action="store_true", help="no loss on completions cut off at --max-new-tokens")
 flags = parser.add_argument_group("optimisation")
 flags.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (the real 3B model: 1e-6)")
-flags.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; after them it decays linearly to 0")
+flags.add_argument("--warmup", type=natural, default=5, help="steps of linear warm-up; after them it decays linearly to 0")
 flags.add_argument("--weight-decay", type=float, default=0.0)
 flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
 flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
@@ -120,7 +120,7 @@ def main() -> None:
         for step in range(first_step, args.steps):
             # --- rollout: B prompts, G completions each ---------------------------------------------------------------
             began = time.perf_counter()
-            samples = batch(data[stage], step, args.prompts, args.seed)
+            samples = batch(data[stage], step, args.prompts, args.seed + stage)
             prompts = [qwen.encode(processor, prompt(s), load_images(s)) for s in samples]
             noise = qwen.noise((args.seed, stage, step), range(args.prompts), args.group, args.max_new_tokens)
             rollout = qwen.rollout(policy, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
@@ -210,11 +210,11 @@ def main() -> None:
               f"{'':12s}{'before':>8s}{'after':>8s}")
         for name in before:
             print(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}")
+        run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
+        write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
 
     bar.close()
     qwen.save(policy, processor, args.out / "model")
-    run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
-    write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import model as qwen
 import run
-from data import BadInput, batch, load, load_images, positive, prompt, sloppy, target
+from data import BadInput, batch, load, load_images, natural, positive, prompt, sloppy, target
 from evaluate import heldout_rewards
 from readers import few_shots
 from rewards import TAGS, TASKS
@@ -36,7 +36,7 @@ parser.add_argument("--out", type=Path, required=True, help="folder for model/, 
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
 group = parser.add_argument_group("model and data")
 group.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; or `scratch`: tiny's architecture, random")
-group.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that data.py reads")
+group.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
 group.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
 group.add_argument("--limit", type=positive, help="train on the first so many samples of each task only")
 group.add_argument("--shots", type=positive, help="train on so many samples of each category only")
@@ -49,10 +49,10 @@ group.add_argument("--batch", type=positive, default=32, help="samples in an opt
 group.add_argument("--micro-batch", type=positive, default=32, help="samples in a forward pass; lower it to save memory")
 group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
 group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the real 3B model: 1e-5)")
-group.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
+group.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
 group.add_argument("--weight-decay", type=float, default=0.01)
 group.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
-group.add_argument("--seed", type=int, default=0)
+group.add_argument("--seed", type=natural, default=0)
 group = parser.add_argument_group("output")
 group.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
 group.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion in the held-out scores")

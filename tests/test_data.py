@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data
-from data import HELDOUT_SEED, BadInput, Sample, Scenes, as_row, batch, convert_box, from_row, load, load_images, prompt, target
+from data import HELDOUT_SEED, BadInput, Sample, Scenes, as_row, batch, convert_box, from_row, load, load_images, prompt, read_source, target
 from rewards import TASKS, box_text, format_reward, horizontal, reward_parts
 from scenes import LAND, draw, scene
 
@@ -503,3 +503,16 @@ def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     sample = Sample("a", "det", (tmp_path / "a.png",), "Where?", "[1,2,3,4]", F, ((1.0, 2.0, 3.0, 4.0, 5.0),), subset="small",
                     references=("x", "y"), choices=("A", "B"), category="ship")
     assert from_row(json.loads(json.dumps(as_row(sample)))) == sample
+
+
+def test_order_does_not_depend_on_the_folder(tmp_path):
+    """Else the same seed would meet other batches on another machine."""
+    answers = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        for i in range(30):
+            Image.new("RGB", (30, 30)).save(folder / f"{i}.png")
+        (folder / "captions.jsonl").write_text("\n".join(json.dumps({"image": f"{i}.png", "captions": [f"image {i}"]}) for i in range(30)))
+        samples = read_source(str(folder / "captions.jsonl"), "cap", F, None)
+        answers.append([s.answer for s in sorted(samples, key=data.record_hash)])
+    assert answers[0] == answers[1] != sorted(answers[0])

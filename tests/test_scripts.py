@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
+import run
 import train_grpo
 import train_sft
 from data import BadInput, Scenes
@@ -140,13 +141,43 @@ def test_evaluation_writes_predictions_that_score_the_same_again(staged, tmp_pat
     predictions = rows(tmp_path / "first" / "predictions.jsonl")
     scores = json.loads((tmp_path / "first" / "scores.json").read_text())
     assert len(predictions) == scores["n"] == 256 and scores["task"] == "det"
-    assert all(0 <= value <= 1 for name, value in scores.items() if name not in ("n", "task"))
+    assert all(0 <= value <= 1 for name, value in scores.items() if name not in ("n", "task", "words"))
     assert all(name in shown for name in ("box_precision@0.5", "recall", "f1"))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--out", str(tmp_path / "again"),
                                       "--predictions", str(tmp_path / "first" / "predictions.jsonl")])
     evaluate.main()
     for name in ("predictions.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "first" / name).read_text()
+
+
+def test_interrupted_evaluation_goes_on_but_not_with_another_model(sft, dataset, tmp_path, monkeypatch):
+    """Half of the answers of one model and half of another's would pass for a score. A torn last line is written again."""
+    def evaluated(stop_after=None):
+        batches, predict = [], evaluate.predict
+
+        def counted(model, processor, samples, *more):
+            if len(batches) == stop_after:
+                raise KeyboardInterrupt
+            batches.append([s.id for s in samples])
+            return predict(model, processor, samples, *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "predict", counted)
+            patch.setattr(sys, "argv", ["evaluate.py", "--task", "cls", "--data", str(dataset), "--model", str(tmp_path / "model"),
+                                        "--limit", "12", "--batch", "4", "--max-new-tokens", "16", "--out", str(tmp_path / "out")])
+            try:
+                evaluate.main()
+            except KeyboardInterrupt:
+                with open(tmp_path / "out/predictions.partial", "a") as file:
+                    file.write('{"completion": "half a li')
+        return len(batches)
+
+    shutil.copytree(sft / "model", tmp_path / "model")
+    assert evaluated(stop_after=2) == 2 and not (tmp_path / "out/scores.json").exists()
+    assert evaluated() == 1 and len(rows(tmp_path / "out/predictions.jsonl")) == 12
+    assert evaluated(stop_after=1) == 1
+    os.utime(tmp_path / "model/model.safetensors", ns=(1, 1))
+    assert evaluated() == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,6 +247,19 @@ def test_resuming_a_finished_run_changes_nothing(staged, tmp_path, monkeypatch, 
     shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
     here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
     assert_same_run(tmp_path, staged, "metrics.jsonl", "samples.jsonl")
+
+
+def test_curves_of_stages_with_unlike_parts(tmp_path):
+    """pair has a length and a repetition part, det has not: after it a run once ended in a KeyError."""
+    parts = [{"format": 1, "accuracy": 1, "length": 1, "repetition": 0}, {"format": 1, "accuracy": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"parts": p}) + "\n" for p in parts))
+    run.plot_curves(tmp_path / "metrics.jsonl", ("parts",))
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_model_within_out_is_not_cleared_away(staged):
+    done = script("train_grpo.py", "--model", staged / "model", "--out", staged, "--steps", 1)
+    assert done.returncode and "choose another --out" in done.stderr and (staged / "model").exists()
 
 
 def test_new_run_leaves_no_checkpoint_of_an_old_one_to_resume_from(staged, tmp_path, monkeypatch, grpo_flags):
