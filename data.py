@@ -37,6 +37,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a script's docstring as it is written, and the default of each flag."""
+
+
 def natural(text: str) -> int:
     """argparse type: a whole number from 0 on, below the seed of the held-out scenes."""
     if not text.isdecimal() or int(text) >= HELDOUT_SEED:

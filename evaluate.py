@@ -21,7 +21,7 @@ from tqdm import tqdm
 import model as qwen
 import published
 import scores as metrics
-from data import BadInput, Sample, as_row, from_row, json_records, load, load_images, positive, prompt
+from data import BadInput, HelpFormatter, Sample, as_row, from_row, json_records, load, load_images, positive, prompt
 from judges import load_judges
 from report import write_report
 from rewards import TASKS, extract_answer, reward_parts
@@ -102,7 +102,7 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl, scores.json, report.html")
     parser.add_argument("--benchmark", choices=published.BENCHMARKS, help="print the published rows of this table as well")
@@ -119,7 +119,7 @@ def main() -> None:
     source.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and change: folder or hub id")
     source.add_argument("--sam", help="SAM 2.1 for the masks of seg: folder or hub id")
     decoding = parser.add_argument_group("decoding (greedy)")
-    decoding.add_argument("--max-new-tokens", type=positive, default=96)
+    decoding.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion; tiny wants 160 for ground, ovd and seg")
     decoding.add_argument("--batch", type=positive, default=32, help="prompts decoded together")
     args = parser.parse_args()
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
@@ -159,3 +159,5 @@ if __name__ == "__main__":
         main()
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on where it stopped")

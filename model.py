@@ -58,6 +58,8 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     Only safetensors and only transformers' own code are read. Raises BadInput if the checkpoint is not readable.
     """
     folder = Path(__file__).parent / "tiny" if name == "tiny" else name
+    if name.count("/") != 1 and not Path(folder).exists():  # a hub id has one slash
+        raise BadInput(f"--model {name}: no such folder")
     try:
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=ATTENTION,

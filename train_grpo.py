@@ -28,14 +28,14 @@ from tqdm import tqdm
 import grpo
 import model as qwen
 import run
-from data import BadInput, as_row, batch, load, load_images, natural, positive, prompt
+from data import BadInput, HelpFormatter, as_row, batch, load, load_images, natural, positive, prompt
 from evaluate import heldout_rewards
 from judges import load_judges
 from readers import few_shots
 from report import read_entries, write_report
 from rewards import TASKS, reward_parts
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="det", help="comma-separated tasks, one stage each in this order; or `all`")
 parser.add_argument("--out", type=Path, default=Path("runs/grpo"), help="folder that the run writes to, over an earlier run in it")
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
@@ -49,7 +49,7 @@ flags = parser.add_argument_group("rollout")
 flags.add_argument("--steps", type=positive, default=200, help="optimiser steps of each stage")
 flags.add_argument("--prompts", type=positive, default=32, help="B: prompts in a step")
 flags.add_argument("--group", type=int, default=8, help="G: completions for each prompt, at least 2")
-flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion")
+flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion; tiny wants 160 for ground, ovd and seg")
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
 flags.add_argument("--seed", type=natural, default=0)
 flags = parser.add_argument_group("reward")
@@ -215,6 +215,7 @@ def main() -> None:
 
     bar.close()
     qwen.save(policy, processor, args.out / "model")
+    print(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
 
 
 if __name__ == "__main__":
@@ -222,3 +223,5 @@ if __name__ == "__main__":
         main()
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint, if one was written")

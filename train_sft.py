@@ -25,12 +25,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import model as qwen
 import run
-from data import BadInput, batch, load, load_images, natural, positive, prompt, sloppy, target
+from data import BadInput, HelpFormatter, batch, load, load_images, natural, positive, prompt, sloppy, target
 from evaluate import heldout_rewards
 from readers import few_shots
 from rewards import TAGS, TASKS
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="all", help="comma-separated tasks to mix, one named twice counts twice; or `all`")
 parser.add_argument("--out", type=Path, required=True, help="folder for model/, checkpoint/, metrics.jsonl, curves.png")
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
@@ -44,7 +44,7 @@ group.add_argument("--box-noise", type=float, default=0.0, help="std in pixels o
                    "hasty annotators, for GRPO to outgrow")
 group.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
 group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=positive, default=1000)
+group.add_argument("--steps", type=positive, default=1000, help="optimiser steps")
 group.add_argument("--batch", type=positive, default=32, help="samples in an optimiser step")
 group.add_argument("--micro-batch", type=positive, default=32, help="samples in a forward pass; lower it to save memory")
 group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
@@ -163,6 +163,7 @@ def main() -> None:
         scores = heldout_rewards(model, processor, heldout[task], args.max_new_tokens)
         figures = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         print(f"{task}: mean accuracy reward over {len(heldout[task])} held-out samples: {figures}")
+    print(f"model/, metrics.jsonl and curves.png are in {args.out}")
 
 
 if __name__ == "__main__":
@@ -170,3 +171,5 @@ if __name__ == "__main__":
         main()
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint, if one was written")
