@@ -32,7 +32,7 @@ def completion(answer, accuracy, think="Looking.", **rewards):
 
 def sample(**fields):
     return Sample(**dict(id="a", task="det", images=(Image.new("RGB", (112, 112), GROUND),), question="Where?",
-                         answer="[28,14,84,56]", frame=112, boxes=(REFERENCE,)) | fields)
+                         answer="[28,14,84,56]", frame=112, boxes=((*REFERENCE, 0),)) | fields)
 
 
 def written(folder, *entries, **options):
