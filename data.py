@@ -247,8 +247,9 @@ def from_row(row: dict) -> Sample:
     if scene:
         return Scenes(str(row["task"]), int(row["frame"]), int(scene[1]))[int(scene[2])]
     texts = lambda name: tuple(map(str, row[name]))
+    boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta)) for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(id=str(row["id"]), task=str(row["task"]), images=tuple(map(Path, row["images"])), question=str(row["question"]),
-                  answer=str(row["reference"]), frame=int(row["frame"]), boxes=tuple((float(x1), float(y1), float(x2), float(y2), float(theta)) for x1, y1, x2, y2, theta in row["boxes"]),
+                  answer=str(row["reference"]), frame=int(row["frame"]), boxes=boxes,
                   references=texts("references"), choices=texts("choices"), category=str(row["category"]),
                   subset=str(row["subset"]), mask=row["mask"] and Path(row["mask"]))
 

@@ -119,11 +119,12 @@ def main() -> None:
     source.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and change: folder or hub id")
     source.add_argument("--sam", help="SAM 2.1 for the masks of seg: folder or hub id")
     decoding = parser.add_argument_group("decoding (greedy)")
-    decoding.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion; tiny wants 160 for ground, ovd and seg")
+    decoding.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion (tiny: 160 for ground, ovd, seg)")
     decoding.add_argument("--batch", type=positive, default=32, help="prompts decoded together")
     args = parser.parse_args()
-    if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
-        raise BadInput(f"--benchmark {args.benchmark} is a table of task {published.BENCHMARKS[args.benchmark][0]}, not {args.task}")
+    benchmark_task = published.BENCHMARKS[args.benchmark][0] if args.benchmark else args.task
+    if benchmark_task != args.task:
+        raise BadInput(f"--benchmark {args.benchmark} is a table of task {benchmark_task}, not {args.task}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     load_judges([args.task], args.sbert, args.sam)
@@ -150,7 +151,8 @@ def main() -> None:
         print(f"{name:32s} {value if name == 'n' else format(value if name == 'words' else 100 * value, '.2f')}")
     if args.benchmark:
         print(published.table(args.benchmark, scores))
-    write_report(args.out / "report.html", ((s, [{"text": text, "parts": part}]) for s, text, part in zip(samples, completions, parts)),
+    entries = [(s, [{"text": text, "parts": part}]) for s, text, part in zip(samples, completions, parts)]
+    write_report(args.out / "report.html", entries,
                  f"{args.task}: {args.model if not args.predictions else args.predictions.name}")
 
 

@@ -42,7 +42,8 @@ def token_weights(mask: Tensor, loss: str, max_tokens: int) -> Tensor:
         dr_grpo      1 / (N C_max)   a constant, so that length does not change a token's weight (Dr. GRPO, section 3.2)
 
     N counts every sampled sequence: one without loss (masked altogether) is a zero in the mean. DAPO's mean is over
-    the tokens that do carry loss, as it replaces groups that have nothing to teach. Taken before the step is cut into micro-batches, so their number changes nothing: their losses simply add up.
+    the tokens that do carry loss, as it replaces groups that have nothing to teach. Taken before the step is cut into
+    micro-batches, so their number changes nothing: their losses simply add up.
     """
     lengths = mask.sum(2, keepdim=True)                    # (B, G, 1) |o_i|
     N = mask.shape[0] * mask.shape[1]

@@ -123,7 +123,8 @@ def draw_from_ground(view: Scene) -> Image.Image:
         x1, _, x2, y2 = thing.box[:4]
         foot, scale = n // 2 + y2 // 2, 0.3 + 0.7 * y2 / n
         half = (x2 - x1) * scale / 2
-        pen.rectangle([(x1 + x2) / 2 - half, foot - half, (x1 + x2) / 2 + half, foot], fill=PAINT[thing.colour], outline=(40, 40, 40))
+        pen.rectangle([(x1 + x2) / 2 - half, foot - half, (x1 + x2) / 2 + half, foot],
+                      fill=PAINT[thing.colour], outline=(40, 40, 40))
     return image
 
 
@@ -165,7 +166,8 @@ def ask(task: str, view: Scene) -> dict:
         return dict(question=f"Which of these does the image show? {', '.join(labels)}.", choices=labels, category=view.land,
                     answer=", ".join(x for x in labels if x == view.land or x in count), think=f"{LAND[view.land][2]}: {seen}.")
     if task == "cap":
-        captions = (f"{listed} on the {view.land}", f"on the {view.land} there is {listed}", f"an image of {listed}, {view.land} around")
+        captions = (f"{listed} on the {view.land}", f"on the {view.land} there is {listed}",
+                    f"an image of {listed}, {view.land} around")
         return dict(question="Describe the image.", answer=captions[0], references=captions, category=view.land, think=f"{seen}.")
     if task == "ground":
         text = ", ".join(f"a {t.size} {t.colour} {t.kind} {box_text([t.box], frame)} at the {place(t, frame)}" for t in things)
@@ -180,14 +182,15 @@ def ask(task: str, view: Scene) -> dict:
     if task == "vqa":
         other = str(rng.choice([k for k in SHAPES if k != kind]))
         subset, question, answer = (
-            ("presence", f"Is there a {colour} {kind}?", "yes" if any((t.kind, t.colour) == (kind, colour) for t in things) else "no"),
+            ("presence", f"Is there a {colour} {kind}?", "yes" if (kind, colour) in [(t.kind, t.colour) for t in things] else "no"),
             ("comp", f"Are there more {kind}s than {other}s?", "yes" if count[kind] > count[other] else "no"),
             ("count", f"How many {kind}s are there?", str(count[kind])),
             ("rural_urban", "Is this a rural or an urban area?", "urban" if view.land == "city" else "rural"))[rng.integers(4)]
         return dict(question=question, answer=answer, think=f"{LAND[view.land][2]}: {seen}.", subset=subset, category=subset)
     if task == "ovd":
         found = [t for t in things if t.kind == kind]
-        return dict(question=f"Detect every {kind}.", boxes=tuple(t.box for t in found), category=kind, think=f"{seen}: {len(found)} {kind}.",
+        return dict(question=f"Detect every {kind}.", boxes=tuple(t.box for t in found), category=kind,
+                    think=f"{seen}: {len(found)} {kind}.",
                     answer=json_text([dict(bbox_2d=box_numbers(t.box, frame), label=kind) for t in found]))
     if task == "seg":
         found = [t for t in things if t.kind == kind]
@@ -200,8 +203,8 @@ def ask(task: str, view: Scene) -> dict:
         return dict(question=f"What is in {box_text([thing.box], frame)}?", answer=f"1 {named(thing)}", boxes=(thing.box,),
                     category=thing.kind, think=f"{seen}.")
     assert task == "rec", f"scenes.ask has no question for the task {task}"
-    return dict(question=f"Find the {named(thing)}.", answer=json_text(dict(bbox_2d=box_numbers(thing.box, frame))), boxes=(thing.box,),
-                category=thing.kind, think=f"{seen}.", subset="unique" if count[thing.kind] == 1 else "non-unique")
+    return dict(question=f"Find the {named(thing)}.", answer=json_text(dict(bbox_2d=box_numbers(thing.box, frame))),
+                boxes=(thing.box,), category=thing.kind, think=f"{seen}.", subset="unique" if count[thing.kind] == 1 else "non-unique")
 
 
 def ask_pair(view: Scene, rng: np.random.Generator) -> dict:
@@ -211,6 +214,7 @@ def ask_pair(view: Scene, rng: np.random.Generator) -> dict:
     above = [draw(other) for other in islice((o for o in others if o.land != view.land), 3)]
     above.insert(right, draw(view))
     letter = "ABCD"[right]
-    return dict(question="The first image is taken on the ground, the others, A to D, from above. Which of them shows the same place?",
+    return dict(question="The first image is taken on the ground, the others, A to D, from above. "
+                         "Which of them shows the same place?",
                 images=(draw_from_ground(view), *above), answer=letter, choices=tuple("ABCD"), category=view.land,
                 think=f"The ground is {view.land}, so is {letter}.")

@@ -2,9 +2,9 @@
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-aware accuracy reward, advantages relative to the group,
 a clipped ratio, a KL penalty to a frozen reference, one task per stage. Unlike there: the ratio is the token's (the paper
-prints the sequence's, of which --loss gspo is the length-normalised form), advantages are not divided by the group's std unless --divide-by-std says so (IoU
-rewards of a group often differ by a hair, and the division would blow that up), a group's prompt is computed once for all
-its completions, and groups whose rewards are all equal are left out altogether.
+prints the sequence's, of which --loss gspo is the length-normalised form), advantages are not divided by the group's std
+unless --divide-by-std says so (IoU rewards of a group often differ by a hair, and the division would blow that up), a
+group's prompt is computed once for all its completions, and groups whose rewards are all equal are left out altogether.
 
     torchrun train_grpo.py --task det                          # the embedded default: minutes on a laptop
     python train_grpo.py --task cls,det --out runs/staged      # stages: det starts from, and is held near, the end of cls
@@ -49,7 +49,7 @@ flags = parser.add_argument_group("rollout")
 flags.add_argument("--steps", type=positive, default=200, help="optimiser steps of each stage")
 flags.add_argument("--prompts", type=positive, default=32, help="B: prompts in a step")
 flags.add_argument("--group", type=int, default=8, help="G: completions for each prompt, at least 2")
-flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion; tiny wants 160 for ground, ovd and seg")
+flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion (tiny: 160 for ground, ovd, seg)")
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
 flags.add_argument("--seed", type=natural, default=0)
 flags = parser.add_argument_group("reward")

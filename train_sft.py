@@ -126,9 +126,11 @@ def main() -> None:
             samples = [batch(data[place % len(tasks)], place // len(tasks), 1, args.seed + place % len(tasks))[0]
                        for place in range(step * args.batch, (step + 1) * args.batch)]
             if args.box_noise:
-                samples = [sloppy(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s for i, s in enumerate(samples)]
+                samples = [sloppy(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
+                           for i, s in enumerate(samples)]
             samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
-            targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"], device=qwen.device()) for s in samples]
+            targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"], device=qwen.device())
+                       for s in samples]
             T = sum(map(len, targets))  # counted before the micro-batches, so that their number does not matter
             loss = torch.zeros((), device=qwen.device())
             for at in range(0, args.batch, args.micro_batch):
