@@ -163,7 +163,7 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     if source == "synthetic":
         return Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
     samples = read_source(source, task, frame, images)
-    published = any(s.split == "test" for s in samples)
+    published = has_test_split(samples)
     if split != "all" and published:
         others = sum(s.split not in ("train", "test") for s in samples)
         if others:
@@ -179,6 +179,11 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
         raise BadInput(f"{source}: no samples of task {task} in the {split} split"
                        + ("" if published else "; it has too few images to hold some out"))
     return samples
+
+
+def has_test_split(samples: Sequence[Sample]) -> bool:
+    """True where the source itself says which samples are for testing."""
+    return any(s.split == "test" for s in samples)
 
 
 def record_hash(sample: Sample) -> tuple[int, str]:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 import model as qwen
 import published
 import scores as metrics
-from data import BadInput, HelpFormatter, Sample, as_row, from_row, json_records, load, load_images, positive, prompt
+from data import (BadInput, HelpFormatter, Sample, as_row, from_row, has_test_split, json_records, load, load_images, positive,
+                  prompt)
 from judges import load_judges
 from report import write_report
 from rewards import TASKS, extract_answer, reward_parts
@@ -55,14 +56,13 @@ def run_model(args) -> tuple[list[Sample], list[str]]:
     line with the settings, so that the same command goes on after an interruption."""
     model, processor = qwen.load(args.model, args.image_size)
     source = lambda split: load(args.data, args.task, processor.frame, args.images, split)
-    published = args.data != "synthetic" and any(s.split == "test" for s in source("all"))
-    split = args.split or ("heldout" if published or args.data == "synthetic" else "all")
+    split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(source("all")) else "all")
     samples = list(source(split)[: args.limit])
     print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
     file = args.out / "predictions.partial"
     weights = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, whose weights do not change
     settings = json.dumps({name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")}
-                          | {"weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
+                          | {"weights": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights],
                              "samples": zlib.crc32(json.dumps([as_row(s) for s in samples]).encode())})
     lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a torn last line has no end
     completions = [json.loads(line)["completion"] for line in lines[1:]] if lines[:1] == [settings] else []

@@ -77,13 +77,15 @@ def parse_boxes(answer: str) -> np.ndarray | None:
         return np.zeros((0, 4))
     if not 0 < len(lists) <= MAX_BOXES:
         return None
-    return np.array([_box(text) for text in lists])
+    return np.array([horizontal(read_box(text)) for text in lists])
 
 
-def _box(text: str) -> tuple[float, float, float, float]:
-    box = _numbers(text)
-    good = len(box) in (4, 5) and box[2] > box[0] and box[3] > box[1]
-    return horizontal(box) if good else (0.0, 0.0, 0.0, 0.0)
+def read_box(text: str) -> tuple[float, float, float, float, float]:
+    """x1, y1, x2, y2, theta of the inside of a bracket: four numbers are an upright box; what is no box, or has no area, is
+    an empty one."""
+    values = _numbers(text)
+    good = len(values) in (4, 5) and values[2] > values[0] and values[3] > values[1]
+    return (*values, 0.0)[:5] if good else (0.0,) * 5
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -346,7 +348,7 @@ def predicted_mask(answer: str, sample) -> np.ndarray | None:
     mask = np.zeros((sample.frame, sample.frame), bool)
     for text in objects[:100]:  # as many as COCO counts; each may ask SAM
         fields = dict(re.findall(r'"(bbox_2d|keypoint[12])"\s{0,9}:\s{0,9}\[([^\[\]]*)\]', text))
-        box = _box(fields.pop("bbox_2d", ""))
+        box = horizontal(read_box(fields.pop("bbox_2d", "")))
         x1, y1, x2, y2 = (round(min(max(v, 0), sample.frame)) for v in box)
         if x2 > x1 and y2 > y1:
             points = [point for point in map(_numbers, fields.values()) if len(point) == 2]
@@ -409,14 +411,13 @@ class Task(NamedTuple):
     extra: tuple[str, ...] = ()  # further parts of the reward
 
 
-BOXES = "[x1,y1,x2,y2] in pixels of {frame}x{frame}"
 TASKS = {
     "cls": Task("Answer with one class.", recall_reward, ("accuracy",)),
     "mlc": Task("Answer with all classes that apply, separated by commas.", labels_recall_reward, ("multilabel",)),
     "det": Task("Answer with a box [x1,y1,x2,y2] for each, in pixels of {frame}x{frame}, or none.", detection_reward,
                 ("box_precision", "matched_boxes", "coco_ap")),
     "rcap": Task("Answer with a short phrase.", hybrid_reward, ("rouge", "meteor")),
-    "ground": Task(f"Answer with sentences, a box {BOXES} after each thing.", grounding_reward,
+    "ground": Task("Answer with sentences, a box [x1,y1,x2,y2] in pixels of {frame}x{frame} after each thing.", grounding_reward,
                    ("box_precision", "rouge", "meteor")),
     "cap": Task("Answer with one sentence.", levenshtein_reward, ("rouge", "meteor")),
     "change": Task("Answer with one sentence on what changed.", hybrid_reward, ("rouge", "meteor")),

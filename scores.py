@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from data import BadInput, Sample, first_line
 from rewards import (choice_reward, horizontal, iou_matrix, iou_reward, named_labels, parse_boxes, predicted_mask,
-                     recall_reward, reference_boxes, reference_mask, references)
+                     read_box, recall_reward, reference_boxes, reference_mask, references)
 
 Answers = Sequence[str | None]
 
@@ -87,14 +87,8 @@ def choice_accuracy(answers: Answers, samples: Sequence[Sample]) -> dict[str, fl
 def oriented_boxes(answer: str | None) -> np.ndarray:
     """The boxes of an answer, (n, 5); four numbers are an upright box. A bracket that is no box, or has no area, is kept as
     an empty box, which overlaps nothing: it was predicted, so it counts."""
-    def box(text: str) -> tuple:
-        values = text.split(",", 5)
-        if len(values) in (4, 5) and all(re.fullmatch(r"\s*[+-]?\d{1,6}(\.\d{0,9})?\s*", v, re.ASCII) for v in values):
-            x1, y1, x2, y2, theta = [*map(float, values), 0.0][:5]
-            if x2 > x1 and y2 > y1:
-                return x1, y1, x2, y2, theta
-        return (0.0,) * 5
-    return np.array([box(text) for text in re.findall(r"\[([^\[\]]*)\]", answer or "") if text.strip()]).reshape(-1, 5)
+    lists = re.findall(r"\[([^\[\]]*)\]", answer or "")
+    return np.array([read_box(text) for text in lists if text.strip()]).reshape(-1, 5)
 
 
 def polygons(boxes: np.ndarray) -> np.ndarray:
