@@ -16,6 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -391,9 +392,14 @@ def repetition_penalty(completion: str, n: int = 6) -> float:
 
 def reward_parts(completion: str, sample, used: float = 0.0) -> dict[str, float]:
     """The named parts of one completion's reward: format and accuracy, each in [0, 1]; for pair also length and
-    repetition. `used` is the completion's share of the longest one allowed."""
+    repetition. `used` is the completion's share of the longest one allowed. Raises ValueError for a reward function that
+    returns no finite number."""
     answer, task = extract_answer(completion), TASKS[sample.task]
-    parts = {"format": format_reward(completion), "accuracy": 0.0 if answer is None else task.reward(answer, sample)}
+    accuracy = 0.0 if answer is None else task.reward(answer, sample)
+    if not (isinstance(accuracy, Real) and math.isfinite(accuracy)):  # one NaN would be every weight's
+        raise ValueError(f"{task.reward.__name__} of task {sample.task} returned {accuracy!r}, not a finite number, for "
+                         f"sample {sample.id} and the answer {answer[:100]!r}")
+    parts = {"format": format_reward(completion), "accuracy": accuracy}
     if "length" in task.extra:
         parts["length"] = length_reward(parts["accuracy"] == 1, used)
     if "repetition" in task.extra:
