@@ -13,7 +13,8 @@ H query heads, K key/value heads, D head size, E hidden size.
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
@@ -52,7 +54,7 @@ def device() -> torch.device:
 
 
 def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
-    """Model (float32 weights, on the GPU if there is one) and processor from `tiny`, a folder or a hub id.
+    """Model (float32 weights, on the CPU) and processor from `tiny`, a folder or a hub id.
 
     frame   side of the images; None takes the one that a checkpoint of this project was saved with, else 448
     Only safetensors and only transformers' own code are read. Raises BadInput if the checkpoint is not readable.
@@ -75,18 +77,56 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     smallest, largest = images.size["shortest_edge"], images.size["longest_edge"]
     frame = frame or (math.isqrt(largest) if smallest == largest else 448)
     images.size = {"shortest_edge": frame**2, "longest_edge": frame**2}  # saved with the model, see above
-    return model.to(device()), Processor(tokenizer, images, frame)
+    return model, Processor(tokenizer, images, frame)
+
+
+def halve(model):
+    """The matrices of a model that does not learn, as the forward pass computes with them: bf16 on a GPU. Vectors (norms,
+    biases) and rotary tables stay float32, as autocast leaves them, so that a log-prob stays what it was."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data = weight.data.to(compute_dtype())
+    return model
+
+
+def add_adapters(model, rank: int):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers of the language model, in place: W x + 2 B A x with A
+    (rank, in) random and B (out, rank) 0, the only weights that learn. Returns peft's view of the model, which can save
+    the adapters and merge them."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise BadInput("--lora needs peft: pip install peft")
+    halve(model)
+    layers = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
+
+
+@contextmanager
+def without_adapters(module: torch.nn.Module) -> Iterator[None]:
+    """Within, a model with LoRA is the one it started from: the reference needs no copy."""
+    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def save(model: torch.nn.Module, processor: Processor, folder: Path) -> None:
-    """Hugging Face format, written beside `folder` and moved there when complete."""
+    """Hugging Face format, written beside `folder` and moved there when complete. Raises BadInput if it cannot be."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.tokenizer.save_pretrained(partial)
-    processor.images.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        model.save_pretrained(partial)
+        processor.tokenizer.save_pretrained(partial)
+        processor.images.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:  # a full disk is an OSError in Python, a SafetensorError in safetensors
+        shutil.rmtree(partial, ignore_errors=True)
+        raise BadInput(f"{folder} cannot be written ({first_line(error)})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,6 +139,7 @@ class Prompts(NamedTuple):
     lengths: Tensor    # (B,)
     pixels: Tensor     # (patches of all images, 3 * 2 * 14 * 14)
     grids: Tensor      # (images, 3) patches in time, height, width
+    features: Tensor | None = None  # (image tokens of all prompts, E) of a frozen vision tower, computed once
 
     @property
     def real(self) -> Tensor:
@@ -133,7 +174,8 @@ def collate(prompts: list[Prompts]) -> Prompts:
     P = max(p.ids.shape[1] for p in prompts)
     wide = lambda x: F.pad(x, (0, P - x.shape[-1]))  # any token will do: nothing reads what stands after the length
     return Prompts(torch.cat([wide(p.ids) for p in prompts]), torch.cat([wide(p.positions) for p in prompts], 1),
-                   *(torch.cat([getattr(p, name) for p in prompts]) for name in ("lengths", "pixels", "grids")))
+                   *(torch.cat([getattr(p, name) for p in prompts]) for name in ("lengths", "pixels", "grids")),
+                   None if prompts[0].features is None else torch.cat([p.features for p in prompts]))
 
 
 def rope_positions(ids: list[int], grids: list[list[int]], image_pad: int, merge: int) -> Tensor:
@@ -241,17 +283,38 @@ AttentionInterface.register("shared_prompt", shared_attention)
 # ----------------------------------------------------------------------------------------------------------------------
 # Forward passes
 
+def compute_dtype() -> torch.dtype:
+    """bf16 on a GPU, float32 on a CPU; the weights that learn are always float32."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def autocast():
-    """bf16 compute on a GPU, float32 on a CPU; the weights stay float32."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
+
+
+def embed(model, ids: Tensor) -> Tensor:
+    """Token embeddings (B, L, E), the one step of the model that autocast does not see."""
+    return model.get_input_embeddings()(ids).to(compute_dtype())
 
 
 def embed_prompts(model, prompts: Prompts) -> Tensor:
     """Token embeddings with the vision tower's features in the places of the image tokens: (B, P, E)."""
-    embeds = model.get_input_embeddings()(prompts.ids)
-    features = model.model.get_image_features(prompts.pixels, prompts.grids, return_dict=True).pooler_output
+    embeds = embed(model, prompts.ids)
+    features = image_features(model, prompts) if prompts.features is None else prompts.features
     places = (prompts.ids == model.config.image_token_id).unsqueeze(-1)
-    return embeds.masked_scatter(places, torch.cat(list(features)).to(embeds.dtype))
+    return embeds.masked_scatter(places, features.to(embeds.dtype))
+
+
+def image_features(model, prompts: Prompts) -> Tensor:
+    """The vision tower's features of all images, (image tokens, E)."""
+    return torch.cat(list(model.model.get_image_features(prompts.pixels, prompts.grids, return_dict=True).pooler_output))
+
+
+@torch.no_grad()
+def look(model, prompts: Prompts) -> Prompts:
+    """The prompts with their features, for a vision tower that does not learn: every later pass reuses them."""
+    with autocast():
+        return prompts._replace(features=image_features(model, prompts))
 
 
 def decoder(model, embeds: Tensor, positions: Tensor, shared: Shared) -> Tensor:
@@ -279,7 +342,7 @@ def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, t
     """
     (B, G, C), P = completions.shape, prompts.ids.shape[1]
     with autocast():
-        embeds = torch.cat([embed_prompts(model, prompts), model.get_input_embeddings()(completions.flatten(1))], 1)
+        embeds = torch.cat([embed_prompts(model, prompts), embed(model, completions.flatten(1))], 1)
         start = last_positions(prompts) + 1                                              # (B,)
         own = (start[:, None] + torch.arange(C, device=start.device)).repeat(1, G)       # (B, G*C)
         positions = torch.cat([prompts.positions, own.expand(3, -1, -1)], 2)             # (3, B, P + G*C)
@@ -295,6 +358,18 @@ def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, t
             return next_token_logits(model, h, temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1)
         parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), labels.split(chunk))]
     return torch.zeros(B, G, C, device=mask.device).index_put((b, g, c), torch.cat(parts))
+
+
+class Policy(torch.nn.Module):
+    """The model whose forward is token_logprobs. FSDP gathers a sharded model's weights when its root is called, so the
+    root has to be what the training loop calls."""
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+        return token_logprobs(self.model, prompts, completions, mask, temperature)
 
 
 def last_positions(prompts: Prompts) -> Tensor:
@@ -358,7 +433,7 @@ def rollout(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor
             if t + 1 == C or not running.any():
                 break
             shared.slot = t
-            hidden = decoder(model, model.get_input_embeddings()(token[:, None]),
+            hidden = decoder(model, embed(model, token[:, None]),
                              (start + t).expand(3, 1, -1).transpose(1, 2), shared)[:, 0]
     model.train(was_training)
     longest = int(mask.sum(1).max())
