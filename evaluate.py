@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import model as qwen
+import parallel
 import published
 import scores as metrics
 from data import (BadInput, HelpFormatter, Sample, as_row, from_row, has_test_split, json_records, load, load_images, positive,
@@ -42,12 +43,13 @@ def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens:
     """Mean accuracy reward on held-out samples: `greedy`, and `sampled` (4 draws each, what GRPO optimises); and the
     share of sampled completions in the right format."""
     parts: dict[str, list] = {"greedy": [], "sampled": []}
-    for at in range(0, len(samples), batch):
+    for at in range(parallel.rank() * batch, len(samples), parallel.ranks() * batch):
         some = [samples[i] for i in range(at, min(at + batch, len(samples)))]
         for name, texts in (("greedy", predict(model, processor, some, max_new_tokens)),
                             ("sampled", predict(model, processor, some, max_new_tokens, 4, temperature, at))):
             parts[name] += [reward_parts(text, sample) for group, sample in zip(texts, some) for text in group]
-    mean = lambda name, part: float(np.mean([p[part] for p in parts[name]]))
+    parts = {name: sum(parallel.gathered(found), []) for name, found in parts.items()}  # each rank has scored its batches
+    mean = lambda name, part: float(np.mean(sorted(p[part] for p in parts[name])))      # sorted: in one order for any ranks
     return {"sampled": mean("sampled", "accuracy"), "greedy": mean("greedy", "accuracy"), "format": mean("sampled", "format")}
 
 
@@ -55,6 +57,7 @@ def run_model(args) -> tuple[list[Sample], list[str]]:
     """Samples and greedy completions of args.model on args.data. What is done is kept in predictions.partial, below a
     line with the settings, so that the same command goes on after an interruption."""
     model, processor = qwen.load(args.model, args.image_size)
+    model.to(qwen.device())
     source = lambda split: load(args.data, args.task, processor.frame, args.images, split)
     split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(source("all")) else "all")
     samples = list(source(split)[: args.limit])

@@ -11,6 +11,8 @@ mean. The policy is pushed along it by PPO's clipped ratio and held near a froze
 Shapes: B prompts, G completions each, C completion tokens. `mask` is True on the tokens that carry loss.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def learning_groups(rewards: Tensor) -> Tensor:
     return rewards.amax(1) - rewards.amin(1) > 1e-6
 
 
-def token_weights(mask: Tensor, loss: str, max_tokens: int) -> Tensor:
+def token_weights(mask: Tensor, loss: str, max_tokens: int, total: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
     """What each token's loss counts for: (B, G, C), over *all* prompts of an optimiser step.
 
         grpo, gspo   1 / (N |o_i|)   mean over the N sequences of the mean over their tokens (GRPO eq. 3)
@@ -42,13 +44,14 @@ def token_weights(mask: Tensor, loss: str, max_tokens: int) -> Tensor:
         dr_grpo      1 / (N C_max)   a constant, so that length does not change a token's weight (Dr. GRPO, section 3.2)
 
     N counts every sampled sequence: one without loss (masked altogether) is a zero in the mean. DAPO's mean is over
-    the tokens that do carry loss, as it replaces groups that have nothing to teach. Taken before the step is cut into
-    micro-batches, so their number changes nothing: their losses simply add up.
+    the tokens that do carry loss, as it replaces groups that have nothing to teach. `total` adds up a count over the ranks
+    that share a step. Taken before the step is cut into micro-batches, so neither their number nor that of the ranks
+    changes anything: their losses simply add up.
     """
     lengths = mask.sum(2, keepdim=True)                    # (B, G, 1) |o_i|
-    N = mask.shape[0] * mask.shape[1]
     if loss == "dapo":
-        return mask / mask.sum().clamp(min=1)
+        return mask / total(mask.sum()).clamp(min=1)
+    N = total(torch.full_like(lengths[0, 0, 0], mask.shape[0] * mask.shape[1]))
     return mask / (N * (max_tokens if loss == "dr_grpo" else lengths.clamp(min=1)))
 
 

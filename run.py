@@ -1,73 +1,247 @@
-"""One training run: its folder, its checkpoint, its logs and curves, its learning rate. Shared by the two training scripts.
+"""One training run: its folder, checkpoints, logs and curves, how it is stopped and its learning rate. Shared by the two
+training scripts.
 
 A log line is written after its step and a checkpoint every --save-every steps, so after a crash the logs are ahead; a
 resumed run cuts them back to its checkpoint and writes the same lines again.
 """
 
+import fcntl
 import json
+import math
 import os
+import shlex
 import shutil
+import signal
 import sys
+import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 
+import parallel
 from data import BadInput, first_line
 
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """All that an exact resume needs, in one file that is replaced only once the new one is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "state.partial")
-    (folder / "state.partial").replace(folder / "state.pt")
+FREE = ("save-every", "eval-every", "shard-size", "micro-batch", "gradient-checkpointing")  # change neither data nor loss
+warnings.filterwarnings("ignore", "torch.distributed is disabled")                   # one process is no mishap
 
 
-def start_or_resume(args) -> tuple[dict[str, str], dict | None]:
-    """Make `args.out`. Returns the settings to store in checkpoints (the flags that shape a run), and with `args.resume`
-    the last checkpoint, else None, with what an earlier run left there removed."""
-    if Path(args.model).resolve().is_relative_to(args.out.resolve()) and not args.resume:
-        raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {k.replace("_", "-"): str(v) for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    return settings, load_checkpoint(args.out / "checkpoint", settings) if args.resume else clear(args.out)
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder `checkpoint` with the tensors of all ranks, and run.json with the run's flags and progress
 
-
-def load_checkpoint(folder: Path, settings: dict[str, str]) -> dict:
-    """The state that save_checkpoint wrote. Raises BadInput if there is none, if it is damaged, or if its `settings`
-    (flags of the run) are not the given ones."""
+def start_or_resume(args, fresh: dict) -> dict:
+    """Make `args.out`, and return the run's progress: `fresh`, or with `args.resume` that of the last checkpoint. A new run
+    removes what an earlier one left, or a later --resume would take its checkpoint for this run's."""
+    if not args.resume:
+        if Path(args.model).resolve().is_relative_to(args.out.resolve()):
+            raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock(args.out)
+        if parallel.rank() == 0:
+            for name in ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "adapter"):
+                shutil.rmtree(args.out / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html"):
+                (args.out / name).unlink(missing_ok=True)
+        parallel.wait()
+        return fresh
+    lock(args.out)
+    file = last_checkpoint(args.out) / "run.json"
     try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"--resume: no checkpoint in {folder}")
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise BadInput(f"--resume: {folder / 'state.pt'} is damaged ({first_line(error)})") from error
-    changed = [name for name in settings if settings[name] != state["settings"].get(name)]
-    if changed:
-        raise BadInput(f"--resume: --{', --'.join(changed)} changed since the checkpoint; that would be another run")
-    return state
+        saved = json.loads(file.read_text())
+        changed = {name: f"--{name} was {saved['settings'].get(name)} and is now {value}"
+                   for name, value in settings_of(args).items() if value != saved["settings"].get(name)}
+        progress = fresh | saved["progress"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"--resume: {file} is damaged ({first_line(error)})") from error
+    if changed.keys() - set(FREE):
+        raise BadInput(f"--resume: {', '.join(changed.values())}: that would be another run")
+    for change in changed.values():
+        say(f"--resume: {change}")
+    return progress
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier run left in `out`: a later --resume would take its checkpoint for this run's."""
-    for name in ("checkpoint", "model"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("curves.png", "report.html"):
-        (out / name).unlink(missing_ok=True)
+locks = []  # open as long as the process lives
 
 
-def keep_lines(file: Path, n: int) -> None:
-    """Cut a log back to its first n lines: what a killed run wrote after its last checkpoint is written again."""
-    lines = file.read_text().splitlines(keepends=True) if n and file.exists() else []
-    file.with_suffix(".partial").write_text("".join(lines[:n]))
-    file.with_suffix(".partial").replace(file)
+def lock(out: Path) -> None:
+    """See that one run at a time writes to a folder: workers outlive a torchrun that is killed, and a --resume beside them
+    would spoil both."""
+    if parallel.rank() == 0 and out.exists():
+        locks.append(open(out / ".lock", "w"))
+        try:
+            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"--out {out}: another run is writing there; end it first (`fuser {out}/.lock` names its process)")
+        except OSError as error:  # some network file systems have no locks
+            say(f"--out {out} cannot be locked ({error}): see that no other run writes there")
 
 
-def refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("more than one process: training is not distributed yet, start it without --nproc-per-node")
+def settings_of(args) -> dict[str, str]:
+    """The flags of a run, by name."""
+    return {name.replace("_", "-"): str(value) for name, value in vars(args).items() if name not in ("out", "resume")}
 
+
+def last_checkpoint(out: Path) -> Path:
+    """The newest whole checkpoint. Between the two renames of save_checkpoint it is the old one."""
+    for folder in (out / "checkpoint", out / "checkpoint.old"):
+        if folder.exists():
+            return folder
+    raise BadInput(f"--resume: no checkpoint in {out}")
+
+
+def tensors_of(policy, optimizer, reference) -> dict:
+    """All weights and moments by name, sharded as they are; the optimiser's by parameter, so that ranks may change."""
+    moments = get_optimizer_state_dict(policy, optimizer)["state"]
+    return {"policy": get_model_state_dict(policy), "moments": moments,
+            "reference": get_model_state_dict(reference) if reference else {}}
+
+
+def save_checkpoint(args, progress: dict, policy, optimizer, reference=None) -> None:
+    """All that an exact resume needs, written beside the last checkpoint, which goes only when this one is complete. Random
+    numbers are a function of the seed and the step, so there is no state of theirs."""
+    partial, folder, old = (args.out / f"checkpoint{ending}" for ending in (".partial", "", ".old"))
+    try:
+        if parallel.rank() == 0 and partial.exists():
+            shutil.rmtree(partial)
+        parallel.wait()
+        dcp.save(tensors_of(policy, optimizer, reference), checkpoint_id=partial, no_dist=parallel.ranks() == 1)
+        state = {"settings": settings_of(args), "progress": progress, "files": checksums(partial)}
+        if parallel.rank() == 0:
+            (partial / "run.json").write_text(json.dumps(state))
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+    except (CheckpointException, OSError) as error:  # the first is no Exception
+        raise BadInput(f"{partial} cannot be written ({reason(error)}); is the disk full? The last checkpoint, if there was "
+                       "one, is whole: --resume goes on from it")
+    parallel.wait()
+
+
+def load_checkpoint(out: Path, policy, optimizer, reference=None) -> None:
+    """Read the last checkpoint's tensors, of any number of ranks, into the modules and the optimiser. Resume from your own
+    checkpoints only: torch.distributed.checkpoint describes them in a pickle. Raises BadInput if a file is not as it was
+    written."""
+    folder = last_checkpoint(out)
+    written, found = json.loads((folder / "run.json").read_text())["files"], checksums(folder)
+    for name in written:
+        if written[name] != found.get(name):
+            raise BadInput(f"--resume: {folder / name} is damaged or missing; start without --resume")
+    tensors = tensors_of(policy, optimizer, reference)
+    try:
+        dcp.load(tensors, checkpoint_id=folder, no_dist=parallel.ranks() == 1)
+    except CheckpointException as error:
+        raise BadInput(f"--resume: {folder} is not of this model ({reason(error)})") from error
+    set_model_state_dict(policy, tensors["policy"])
+    groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
+    set_optimizer_state_dict(policy, optimizer, {"state": tensors["moments"], "param_groups": groups})
+    if reference:
+        set_model_state_dict(reference, tensors["reference"])
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file that holds tensors, or tells which; every rank reads some of them."""
+    files, sums = sorted(set(folder.iterdir()) - {folder / "run.json"}), {}
+    for path in files[parallel.rank() :: parallel.ranks()]:
+        sums[path.name] = 0
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                sums[path.name] = zlib.crc32(block, sums[path.name])
+    return {name: value for part in parallel.gathered(sums) for name, value in part.items()}
+
+
+def reason(error: BaseException) -> str:
+    """One line of an error, of a CheckpointException that of the rank it wraps."""
+    inner = getattr(error, "failures", {})
+    return first_line(next(iter(inner.values()))[0] if inner else error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logs
+
+def say(text: str) -> None:
+    """Print on the first rank."""
+    if parallel.rank() == 0:
+        print(text, flush=True)
+
+
+class Log:
+    """A file of JSON lines that the first rank writes. The first write cuts it back to n lines: what a killed run wrote after
+    its last checkpoint is written again."""
+
+    def __init__(self, path: Path, n: int):
+        self.path, self.n, self.file = path, n, None
+
+    def write(self, row: dict) -> None:
+        if parallel.rank():
+            return
+        if not self.file:
+            lines = self.path.read_text().splitlines(keepends=True) if self.n else []
+            self.path.with_suffix(".partial").write_text("".join(lines[: self.n]))
+            self.path.with_suffix(".partial").replace(self.path)
+            self.file = open(self.path, "a")
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        print(json.dumps(row), file=self.file, flush=True)  # JSON knows no NaN
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guards
+
+class Guard:
+    """Steps the optimiser where loss and gradient are finite; else skips the step, counts it, and ends the run after ten in
+    a row."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, skipped: int = 0):
+        self.optimizer, self.skipped, self.in_a_row = optimizer, skipped, 0
+
+    def step(self, loss: torch.Tensor, norm: torch.Tensor, samples: Sequence) -> None:
+        """`loss` is this rank's part, `norm` the whole gradient's, `samples` what they came from."""
+        if torch.isfinite(parallel.total(loss) + norm):
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.optimizer.zero_grad()
+        if self.in_a_row == 10:
+            ids = sum(parallel.gathered([s.id for s in samples]), [])
+            raise BadInput(f"loss or gradient was not finite 10 times in a row; lower --lr, or look at the last samples: "
+                           f"{', '.join(ids)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+signals: list[int] = []  # SIGTERM and SIGINT that have arrived
+
+
+def finish_step_on_signal() -> None:
+    """From now on SIGTERM and SIGINT do not end the process: the loop asks after each step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+
+
+def asked_to_stop() -> bool:
+    """True on all ranks if a signal has reached one of them."""
+    return parallel.largest(len(signals)) > 0
+
+
+def command() -> str:
+    """The command line of this run, without --resume; flags of torchrun's own that are not to be known here are missing."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = [f"--nnodes={parallel.ranks() // local}"] if parallel.ranks() > local else []
+    launcher = ["torchrun", *nodes, f"--nproc-per-node={local}"] if parallel.ranks() > 1 else ["python"]
+    return shlex.join([*launcher, *(arg for arg in sys.argv if arg != "--resume")])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and curves
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up over `warmup` steps, then linear decay; the step after the last would have rate 0."""
@@ -86,7 +260,7 @@ def plot_curves(metrics: Path, names: Sequence[str]) -> None:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), constrained_layout=True, squeeze=False)
     for axis, name in zip(axes[0], names):
-        series = {name: [row[name] for row in rows]}
+        series = {name: [np.nan if row[name] is None else row[name] for row in rows]}
         if rows and isinstance(rows[0][name], dict):
             parts = dict.fromkeys(part for row in rows for part in row[name])  # pair has more of them than other stages
             series = {part: [row[name].get(part, np.nan) for row in rows] for part in parts}

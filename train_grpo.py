@@ -15,8 +15,6 @@ Writes metrics.jsonl (a line a step), samples.jsonl and its page report.html, cu
 """
 
 import argparse
-import copy
-import json
 import sys
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 import grpo
 import model as qwen
+import parallel
 import run
 from data import BadInput, HelpFormatter, as_row, batch, load, load_images, natural, positive, prompt
 from evaluate import heldout_rewards
@@ -72,6 +71,9 @@ flags.add_argument("--warmup", type=natural, default=5, help="steps of linear wa
 flags.add_argument("--weight-decay", type=float, default=0.0)
 flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
 flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
+flags.add_argument("--lora", type=positive, help="rank of LoRA adapters in the language model, all that learns then")
+flags.add_argument("--freeze", choices=["vision"], help="the vision tower does not learn; its features are computed once a prompt")
+flags.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
 flags.add_argument("--micro-batch", type=positive, default=1, help="groups in a forward pass of the update")
 flags = parser.add_argument_group("output")
 flags.add_argument("--save-every", type=positive, default=50, help="steps between checkpoints")
@@ -85,45 +87,57 @@ def main() -> None:
         raise BadInput(f"--group {args.group}: an advantage is relative to the group's mean, so a group needs at least 2")
     if args.temperature <= 0:
         raise BadInput(f"--temperature {args.temperature}: greedy completions of a group are all the same; it has to be positive")
-    run.refuse_several_processes()
+    if args.prompts % parallel.ranks():
+        raise BadInput(f"--prompts {args.prompts} cannot be spread evenly over {parallel.ranks()} processes; take a multiple")
+    if args.lora and len(tasks) > 1:
+        raise BadInput("--lora has one stage, whose reference is the model without adapters; run the tasks one by one, each "
+                       "from the last one's model/")
+    mesh = parallel.start(args.shard_size)
+    mine = range(parallel.rank(), args.prompts, parallel.ranks())                        # this rank's prompts of a step
     torch.manual_seed(args.seed)
-    policy, processor = qwen.load(args.model, args.image_size)
+    model, processor = qwen.load(args.model, args.image_size)
+    adapters = qwen.add_adapters(model, args.lora) if args.lora else None
+    if args.freeze:
+        model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed) for task in tasks]
     if args.shots:
         data = [few_shots(samples, args.shots) for samples in data]
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
     load_judges(tasks, args.sbert, args.sam)
     weights = {name: getattr(args, f"{name}_weight") for name in ("format", "accuracy", "length", "repetition")}
-    settings, state = run.start_or_resume(args)
-    first_stage, first_step = (state["stage"], state["step"]) if state else (0, 0)
-    done = first_stage * args.steps + first_step
-    run.keep_lines(args.out / "metrics.jsonl", done)
-    run.keep_lines(args.out / "samples.jsonl", done * args.group)
-    metrics_log, samples_log = open(args.out / "metrics.jsonl", "a"), open(args.out / "samples.jsonl", "a")
-    bar = tqdm(total=args.steps * len(tasks), initial=done, disable=not sys.stderr.isatty())
+    progress = run.start_or_resume(args, {"stage": 0, "step": 0, "before": None, "skipped": 0})
+    done = progress["stage"] * args.steps + progress["step"]
+    metrics_log = run.Log(args.out / "metrics.jsonl", done)
+    samples_log = run.Log(args.out / "samples.jsonl", done * args.group)
+    bar = tqdm(total=args.steps * len(tasks), initial=done, disable=parallel.rank() > 0 or not sys.stderr.isatty())
+    run.finish_step_on_signal()
+    policy, sampler = parallel.spread(model, mesh)                            # what learns, what generates
 
-    for stage in range(first_stage, len(tasks)):
-        reference = copy.deepcopy(policy).eval().requires_grad_(False) if args.beta else None  # the stage's own start
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-        if state:
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-            if reference:
-                reference.load_state_dict(state["reference"])
-        heldout_scores = lambda: heldout_rewards(policy, processor, heldout[stage], args.max_new_tokens, args.temperature)
-        before = state["before"] if state else heldout_scores()
-        state, after = None, None  # the loaded state is as large as the model: let it go
+    for stage in range(progress["stage"], len(tasks)):
+        reference = optimizer = None                                                     # the last stage's go first
+        if args.beta and not adapters:                                                   # with them: the policy without
+            reference = parallel.frozen(sampler, mesh)
+        optimizer = torch.optim.AdamW([w for w in policy.parameters() if w.requires_grad], lr=args.lr, betas=(0.9, 0.99),
+                                      weight_decay=args.weight_decay)
+        guard = run.Guard(optimizer, progress["skipped"])
+        if progress["step"]:
+            run.load_checkpoint(args.out, policy, optimizer, reference)
+            parallel.refresh(sampler, policy)
+        heldout_scores = lambda: heldout_rewards(sampler, processor, heldout[stage], args.max_new_tokens, args.temperature)
+        before, after = progress["before"] or heldout_scores(), None
         policy.train()
 
-        for step in range(first_step, args.steps):
+        for step in range(progress["step"], args.steps):
             # --- rollout: B prompts, G completions each ---------------------------------------------------------------
             began = time.perf_counter()
-            samples = batch(data[stage], step, args.prompts, args.seed + stage)
+            samples = batch(data[stage], step, args.prompts, args.seed + stage)[mine.start :: mine.step]
             prompts = [qwen.encode(processor, prompt(s), load_images(s)) for s in samples]
-            noise = qwen.noise((args.seed, stage, step), range(args.prompts), args.group, args.max_new_tokens)
-            rollout = qwen.rollout(policy, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
+            if args.freeze or args.lora:
+                prompts = [qwen.look(sampler, p) for p in prompts]
+            noise = qwen.noise((args.seed, stage, step), mine, args.group, args.max_new_tokens)
+            rollout = qwen.rollout(sampler, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
                                    args.temperature)
             texts = qwen.decode(processor, rollout)
             rollout_seconds = time.perf_counter() - began
@@ -139,83 +153,97 @@ def main() -> None:
             mask = rollout.mask & learning[:, None, None]                                # (B, G, C): tokens with loss
             if args.mask_truncated:
                 mask &= rollout.stopped[:, :, None]
-            token_weights = grpo.token_weights(mask, args.loss, args.max_new_tokens)
+            token_weights = grpo.token_weights(mask, args.loss, args.max_new_tokens, parallel.total)
 
             # --- update: mu passes over the rollout, some groups at a time --------------------------------------------
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
-            chosen = learning.nonzero().squeeze(1).split(args.micro_batch)               # micro-batches of group numbers
+            chosen = learning.nonzero().squeeze(1).split(args.micro_batch) if mask.any() else ()   # group numbers
+            passes = parallel.largest(len(chosen))                                       # the same on every rank
             longest = rollout.mask.sum(2).amax(1).tolist()                               # tokens of each group's longest
             old, ref = {}, {}                                                            # log-probs by micro-batch
             totals = Counter()                                                           # sums over the passes
-            for inner in range(args.inner_steps if mask.any() else 0):                   # without loss, Adam must not drift
-                for i, groups in enumerate(chosen):
+            for inner in range(args.inner_steps if passes else 0):                       # without loss, Adam must not drift
+                for i in range(passes):
+                    groups = chosen[i] if i < len(chosen) else torch.zeros_like(learning[:1], dtype=torch.long)
                     numbers = groups.tolist()
                     some = groups, slice(None), slice(max(longest[b] for b in numbers))  # (b, G, C up to their longest)
-                    inputs = qwen.collate([prompts[b] for b in numbers]), rollout.tokens[some], mask[some], args.temperature
-                    logprobs = qwen.token_logprobs(policy, *inputs)                      # (b, G, C)
+                    live = mask[some] & (i < len(chosen))                                # a pass too many carries no loss
+                    inputs = qwen.collate([prompts[b] for b in numbers]), rollout.tokens[some], live, args.temperature
+                    logprobs = policy(*inputs)                                           # (b, G, C)
                     if inner == 0:
                         old[i], ref[i] = logprobs.detach(), None
-                        totals["gap"] += (old[i] - rollout.logprobs[some]).abs()[mask[some]].sum()
-                        if reference:
-                            with torch.no_grad():
-                                ref[i] = qwen.token_logprobs(reference, *inputs)
+                        totals["gap"] += (old[i] - rollout.logprobs[some]).abs()[live].sum()
+                        if args.beta:
+                            with torch.no_grad(), qwen.without_adapters(policy):
+                                ref[i] = (reference or policy)(*inputs)
                     loss, sums = grpo.policy_loss(
-                        logprobs, old[i], ref[i], advantages[groups], mask[some], token_weights[some],
+                        logprobs, old[i], ref[i], advantages[groups], live, token_weights[some],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
                     loss.backward()
                     totals.update(loss=loss.detach(), **sums)
-                totals["norm"] += torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                totals["norm"] += parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm))
+                guard.step(totals["loss"], totals["norm"], samples)
+            parallel.refresh(sampler, policy)
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
-            tokens = rollout.mask.sum()
-            scored = (mask.sum() * args.inner_steps).clamp(min=1)
-            figures = {"reward": rewards.mean(), "reward_std": rewards.std(1).mean(), "kl": totals["kl"] / scored,
-                       "entropy": rollout.entropy.sum() / tokens, "clip_frac": totals["clipped"] / scored,
-                       "grad_norm": totals["norm"] / args.inner_steps, "loss": totals["loss"] / args.inner_steps,
-                       "sampling_gap": totals["gap"] / mask.sum().clamp(min=1),  # of log-probs, as sampled and as scored
-                       "len_mean": tokens / rewards.numel(), "truncated_frac": (~rollout.stopped).float().mean(),
-                       "zero_std_frac": (~learning).float().mean()}
-            values = torch.stack([torch.as_tensor(value, device=mask.device).float() for value in figures.values()])
-            figures = dict(zip(figures, values.tolist()))
+            sums = {"reward": rewards.sum(), "reward_std": args.group * rewards.std(1).sum(), "kl": totals["kl"],
+                    "entropy": rollout.entropy.sum(), "clip_frac": totals["clipped"], "loss": totals["loss"],
+                    "sampling_gap": totals["gap"], "len_mean": rollout.mask.sum(), "truncated_frac": (~rollout.stopped).sum(),
+                    "zero_std_frac": args.group * (~learning).sum(), "scored": mask.sum()}
+            sums |= {name: sum(p[name] for group in parts for p in group) for name in parts[0][0]}
+            values = torch.stack([torch.as_tensor(value, device=mask.device).double() for value in sums.values()])
+            sums = dict(zip(sums, parallel.total(values).tolist()))                      # over all ranks
+            N, tokens, scored = args.prompts * args.group, sums["len_mean"], max(sums["scored"], 1)
+            counts = {"entropy": tokens, "kl": scored * args.inner_steps, "clip_frac": scored * args.inner_steps,
+                      "sampling_gap": scored, "loss": args.inner_steps}                  # what each sum is a mean over, else N
+            figures = {name: value / counts.get(name, N) for name, value in sums.items()}
             seconds = time.perf_counter() - began
-            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage], **figures,
-                   "parts": {name: sum(p[name] for group in parts for p in group) / rewards.numel() for name in parts[0][0]},
-                   "lr": optimizer.param_groups[0]["lr"], "rollout_s": rollout_seconds, "update_s": seconds,
-                   "tokens_per_s": int(tokens) / (rollout_seconds + seconds)}
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
+                   **{name: value for name, value in figures.items() if name not in (*parts[0][0], "scored")},
+                   "grad_norm": float(totals["norm"]) / args.inner_steps, "skipped": guard.skipped,
+                   "parts": {name: figures[name] for name in parts[0][0]}, "lr": optimizer.param_groups[0]["lr"],
+                   "rollout_s": rollout_seconds, "update_s": seconds, "tokens_per_s": tokens / (rollout_seconds + seconds)}
+            last = step + 1 == args.steps
+            if (step + 1) % args.eval_every == 0 or last:
                 row["heldout"] = after = heldout_scores()
-            print(json.dumps(row), file=metrics_log, flush=True)
-            shown = step % args.prompts  # samples.jsonl keeps one whole group a step
-            for g, text in enumerate(texts[shown]):
-                print(json.dumps({"step": row["step"], "stage": stage} | as_row(samples[shown]) |
-                                 {"completion": text, "parts": parts[shown][g], "reward": rewards[shown, g].item(),
-                                  "advantage": advantages[shown, g].item()}), file=samples_log, flush=True)
+            metrics_log.write(row)
+            shown = step % args.prompts                                                  # samples.jsonl keeps a group a step
+            rows = [{"step": row["step"], "stage": stage} | as_row(sample) |
+                    {"completion": text, "parts": part, "reward": reward, "advantage": advantage}
+                    for b, sample, *group in zip(mine, samples, texts, parts, rewards.tolist(), advantages.tolist()) if b == shown
+                    for text, part, reward, advantage in zip(*group)]
+            for line in sum(parallel.gathered(rows), []):
+                samples_log.write(line)
             line = (f"step {row['step']:4d} {tasks[stage]:6s} reward {row['reward']:.3f}  accuracy "
                     f"{row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  len "
                     f"{row['len_mean']:4.1f}  grad {row['grad_norm']:5.2f}  {rollout_seconds + seconds:.2f} s")
-            bar.set_postfix_str(line[10:]) if not bar.disable else print(line, flush=True)
+            bar.set_postfix_str(line[10:]) if sys.stderr.isatty() else run.say(line)
             bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                run.save_checkpoint(args.out / "checkpoint", {
-                    "policy": policy.state_dict(), "reference": reference.state_dict() if reference else None,
-                    "optimizer": optimizer.state_dict(), "stage": stage, "step": step + 1, "before": before,
-                    "settings": settings})
+            stop = run.asked_to_stop()
+            if (step + 1) % args.save_every == 0 or last or stop:
+                progress = {"stage": stage, "step": step + 1, "before": before, "skipped": guard.skipped}
+                run.save_checkpoint(args, progress, policy, optimizer, reference)
+            if stop and not (last and stage + 1 == len(tasks)):
+                return run.say(f"stopped after step {row['step']}; to go on: {run.command()} --resume")
 
-        first_step, after = 0, after or heldout_scores()
-        print(f"\n{tasks[stage]}: mean accuracy reward over {len(heldout[stage])} held-out samples\n"
-              f"{'':12s}{'before':>8s}{'after':>8s}")
-        for name in before:
-            print(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}")
-        run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
-        write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
+        after, progress["step"], progress["before"] = after or heldout_scores(), 0, None   # the next stage's progress
+        run.say(f"\n{tasks[stage]}: mean accuracy reward over {len(heldout[stage])} held-out samples\n"
+                f"{'':12s}{'before':>8s}{'after':>8s}\n"
+                + "\n".join(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before))
+        if parallel.rank() == 0:
+            run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
+            write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
 
     bar.close()
-    qwen.save(policy, processor, args.out / "model")
-    print(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
+    model = parallel.collect(policy, sampler)
+    if parallel.rank() == 0:
+        if adapters:
+            adapters.save_pretrained(args.out / "adapter")
+            model = adapters.merge_and_unload()
+        qwen.save(model, processor, args.out / "model")
+    run.say(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the end-of-turn token does. A completion is a group of one, so this is the log-p
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
+import parallel
 import run
 from data import BadInput, HelpFormatter, batch, load, load_images, natural, positive, prompt, sloppy, target
 from evaluate import heldout_rewards
@@ -51,6 +51,7 @@ group.add_argument("--gradient-checkpointing", action="store_true", help="recomp
 group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the real 3B model: 1e-5)")
 group.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
 group.add_argument("--weight-decay", type=float, default=0.01)
+group.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
 group.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
 group.add_argument("--seed", type=natural, default=0)
 group = parser.add_argument_group("output")
@@ -88,13 +89,15 @@ def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForCondition
         model.model.visual.patch_embed.proj.weight *= 0.1  # would be twenty times the text's and drown all that
         model.model.visual.merger.mlp[2].weight *= 0.1     # attention adds to them, positions first
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": frame**2, "longest_edge": frame**2})
-    return model.to(qwen.device()), qwen.Processor(tokenizer, images, frame)
+    return model, qwen.Processor(tokenizer, images, frame)
 
 
 def main() -> None:
     args = parser.parse_args()
     tasks = list(TASKS) if args.task == "all" else args.task.split(",")
-    run.refuse_several_processes()
+    if args.batch % parallel.ranks():
+        raise BadInput(f"--batch {args.batch} cannot be spread evenly over {parallel.ranks()} processes; take a multiple")
+    mesh = parallel.start(args.shard_size)
     torch.manual_seed(args.seed)
     if args.model == "scratch":
         frame = args.image_size or 112
@@ -109,63 +112,67 @@ def main() -> None:
     heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    progress = run.start_or_resume(args, {"step": 0, "skipped": 0})
+    run.finish_step_on_signal()
+    policy, sampler = parallel.spread(model, mesh)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    if progress["step"]:
+        run.load_checkpoint(args.out, policy, optimizer)
+    log = run.Log(args.out / "metrics.jsonl", progress["step"])
+    guard = run.Guard(optimizer, progress["skipped"])
+    bar = tqdm(total=args.steps, initial=progress["step"], disable=parallel.rank() > 0 or not sys.stderr.isatty())
 
-    settings, state = run.start_or_resume(args)
-    first, metrics_file = 0, args.out / "metrics.jsonl"
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    run.keep_lines(metrics_file, first)
+    policy.train()
+    for step in range(progress["step"], args.steps):
+        began = time.perf_counter()
+        samples = [batch(data[place % len(tasks)], place // len(tasks), 1, args.seed + place % len(tasks))[0]
+                   for place in range(step * args.batch, (step + 1) * args.batch)]
+        if args.box_noise:
+            samples = [sloppy(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s for i, s in enumerate(samples)]
+        samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
+        targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"]).to(qwen.device())
+                   for s in samples]
+        T = sum(map(len, targets))  # of all ranks, counted before the micro-batches: neither changes the gradient
+        samples, targets = (x[parallel.rank() :: parallel.ranks()] for x in (samples, targets))
+        loss = torch.zeros((), device=qwen.device())
+        for at in range(0, len(samples), args.micro_batch):
+            part = slice(at, at + args.micro_batch)
+            prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples[part]])
+            completions = pad_sequence(targets[part], batch_first=True)[:, None]                             # (B, 1, C)
+            mask = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in targets[part]], batch_first=True)[:, None]
+            micro_loss = -policy(prompts, completions, mask).sum() / T
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm))
+        guard.step(loss, norm, samples)
 
-    model.train()
-    with open(metrics_file, "a") as log, tqdm(total=args.steps, initial=first, disable=not sys.stderr.isatty()) as bar:
-        for step in range(first, args.steps):
-            began = time.perf_counter()
-            samples = [batch(data[place % len(tasks)], place // len(tasks), 1, args.seed + place % len(tasks))[0]
-                       for place in range(step * args.batch, (step + 1) * args.batch)]
-            if args.box_noise:
-                samples = [sloppy(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
-                           for i, s in enumerate(samples)]
-            samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
-            targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"], device=qwen.device())
-                       for s in samples]
-            T = sum(map(len, targets))  # counted before the micro-batches, so that their number does not matter
-            loss = torch.zeros((), device=qwen.device())
-            for at in range(0, args.batch, args.micro_batch):
-                part = slice(at, at + args.micro_batch)
-                prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples[part]])
-                completions = pad_sequence(targets[part], batch_first=True)[:, None]                             # (B, 1, C)
-                mask = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in targets[part]], batch_first=True)[:, None]
-                micro_loss = -qwen.token_logprobs(model, prompts, completions, mask).sum() / T
-                micro_loss.backward()
-                loss += micro_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
-            optimizer.step()
-            optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        row = {"step": step + 1, "task": args.task, "loss": parallel.total(loss).item(), "grad_norm": norm.item(),
+               "lr": optimizer.param_groups[0]["lr"], "skipped": guard.skipped, "update_s": seconds, "tokens_per_s": T / seconds}
+        log.write(row)
+        if not sys.stderr.isatty() and (step % 10 == 9 or step == progress["step"]):
+            run.say(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  {seconds:5.2f} s")
+        bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        bar.update()
+        stop, last = run.asked_to_stop(), step + 1 == args.steps
+        if (step + 1) % args.save_every == 0 or last or stop:
+            run.save_checkpoint(args, {"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
+        if stop and not last:
+            return run.say(f"stopped after step {step + 1}; to go on: {run.command()} --resume")
 
-            seconds = time.perf_counter() - began
-            row = {"step": step + 1, "task": args.task, "loss": loss.item(), "grad_norm": norm.item(),
-                   "lr": optimizer.param_groups[0]["lr"], "update_s": seconds, "tokens_per_s": T / seconds}
-            print(json.dumps(row), file=log, flush=True)
-            if bar.disable and (step % 10 == 9 or step == first):
-                print(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  {seconds:5.2f} s", flush=True)
-            bar.set_postfix_str(f"loss {row['loss']:.4f}")
-            bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                run.save_checkpoint(args.out / "checkpoint", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                                               "step": step + 1, "settings": settings})
-
-    qwen.save(model, processor, args.out / "model")
-    run.plot_curves(metrics_file, ("loss", "grad_norm", "lr"))
+    bar.close()
+    parallel.refresh(sampler, policy)
     for task in dict.fromkeys(tasks):
-        scores = heldout_rewards(model, processor, heldout[task], args.max_new_tokens)
+        scores = heldout_rewards(sampler, processor, heldout[task], args.max_new_tokens)
         figures = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        print(f"{task}: mean accuracy reward over {len(heldout[task])} held-out samples: {figures}")
-    print(f"model/, metrics.jsonl and curves.png are in {args.out}")
+        run.say(f"{task}: mean accuracy reward over {len(heldout[task])} held-out samples: {figures}")
+    model = parallel.collect(policy, sampler)
+    if parallel.rank() == 0:
+        qwen.save(model, processor, args.out / "model")
+        run.plot_curves(args.out / "metrics.jsonl", ("loss", "grad_norm", "lr"))
+    run.say(f"model/, metrics.jsonl and curves.png are in {args.out}")
 
 
 if __name__ == "__main__":
