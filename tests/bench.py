@@ -2,7 +2,7 @@
 
     python tests/bench.py                        # seconds of rollout, reference and update; medians after a warm-up
     python tests/bench.py --px 448 --group 8     # one case
-    python tests/bench.py --memory               # peak of one group's update, by prompt and vocabulary
+    python tests/bench.py --memory               # peak of one group's update, by group, prompt and vocabulary
 
 Both sides have the same random weights, prompts, number of tokens, loss, KL, optimiser and micro-batches (one group).
 The baseline is what trainers do: `generate` with num_return_sequences=G, then G rows of prompt + completion, the logits of
@@ -80,6 +80,7 @@ def build(px, G, B, C, vocabulary=None):
     data = load("synthetic", "det", px)
     samples = [data[i] for i in range(200)]
     policy, processor = train_sft.scratch([prompt(s) + target(s) for s in samples], px)
+    policy.to(qwen.device())
     if vocabulary:
         policy.resize_token_embeddings(vocabulary, mean_resizing=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -175,6 +176,8 @@ def main():
     print(json.dumps({"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cpus": os.cpu_count(),
                       "threads": torch.get_num_threads(), "torch": torch.__version__}), flush=True)
     if args.memory:
+        for G in (8, 16):
+            memory_case(448, G, args.tokens, 1_000)
         for vocabulary in (1_000, 16_000, 64_000):
             for px in [args.px] if args.px else (224, 448):
                 memory_case(px, args.group, args.tokens, vocabulary)

@@ -1,6 +1,8 @@
 """Shared by all tests: the project root on the path, a fixed seed, and one tiny random model."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,3 +33,64 @@ def tiny():
     torch.manual_seed(0)
     samples = [*load("synthetic", "det", 112)[:150], *load("synthetic", "cls", 112)[:50]]
     return train_sft.scratch([prompt(s) + target(s) for s in samples])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Short runs of the scripts, made once for all tests that look at them
+
+SFT = "--batch 8 --warmup 3 --lr 3e-3 --max-new-tokens 32".split()
+GRPO = "--steps 2 --prompts 4 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 --eval-every 100".split()
+
+
+def script(name, *args):
+    """The script as a user starts it, on the CPU and without the hub."""
+    return subprocess.run([sys.executable, ROOT / name, *map(str, args)], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+
+
+def succeed(name, *args):
+    done = script(name, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A small file of both tasks, in GeoChat's layout: 40 synthetic scenes, some held out. All boxes are alike: easy to learn."""
+    from data import Scenes
+    folder, records = tmp_path_factory.mktemp("data"), []
+    for i in range(40):
+        sample = Scenes("cls", 112, seed=1)[i]
+        sample.images[0].save(folder / f"{i}.png")
+        records.append({"image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\n[refer] where is <p>the ship</p>?"},
+            {"from": "gpt", "value": "{<10><20><60><80>|<0>}"},
+            {"from": "human", "value": f"Classify the scene. {sample.question}"},
+            {"from": "gpt", "value": sample.answer}]})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+@pytest.fixture(scope="session")
+def sft(tmp_path_factory, dataset):
+    """--out of SFT from scratch: half learned, so that completions differ and GRPO has something to choose from."""
+    out = tmp_path_factory.mktemp("sft")
+    succeed("train_sft.py", "--task", "det,cls", "--model", "scratch", "--data", dataset, "--steps", 30, "--out", out, *SFT)
+    return out
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory, dataset, sft):
+    """--out of two stages of GRPO, two steps each, from the SFT model."""
+    out = tmp_path_factory.mktemp("grpo")
+    succeed("train_grpo.py", "--task", "cls,det", "--model", sft / "model", "--data", dataset, "--out", out, *GRPO)
+    return out
+
+
+@pytest.fixture
+def grpo_flags(sft, dataset):
+    return ["--task", "cls,det", "--model", sft / "model", "--data", dataset, "--save-every", 1, *GRPO, "--out"]

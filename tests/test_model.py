@@ -447,56 +447,6 @@ def test_unreadable_model_is_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_checkpoint_round_trip(tmp_path):
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.ones(3)).sum().backward()
-    optimizer.step()
-    state = {"policy": layer.state_dict(), "optimizer": optimizer.state_dict(), "reference": None,
-             "step": 7, "settings": {"lr": "0.1"}}
-    run.save_checkpoint(tmp_path / "c", {"step": 6})
-    run.save_checkpoint(tmp_path / "c", state)
-    loaded = run.load_checkpoint(tmp_path / "c", {"lr": "0.1"})
-    assert [f.name for f in (tmp_path / "c").iterdir()] == ["state.pt"]
-    assert loaded.keys() == state.keys() and (loaded["step"], loaded["settings"], loaded["reference"]) == (7, {"lr": "0.1"}, None)
-    torch.testing.assert_close(loaded["policy"], state["policy"], rtol=0, atol=0)
-    torch.testing.assert_close(loaded["optimizer"], state["optimizer"], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda b: b"", lambda b: b[:100], lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"no\nzip" * 50
-], ids=["empty", "start", "half", "most", "text"])
-def test_damaged_checkpoint_is_one_line(tmp_path, damage):
-    run.save_checkpoint(tmp_path, {"weights": torch.randn(1000)})
-    (tmp_path / "state.pt").write_bytes(damage((tmp_path / "state.pt").read_bytes()))
-    with pytest.raises(BadInput, match="state.pt is damaged") as error:
-        run.load_checkpoint(tmp_path, {})
-    assert "\n" not in str(error.value)
-
-
-def test_checkpoint_cannot_run_code(tmp_path):
-    """A pickle of others may call anything when it is read."""
-    class Code:
-        def __reduce__(self):
-            return (tmp_path / "was_run").touch, ()
-    torch.save({"step": Code()}, tmp_path / "state.pt")
-    with pytest.raises(BadInput, match="state.pt is damaged"):
-        run.load_checkpoint(tmp_path, {})
-    assert not (tmp_path / "was_run").exists()
-
-
-def test_missing_checkpoint_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="no checkpoint in") as error:
-        run.load_checkpoint(tmp_path / "none", {})
-    assert "\n" not in str(error.value)
-
-
-def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
-    run.save_checkpoint(tmp_path, {"settings": {"lr": "0.1", "seed": "0"}})
-    with pytest.raises(BadInput, match="--lr changed"):
-        run.load_checkpoint(tmp_path, {"lr": "0.2", "seed": "0"})
-
-
 def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
     rates = [run.learning_rate(step, 10, 1.0, 4) for step in range(10)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0

@@ -6,9 +6,9 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,62 +18,11 @@ import evaluate
 import run
 import train_grpo
 import train_sft
-from data import BadInput, Scenes
+from conftest import ROOT, SFT, rows, script, succeed
+from data import BadInput
 
-ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ("step stage task reward reward_std parts kl entropy clip_frac grad_norm loss lr len_mean truncated_frac "
           "zero_std_frac rollout_s update_s tokens_per_s").split()
-SFT = "--batch 8 --warmup 3 --lr 3e-3 --max-new-tokens 32".split()
-GRPO = "--steps 2 --prompts 4 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 --eval-every 100".split()
-
-
-def script(name, *args):
-    """The script as a user starts it, on the CPU and without the hub."""
-    return subprocess.run([sys.executable, ROOT / name, *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
-
-
-def succeed(name, *args):
-    done = script(name, *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def rows(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """A small file of both tasks, in GeoChat's layout: 40 synthetic scenes, some held out. All boxes are alike: easy to learn."""
-    folder, records = tmp_path_factory.mktemp("data"), []
-    for i in range(40):
-        sample = Scenes("cls", 112, seed=1)[i]
-        sample.images[0].save(folder / f"{i}.png")
-        records.append({"image": f"{i}.png", "conversations": [
-            {"from": "human", "value": "<image>\n[refer] where is <p>the ship</p>?"},
-            {"from": "gpt", "value": "{<10><20><60><80>|<0>}"},
-            {"from": "human", "value": f"Classify the scene. {sample.question}"},
-            {"from": "gpt", "value": sample.answer}]})
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder / "data.json"
-
-
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory, dataset):
-    """--out of SFT from scratch: half learned, so that completions differ and GRPO has something to choose from."""
-    out = tmp_path_factory.mktemp("sft")
-    succeed("train_sft.py", "--task", "det,cls", "--model", "scratch", "--data", dataset, "--steps", 30, "--out", out, *SFT)
-    return out
-
-
-@pytest.fixture(scope="module")
-def staged(tmp_path_factory, dataset, sft):
-    """--out of two stages of GRPO, two steps each, from the SFT model."""
-    out = tmp_path_factory.mktemp("grpo")
-    succeed("train_grpo.py", "--task", "cls,det", "--model", sft / "model", "--data", dataset, "--out", out, *GRPO)
-    return out
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # SFT -> GRPO in stages -> evaluation
@@ -189,20 +138,29 @@ class Killed(BaseException):
 
 def here(monkeypatch, main, *args, die_at_save=None):
     """A training script in this process; dies half-way through writing checkpoint number `die_at_save`."""
-    saves, save = [], torch.save
+    saves, save = [], run.dcp.save
 
-    def torn(state, file):
-        saves.append(file)
+    def torn(tensors, checkpoint_id, **options):
+        saves.append(checkpoint_id)
         if len(saves) == die_at_save:
-            Path(file).write_bytes(b"half a checkpoint")
+            checkpoint_id.mkdir()
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half a checkpoint")
             raise Killed
-        save(state, file)
+        save(tensors, checkpoint_id=checkpoint_id, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", torn)
+        patch.setattr(run.dcp, "save", torn)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(sys, "argv", ["script", *map(str, args)])
-        main()
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            main()
+        finally:
+            run.signals.clear()
+            while run.locks:
+                run.locks.pop().close()
+            for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+                signal.signal(number, handler)
 
 
 def timeless(file):
@@ -214,11 +172,6 @@ def assert_same_run(one, other, *logs):
         assert timeless(one / name) == timeless(other / name)
     a, b = (load_file(out / "model" / "model.safetensors") for out in (one, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def grpo_flags(sft, dataset):
-    return ["--task", "cls,det", "--model", sft / "model", "--data", dataset, "--save-every", 1, *GRPO, "--out"]
 
 
 @pytest.mark.parametrize("die_at_save", [1, 2, 3, 4],
@@ -280,15 +233,21 @@ def test_resume_with_other_flags_is_refused(sft, staged, dataset, tmp_path, monk
         here(monkeypatch, main, *flags, tmp_path, "--resume", "--lr", 7e-4)
 
 
-@pytest.mark.parametrize("damage", [lambda file: b"", lambda file: file[: len(file) // 2], lambda file: b"half a checkpoint"],
-                         ids=["empty", "cut off", "something else"])
-def test_damaged_checkpoint_is_refused(staged, tmp_path, monkeypatch, grpo_flags, damage):
+DAMAGES = {"empty": lambda old: b"", "cut off": lambda old: old[: len(old) // 2], "something else": lambda old: b"no checkpoint",
+           "a bit": lambda old: old[:50] + bytes([old[50] ^ 0x80]) + old[51:]}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "run.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_refused(staged, tmp_path, monkeypatch, grpo_flags, damage, name):
+    """A flipped bit in the weights would else be loaded and trained on; torch.distributed.checkpoint does not look."""
     shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "checkpoint" / "state.pt"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(BadInput, match="state.pt"):
+    file = tmp_path / "checkpoint" / name
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    with pytest.raises(BadInput, match=f"{name} is damaged") as error:
         here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
-    assert timeless(tmp_path / "metrics.jsonl") == timeless(staged / "metrics.jsonl")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "metrics.jsonl").read_text() == (staged / "metrics.jsonl").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

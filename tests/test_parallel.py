@@ -1,0 +1,110 @@
+"""Several processes are one: the same rollouts, losses, gradients and weights, whatever their number, on the CPU with gloo."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sizing
+from conftest import ROOT, rows
+from several import RUNS
+
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks, *args, check=True):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run([*launcher, *map(str, args)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, dataset, sft):
+    out = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, ROOT / "tests/several.py", sft / "model", dataset, out], check=True, env=ENVIRONMENT)
+    return out
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request, tmp_path_factory, dataset, sft):
+    out = tmp_path_factory.mktemp("together")
+    torchrun(request.param, ROOT / "tests/several.py", sft / "model", dataset, out)
+    return out
+
+
+def figures(row):
+    floats = {name: value for name, value in row.items() if isinstance(value, float) and not name.endswith("_s")}
+    return floats | row.get("parts", {})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_several_processes_train_the_model_that_one_trains(alone, together, name):
+    one, many = alone / name, together / name
+    for a, b in zip(rows(one / "metrics.jsonl"), rows(many / "metrics.jsonl"), strict=True):
+        assert figures(a) == pytest.approx(figures(b), abs=1e-5, rel=1e-5)
+    if name != "sft":
+        assert [r["completion"] for r in rows(one / "samples.jsonl")] == [r["completion"] for r in rows(many / "samples.jsonl")]
+        assert any(row["grad_norm"] > 0 for row in rows(one / "metrics.jsonl"))
+    a, b = load_file(one / "model/model.safetensors"), load_file(many / "model/model.safetensors")
+    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+def test_lora_learns_in_its_adapters_alone_and_is_saved_both_ways(together, sft):
+    """Trained by several processes: the merged model differs from the start in the adapted layers only, and in plain
+    transformers and peft it computes what the start with the adapters does."""
+    from peft import PeftModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    start, merged = (load_file(folder / "model/model.safetensors") for folder in (sft, together / "lora"))
+    changed = {key for key in start if not torch.equal(start[key], merged[key])}
+    assert changed and all("layers" in key and "_proj" in key and "visual" not in key for key in changed)
+    models = [Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model") for folder in (together / "lora", sft)]
+    models.append(PeftModel.from_pretrained(copy.deepcopy(models[1]), together / "lora/adapter"))
+    merged, start, adapted = (m(input_ids=torch.arange(20, 60)[None]).logits for m in models)
+    assert torch.allclose(merged, adapted, atol=1e-5) and not torch.allclose(merged, start, atol=1e-3)
+
+
+def test_frozen_vision_does_not_change(alone, sft):
+    start, end = (load_file(folder / "model/model.safetensors") for folder in (sft, alone / "frozen"))
+    assert all(torch.equal(start[key], end[key]) == ("visual" in key) for key in start if "visual" in key or "self_attn" in key)
+
+
+@pytest.mark.parametrize("ranks, number", [(3, signal.SIGTERM), (1, signal.SIGKILL)])
+def test_a_checkpoint_of_two_processes_goes_on_with_another_number(alone, tmp_path, dataset, sft, ranks, number):
+    """A signal reaches one of two processes. SIGTERM: both finish the step, save, and say how to go on; SIGKILL: the other ends
+    too, instead of waiting for ever. One or three go on from the last checkpoint, and end as one alone does."""
+    flags = ["--model", sft / "model", "--data", dataset, "--out", tmp_path, *RUNS["grpo"][1].split(), "--save-every", 1]
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                                 ROOT / "train_grpo.py", *map(str, flags)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    for line in launcher.stdout:
+        if line.startswith("step    2"):
+            worker = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()[-1]
+            os.kill(int(worker), number)
+            break
+    said, code = launcher.communicate(timeout=120)[0], launcher.returncode
+    assert (code == 0 and "stopped after step" in said and "--resume" in said) if number == signal.SIGTERM else code != 0
+    stopped = json.loads((tmp_path / "checkpoint/run.json").read_text())["progress"]["step"]
+    assert 0 < stopped < 8 == len(rows(alone / "grpo/metrics.jsonl"))
+    if ranks == 1:
+        subprocess.run([sys.executable, ROOT / "train_grpo.py", *map(str, flags), "--resume"], check=True, env=ENVIRONMENT)
+    else:
+        torchrun(ranks, ROOT / "train_grpo.py", *flags, "--resume")
+    for a, b in zip(rows(alone / "grpo/metrics.jsonl"), rows(tmp_path / "metrics.jsonl"), strict=True):
+        assert figures(a) == pytest.approx(figures(b), abs=1e-5, rel=1e-5)
+
+
+def test_prompts_that_cannot_be_spread_are_refused(tmp_path):
+    done = torchrun(2, ROOT / "train_grpo.py", "--prompts", 3, "--out", tmp_path / "out", check=False)
+    assert done.returncode and "--prompts 3 cannot be spread evenly over 2 processes" in done.stderr
+
+
+@pytest.mark.parametrize("size, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
+def test_sizing_counts_the_parameters_of_the_published_models(size, published):
+    """Half the total_size of their model.safetensors.index.json, which are bf16."""
+    assert sizing.parameters(sizing.shape(size))["all"] == published
