@@ -120,6 +120,7 @@ def save_checkpoint(args, progress: dict, policy, optimizer, reference=None) -> 
             partial.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
     except (CheckpointException, OSError) as error:  # the first is no Exception
+        shutil.rmtree(partial, ignore_errors=True)
         raise BadInput(f"{partial} cannot be written ({reason(error)}); is the disk full? The last checkpoint, if there was "
                        "one, is whole: --resume goes on from it")
     parallel.wait()
@@ -182,13 +183,16 @@ class Log:
     def write(self, row: dict) -> None:
         if parallel.rank():
             return
-        if not self.file:
-            lines = self.path.read_text().splitlines(keepends=True) if self.n else []
-            self.path.with_suffix(".partial").write_text("".join(lines[: self.n]))
-            self.path.with_suffix(".partial").replace(self.path)
-            self.file = open(self.path, "a")
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        print(json.dumps(row), file=self.file, flush=True)  # JSON knows no NaN
+        try:
+            if not self.file:
+                lines = self.path.read_text().splitlines(keepends=True) if self.n else []
+                self.path.with_suffix(".partial").write_text("".join(lines[: self.n]))
+                self.path.with_suffix(".partial").replace(self.path)
+                self.file = open(self.path, "a")
+            print(json.dumps(row), file=self.file, flush=True)  # JSON knows no NaN
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written ({error}); --resume goes on from the last checkpoint") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
