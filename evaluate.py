@@ -10,7 +10,6 @@ scores, beside the published ones where --benchmark names a table. An interrupte
 
 import argparse
 import json
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 import model as qwen
 import parallel
 import published
+import run
 import scores as metrics
 from data import (BadInput, HelpFormatter, Sample, as_row, from_row, has_test_split, json_records, load, load_images, positive,
                   prompt)
@@ -160,9 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where it stopped")
+    run.script(main, "the same command goes on where it stopped")

@@ -80,11 +80,12 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     return model, Processor(tokenizer, images, frame)
 
 
-def halve(model):
+def halve(model, vectors: bool = False):
     """The matrices of a model that does not learn, as the forward pass computes with them: bf16 on a GPU. Vectors (norms,
-    biases) and rotary tables stay float32, as autocast leaves them, so that a log-prob stays what it was."""
+    biases) stay float32, as autocast leaves them, so that a log-prob stays what it was; FSDP casts them too, so a copy of a
+    sharded model takes `vectors` along. Rotary tables always stay float32."""
     for weight in model.parameters():
-        if weight.dim() > 1:
+        if vectors or weight.dim() > 1:
             weight.data = weight.data.to(compute_dtype())
     return model
 

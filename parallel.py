@@ -7,7 +7,6 @@ A sharded model cannot generate quickly, as every token would gather every layer
 the rollouts, which is overwritten with the new weights after each step.
 """
 
-import atexit
 import copy
 import os
 from datetime import timedelta
@@ -32,7 +31,7 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(shard_size: int | None = None, minutes: float = 30) -> DeviceMesh | None:
+def start(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | None:
     """Join the other processes that torchrun started; a rank that waits `minutes` for a dead one gives up.
 
     Returns the ranks as a mesh (shards,), one copy of the model spread over all of them; or with a smaller shard_size as
@@ -48,7 +47,6 @@ def start(shard_size: int | None = None, minutes: float = 30) -> DeviceMesh | No
         return None
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=minutes))
-        atexit.register(dist.destroy_process_group)
     mesh = init_device_mesh(qwen.device().type, (ranks() // size, size), mesh_dim_names=("copies", "shards"))
     return mesh if size < ranks() else mesh["shards"]
 
@@ -62,23 +60,23 @@ def spread(model, mesh: DeviceMesh | None) -> tuple[qwen.Policy, torch.nn.Module
     if mesh is None:
         model.to(qwen.device())
         return qwen.Policy(model), model
-    return shard(qwen.Policy(copy.deepcopy(model)), mesh), qwen.halve(model).to(qwen.device())
+    return shard(qwen.Policy(copy.deepcopy(model)), mesh), qwen.halve(model, vectors=True).to(qwen.device())
 
 
 def frozen(model, mesh: DeviceMesh | None) -> qwen.Policy:
     """A copy of a whole model that does not learn: the reference."""
-    return shard(qwen.Policy(qwen.halve(copy.deepcopy(model)).requires_grad_(False)), mesh)
+    return shard(qwen.Policy(qwen.halve(copy.deepcopy(model)).requires_grad_(False)), mesh, reshard=True)
 
 
-def shard(policy: qwen.Policy, mesh: DeviceMesh | None) -> qwen.Policy:
+def shard(policy: qwen.Policy, mesh: DeviceMesh | None, reshard: bool | None = None) -> qwen.Policy:
     """Shard over the mesh, in units that are gathered one after the other: each decoder layer, the vision tower, and the
-    rest with the tied embeddings. On a GPU the weights and the sums of gradients are float32, the compute bf16. One process:
-    nothing to do."""
+    rest with the tied embeddings. On a GPU the weights and the sums of gradients are float32, the compute bf16. `reshard`:
+    the rest, too, is let go after a forward pass, as no backward pass will want it. One process: nothing to do."""
     if mesh is None:
         return policy
     precision = MixedPrecisionPolicy(param_dtype=qwen.compute_dtype(), reduce_dtype=torch.float32)
     for unit in (policy.model.model.visual, *policy.model.model.language_model.layers, policy):
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
         unit.set_gradient_divide_factor(1.0)                # the ranks' losses are parts of one sum, so gradients add up
         unit.set_force_sum_reduction_for_comms(True)        # gloo can only sum
     return policy
@@ -86,19 +84,30 @@ def shard(policy: qwen.Policy, mesh: DeviceMesh | None) -> qwen.Policy:
 
 @torch.no_grad()
 def refresh(sampler: torch.nn.Module, policy: qwen.Policy) -> None:
-    """Write a sharded policy's weights into the whole copy, in place, one tensor at a time. One process: nothing to do."""
-    if ranks() > 1:
+    """Write a sharded policy's weights into the whole copy, in place, one tensor at a time. Nothing to do where they are one."""
+    if sampler is not policy.model:
         for mine, shards in zip(sampler.parameters(), policy.model.parameters(), strict=True):
             mine.copy_(whole(shards.to(mine.dtype)))
 
 
+@torch.no_grad()
 def collect(policy: qwen.Policy, sampler: torch.nn.Module) -> torch.nn.Module:
     """The trained weights as a whole model, in float32 on the first rank's CPU: a bf16 sampler would round them. `sampler`
     is used up."""
     if rank() == 0:
         sampler.cpu().float()
-    refresh(sampler, policy)
+    if sampler is not policy.model:
+        for mine, shards in zip(sampler.parameters(), policy.model.parameters(), strict=True):
+            weight = whole(shards)                          # by all ranks, and in one precision
+            if rank() == 0:
+                mine.copy_(weight)
     return sampler
+
+
+def finish() -> None:
+    """Part from the other ranks, at the end of a run that went well. After an error this would wait for them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

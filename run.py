@@ -13,9 +13,10 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,11 @@ def last_checkpoint(out: Path) -> Path:
 
 def tensors_of(policy, optimizer, reference) -> dict:
     """All weights and moments by name, sharded as they are; the optimiser's by parameter, so that ranks may change."""
+    fresh = not optimizer.state
     moments = get_optimizer_state_dict(policy, optimizer)["state"]
+    if fresh:  # to have moments at all it has made a step without gradients; let that not count in Adam's bias correction
+        for moment in optimizer.state.values():
+            moment["step"].zero_()
     return {"policy": get_model_state_dict(policy), "moments": moments,
             "reference": get_model_state_dict(reference) if reference else {}}
 
@@ -113,9 +118,12 @@ def save_checkpoint(args, progress: dict, policy, optimizer, reference=None) -> 
         dcp.save(tensors_of(policy, optimizer, reference), checkpoint_id=partial, no_dist=parallel.ranks() == 1)
         state = {"settings": settings_of(args), "progress": progress, "files": checksums(partial)}
         if parallel.rank() == 0:
-            (partial / "run.json").write_text(json.dumps(state))
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
+            with open(partial / "run.json", "w") as file:
+                file.write(json.dumps(state))
+                file.flush()
+                os.fsync(file.fileno())
+            if folder.exists():  # else a run was killed between these two lines, and the old one is the last that is whole
+                shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             partial.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
@@ -149,7 +157,7 @@ def load_checkpoint(out: Path, policy, optimizer, reference=None) -> None:
 
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of each file that holds tensors, or tells which; every rank reads some of them."""
-    files, sums = sorted(set(folder.iterdir()) - {folder / "run.json"}), {}
+    files, sums = parallel.gathered(sorted(set(folder.iterdir()) - {folder / "run.json"}))[0], {}  # as the first rank sees it
     for path in files[parallel.rank() :: parallel.ranks()]:
         sums[path.name] = 0
         with open(path, "rb") as file:
@@ -282,3 +290,29 @@ def plot_curves(metrics: Path, names: Sequence[str]) -> None:
 def smooth(values: list[float], window: int = 10) -> list[float]:
     """Mean over the last `window` values."""
     return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The end
+
+def script(main: Callable[[], None], interrupted: str) -> None:
+    """Call main. What is wrong with the input ends in one line; so does Ctrl-C, with a hint."""
+    try:
+        main()
+        parallel.finish()
+    except (BadInput, OSError) as error:
+        leave(f"error: {error}")
+    except KeyboardInterrupt:
+        leave(f"interrupted; {interrupted}")
+    except Exception:
+        if parallel.ranks() == 1:
+            raise
+        leave(traceback.format_exc())
+
+
+def leave(message: str) -> None:
+    """Exit with an error, at once where there are other ranks: an orderly exit would wait for them, and they for this one."""
+    if parallel.ranks() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)

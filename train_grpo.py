@@ -116,11 +116,11 @@ def main() -> None:
     policy, sampler = parallel.spread(model, mesh)                            # what learns, what generates
 
     for stage in range(progress["stage"], len(tasks)):
-        reference = optimizer = None                                                     # the last stage's go first
+        reference = optimizer = guard = None                                             # the last stage's go first
         if args.beta and not adapters:                                                   # with them: the policy without
             reference = parallel.frozen(sampler, mesh)
         optimizer = torch.optim.AdamW([w for w in policy.parameters() if w.requires_grad], lr=args.lr, betas=(0.9, 0.99),
-                                      weight_decay=args.weight_decay)
+                                      weight_decay=args.weight_decay, fused=torch.cuda.is_available())
         guard = run.Guard(optimizer, progress["skipped"])
         if progress["step"]:
             run.load_checkpoint(args.out, policy, optimizer, reference)
@@ -165,6 +165,7 @@ def main() -> None:
             old, ref = {}, {}                                                            # log-probs by micro-batch
             totals = Counter()                                                           # sums over the passes
             for inner in range(args.inner_steps if passes else 0):                       # without loss, Adam must not drift
+                inner_loss = torch.zeros((), device=mask.device)
                 for i in range(passes):
                     groups = chosen[i] if i < len(chosen) else torch.zeros_like(learning[:1], dtype=torch.long)
                     numbers = groups.tolist()
@@ -182,9 +183,11 @@ def main() -> None:
                         logprobs, old[i], ref[i], advantages[groups], live, token_weights[some],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
                     loss.backward()
-                    totals.update(loss=loss.detach(), **sums)
-                totals["norm"] += parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm))
-                guard.step(totals["loss"], totals["norm"], samples)
+                    inner_loss += loss.detach()
+                    totals.update(sums)
+                norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm))
+                guard.step(inner_loss, norm, samples)
+                totals.update(loss=inner_loss, norm=norm)
             parallel.refresh(sampler, policy)
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
@@ -247,9 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint, if one was written")
+    run.script(main, "the same command with --resume goes on from the last checkpoint, if one was written")

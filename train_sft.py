@@ -115,7 +115,10 @@ def main() -> None:
     progress = run.start_or_resume(args, {"step": 0, "skipped": 0})
     run.finish_step_on_signal()
     policy, sampler = parallel.spread(model, mesh)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    if sampler is not policy.model:
+        sampler.cpu()  # out of the way until the end
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+                                  fused=torch.cuda.is_available())
     if progress["step"]:
         run.load_checkpoint(args.out, policy, optimizer)
     log = run.Log(args.out / "metrics.jsonl", progress["step"])
@@ -163,7 +166,7 @@ def main() -> None:
             return run.say(f"stopped after step {step + 1}; to go on: {run.command()} --resume")
 
     bar.close()
-    parallel.refresh(sampler, policy)
+    parallel.refresh(sampler.to(qwen.device()), policy)
     for task in dict.fromkeys(tasks):
         scores = heldout_rewards(sampler, processor, heldout[task], args.max_new_tokens)
         figures = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
@@ -176,9 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint, if one was written")
+    run.script(main, "the same command with --resume goes on from the last checkpoint, if one was written")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,46 @@ def test_resume_may_change_what_changes_neither_data_nor_loss(staged, tmp_path, 
     shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
     here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume", "--save-every", 7)
     assert "--save-every was 50 and is now 7" in capsys.readouterr().out
+
+
+def trained(save_first=False):
+    """A weight after two steps of AdamW; what tensors_of finds before them is a checkpoint's content."""
+    weight = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(weight.weight)
+    optimizer = torch.optim.AdamW(weight.parameters(), lr=0.1, weight_decay=0.1)
+    if save_first:
+        run.tensors_of(weight, optimizer, None)
+    for _ in range(2):
+        weight.weight.grad = torch.tensor([[1.0, -3.0]])
+        optimizer.step()
+    return weight.weight
+
+
+def test_checkpoint_before_the_first_update_changes_nothing():
+    """torch makes the moments by a step without gradients, and so had Adam's bias correction one step ahead: a run whose
+    first steps had nothing to learn from, or were skipped, depended on --save-every."""
+    assert torch.equal(trained(save_first=True), trained())
+
+
+def test_killed_twice_between_the_renames_a_checkpoint_is_left(tmp_path, monkeypatch):
+    """After the first kill checkpoint.old is all there is, and it must stay until the next one is in its place."""
+    args, weight = SimpleNamespace(out=tmp_path), torch.nn.Linear(2, 1)
+    optimizer, rename = torch.optim.AdamW(weight.parameters()), Path.rename
+
+    def killed(path, target):
+        if path.name == "checkpoint.partial":
+            raise KeyboardInterrupt
+        rename(path, target)
+    run.save_checkpoint(args, {"step": 1}, weight, optimizer)
+    monkeypatch.setattr(Path, "rename", killed)
+    for step in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run.save_checkpoint(args, {"step": step}, weight, optimizer)
+        assert json.loads((run.last_checkpoint(tmp_path) / "run.json").read_text())["progress"] == {"step": 1}
+        run.load_checkpoint(tmp_path, weight, optimizer)
+    monkeypatch.undo()
+    run.save_checkpoint(args, {"step": 4}, weight, optimizer)
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_second_run_into_the_same_folder_is_refused(tmp_path, monkeypatch):
