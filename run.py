@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
                                                      set_optimizer_state_dict)
@@ -36,9 +37,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")              
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a folder `checkpoint` with the tensors of all ranks, and run.json with the run's flags and progress
 
-def start_or_resume(args, fresh: dict) -> dict:
-    """Make `args.out`, and return the run's progress: `fresh`, or with `args.resume` that of the last checkpoint. A new run
-    removes what an earlier one left, or a later --resume would take its checkpoint for this run's."""
+def start_or_resume(args, settings: dict[str, str], fresh: dict) -> dict:
+    """Make `args.out`, and return the run's progress: `fresh`, or with `args.resume` that of the last checkpoint, whose
+    settings must be the same. A new run removes what an earlier one left, or a later --resume would take its checkpoint for
+    this run's."""
     if not args.resume:
         if Path(args.model).resolve().is_relative_to(args.out.resolve()):
             raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
@@ -56,15 +58,25 @@ def start_or_resume(args, fresh: dict) -> dict:
     try:
         saved = json.loads(file.read_text())
         changed = {name: f"--{name} was {saved['settings'].get(name)} and is now {value}"
-                   for name, value in settings_of(args).items() if value != saved["settings"].get(name)}
+                   for name, value in settings.items() if value != saved["settings"].get(name)}
         progress = fresh | saved["progress"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(f"--resume: {file} is damaged ({first_line(error)})") from error
-    if changed.keys() - set(FREE):
-        raise BadInput(f"--resume: {', '.join(changed.values())}: that would be another run")
+        raise BadInput(f"--resume: {file} is damaged ({first_line(error)}); {START_AGAIN}") from error
+    if refused := [change for name, change in changed.items() if name not in FREE]:
+        raise BadInput(f"--resume: {', '.join(refused)}: that would be another run")
     for change in changed.values():
         say(f"--resume: {change}")
     return progress
+
+
+START_AGAIN = "start again without --resume, which clears the folder"
+
+
+def settings_of(args, data: list[Sequence]) -> dict[str, str]:
+    """What makes a run what it is: its flags by name, and the samples that were found, by number and checksum."""
+    flags = {name.replace("_", "-"): str(value) for name, value in vars(args).items() if name not in ("out", "resume")}
+    ids = [[sample.id for sample in samples] if isinstance(samples, list) else "synthetic" for samples in data]
+    return flags | {"data (as read)": f"{sum(map(len, data))} samples #{zlib.crc32(json.dumps(ids).encode()):08x}"}
 
 
 locks = []  # open as long as the process lives
@@ -78,14 +90,9 @@ def lock(out: Path) -> None:
         try:
             fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"--out {out}: another run is writing there; end it first (`fuser {out}/.lock` names its process)")
+            raise BadInput(f"--out {out}: another run is writing there; end it (workers outlive a torchrun that is killed)")
         except OSError as error:  # some network file systems have no locks
             say(f"--out {out} cannot be locked ({error}): see that no other run writes there")
-
-
-def settings_of(args) -> dict[str, str]:
-    """The flags of a run, by name."""
-    return {name.replace("_", "-"): str(value) for name, value in vars(args).items() if name not in ("out", "resume")}
 
 
 def last_checkpoint(out: Path) -> Path:
@@ -107,16 +114,16 @@ def tensors_of(policy, optimizer, reference) -> dict:
             "reference": get_model_state_dict(reference) if reference else {}}
 
 
-def save_checkpoint(args, progress: dict, policy, optimizer, reference=None) -> None:
+def save_checkpoint(out: Path, settings: dict[str, str], progress: dict, policy, optimizer, reference=None) -> None:
     """All that an exact resume needs, written beside the last checkpoint, which goes only when this one is complete. Random
     numbers are a function of the seed and the step, so there is no state of theirs."""
-    partial, folder, old = (args.out / f"checkpoint{ending}" for ending in (".partial", "", ".old"))
+    partial, folder, old = (out / f"checkpoint{ending}" for ending in (".partial", "", ".old"))
     try:
         if parallel.rank() == 0 and partial.exists():
             shutil.rmtree(partial)
         parallel.wait()
         dcp.save(tensors_of(policy, optimizer, reference), checkpoint_id=partial, no_dist=parallel.ranks() == 1)
-        state = {"settings": settings_of(args), "progress": progress, "files": checksums(partial)}
+        state = {"settings": settings, "progress": progress, "files": checksums(partial)}
         if parallel.rank() == 0:
             with open(partial / "run.json", "w") as file:
                 file.write(json.dumps(state))
@@ -142,7 +149,7 @@ def load_checkpoint(out: Path, policy, optimizer, reference=None) -> None:
     written, found = json.loads((folder / "run.json").read_text())["files"], checksums(folder)
     for name in written:
         if written[name] != found.get(name):
-            raise BadInput(f"--resume: {folder / name} is damaged or missing; start without --resume")
+            raise BadInput(f"--resume: {folder / name} is damaged or missing; {START_AGAIN}")
     tensors = tensors_of(policy, optimizer, reference)
     try:
         dcp.load(tensors, checkpoint_id=folder, no_dist=parallel.ranks() == 1)
@@ -245,9 +252,9 @@ def asked_to_stop() -> bool:
 
 
 def command() -> str:
-    """The command line of this run, without --resume; flags of torchrun's own that are not to be known here are missing."""
+    """The command line of this run, without --resume. How torchrun's nodes meet is not known here."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = [f"--nnodes={parallel.ranks() // local}"] if parallel.ranks() > local else []
+    nodes = [f"--nnodes={parallel.ranks() // local}", "--rdzv-..."] if parallel.ranks() > local else []
     launcher = ["torchrun", *nodes, f"--nproc-per-node={local}"] if parallel.ranks() > 1 else ["python"]
     return shlex.join([*launcher, *(arg for arg in sys.argv if arg != "--resume")])
 
@@ -304,10 +311,12 @@ def script(main: Callable[[], None], interrupted: str) -> None:
         leave(f"error: {error}")
     except KeyboardInterrupt:
         leave(f"interrupted; {interrupted}")
-    except Exception:
+    except Exception as error:
         if parallel.ranks() == 1:
             raise
-        leave(traceback.format_exc())
+        lost = isinstance(error, DistError) or "Connection closed by peer" in str(error) or "Connection reset" in str(error)
+        leave("error: another process has ended, see there; --resume goes on from the last checkpoint" if lost
+              else traceback.format_exc())
 
 
 def leave(message: str) -> None:

@@ -13,6 +13,8 @@ import argparse
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from data import positive
+
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 330, 256
 SHAPES = {  # of Qwen2.5-VL-3B-Instruct and -7B-Instruct, from their published config.json
     "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
@@ -77,7 +79,7 @@ def fits(size: str, gib: int, gpus: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="3b")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=positive, default=1)
     parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} learn, nothing else")
     parser.add_argument("--table", action="store_true", help="all sizes and GPUs")
     args = parser.parse_args()

@@ -37,7 +37,8 @@ from rewards import TASKS, reward_parts
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="det", help="comma-separated tasks, one stage each in this order; or `all`")
 parser.add_argument("--out", type=Path, default=Path("runs/grpo"), help="folder that the run writes to, over an earlier run in it")
-parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint; "
+                    f"of the flags only --{', --'.join(run.FREE)} may have changed")
 flags = parser.add_argument_group("model and data")
 flags.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
 flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
@@ -107,7 +108,8 @@ def main() -> None:
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
     load_judges(tasks, args.sbert, args.sam)
     weights = {name: getattr(args, f"{name}_weight") for name in ("format", "accuracy", "length", "repetition")}
-    progress = run.start_or_resume(args, {"stage": 0, "step": 0, "before": None, "skipped": 0})
+    settings = run.settings_of(args, data)
+    progress = run.start_or_resume(args, settings, {"stage": 0, "step": 0, "before": None, "skipped": 0})
     done = progress["stage"] * args.steps + progress["step"]
     metrics_log = run.Log(args.out / "metrics.jsonl", done)
     samples_log = run.Log(args.out / "samples.jsonl", done * args.group)
@@ -227,7 +229,7 @@ def main() -> None:
             stop = run.asked_to_stop()
             if (step + 1) % args.save_every == 0 or last or stop:
                 progress = {"stage": stage, "step": step + 1, "before": before, "skipped": guard.skipped}
-                run.save_checkpoint(args, progress, policy, optimizer, reference)
+                run.save_checkpoint(args.out, settings, progress, policy, optimizer, reference)
             if stop and not (last and stage + 1 == len(tasks)):
                 return run.say(f"stopped after step {row['step']}; to go on: {run.command()} --resume")
 

@@ -33,7 +33,8 @@ from rewards import TAGS, TASKS
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="all", help="comma-separated tasks to mix, one named twice counts twice; or `all`")
 parser.add_argument("--out", type=Path, required=True, help="folder for model/, checkpoint/, metrics.jsonl, curves.png")
-parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint; "
+                    f"of the flags only --{', --'.join(run.FREE)} may have changed")
 group = parser.add_argument_group("model and data")
 group.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; or `scratch`: tiny's architecture, random")
 group.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
@@ -112,7 +113,8 @@ def main() -> None:
     heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    progress = run.start_or_resume(args, {"step": 0, "skipped": 0})
+    settings = run.settings_of(args, data)
+    progress = run.start_or_resume(args, settings, {"step": 0, "skipped": 0})
     run.finish_step_on_signal()
     policy, sampler = parallel.spread(model, mesh)
     if sampler is not policy.model:
@@ -161,7 +163,7 @@ def main() -> None:
         bar.update()
         stop, last = run.asked_to_stop(), step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or last or stop:
-            run.save_checkpoint(args, {"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
+            run.save_checkpoint(args.out, settings, {"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
         if stop and not last:
             return run.say(f"stopped after step {step + 1}; to go on: {run.command()} --resume")
 

@@ -49,7 +49,10 @@ def main() -> None:
         before = log.stat().st_mtime_ns if log.exists() else 0
         while run.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
             time.sleep(0.01)          # until the run has begun to write
-        time.sleep(moments.uniform(0, 1.0))
+        steps = len(log.read_text().splitlines()) + moments.randrange(6)
+        while run.poll() is None and len(log.read_text().splitlines()) < steps:
+            time.sleep(0.01)          # and some steps further, however long they take here
+        time.sleep(moments.uniform(0, 0.5))
         assert run.poll() is None, "the run ended before it was killed"
         subprocess.run(["pkill", "-KILL", "-f", str(broken)], check=True)  # torchrun and all of its processes
         run.wait()

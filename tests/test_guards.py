@@ -163,6 +163,18 @@ def test_resume_may_change_what_changes_neither_data_nor_loss(staged, tmp_path, 
     assert "--save-every was 50 and is now 7" in capsys.readouterr().out
 
 
+def test_resume_with_other_data_is_refused(staged, dataset, tmp_path, monkeypatch):
+    """A record that was taken out after an error would shift the order of all samples, and nobody would know."""
+    shutil.copytree(staged, tmp_path / "out")
+    shutil.copytree(dataset.parent, tmp_path / "data")
+    (tmp_path / "data/data.json").write_text(json.dumps(json.loads(dataset.read_text())[1:]))
+    args = SimpleNamespace(out=tmp_path / "out", resume=True)
+    monkeypatch.setattr(run, "locks", [])
+    fewer = [load(str(tmp_path / "data/data.json"), task, 112, None, "train", 0) for task in ("cls", "det")]
+    with pytest.raises(BadInput, match=r"data \(as read\) was 70 samples #.* and is now .* samples #"):
+        run.start_or_resume(args, {"data (as read)": run.settings_of(args, fewer)["data (as read)"]}, {})
+
+
 def trained(save_first=False):
     """A weight after two steps of AdamW; what tensors_of finds before them is a checkpoint's content."""
     weight = torch.nn.Linear(2, 1, bias=False)
@@ -184,22 +196,22 @@ def test_checkpoint_before_the_first_update_changes_nothing():
 
 def test_killed_twice_between_the_renames_a_checkpoint_is_left(tmp_path, monkeypatch):
     """After the first kill checkpoint.old is all there is, and it must stay until the next one is in its place."""
-    args, weight = SimpleNamespace(out=tmp_path), torch.nn.Linear(2, 1)
+    weight = torch.nn.Linear(2, 1)
     optimizer, rename = torch.optim.AdamW(weight.parameters()), Path.rename
 
     def killed(path, target):
         if path.name == "checkpoint.partial":
             raise KeyboardInterrupt
         rename(path, target)
-    run.save_checkpoint(args, {"step": 1}, weight, optimizer)
+    run.save_checkpoint(tmp_path, {}, {"step": 1}, weight, optimizer)
     monkeypatch.setattr(Path, "rename", killed)
     for step in (2, 3):
         with pytest.raises(KeyboardInterrupt):
-            run.save_checkpoint(args, {"step": step}, weight, optimizer)
+            run.save_checkpoint(tmp_path, {}, {"step": step}, weight, optimizer)
         assert json.loads((run.last_checkpoint(tmp_path) / "run.json").read_text())["progress"] == {"step": 1}
         run.load_checkpoint(tmp_path, weight, optimizer)
     monkeypatch.undo()
-    run.save_checkpoint(args, {"step": 4}, weight, optimizer)
+    run.save_checkpoint(tmp_path, {}, {"step": 4}, weight, optimizer)
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint"]
 
 
