@@ -14,7 +14,8 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -271,6 +272,22 @@ def batch(samples: Sequence, step: int, size: int, seed: int) -> list[Sample]:
 @lru_cache(maxsize=32)  # one a task of a mixed stream, or each draw would shuffle anew
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def ahead(plan: Callable[[int], list], encode: Callable, steps: range, workers: int = 4) -> Iterator[tuple[int, list, list]]:
+    """(step, plan(step), each of its samples encoded) in order. The next step's are encoded by threads while this one is
+    trained on: reading, decoding and resizing images, most of the work, happens outside Python's lock."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        submit = lambda step: (samples := plan(step), [pool.submit(encode, sample) for sample in samples])
+        coming = submit(steps[0]) if steps else None
+        for step in steps:
+            samples, futures = coming
+            encoded = [future.result() for future in futures]
+            coming = submit(step + 1) if step + 1 in steps else None
+            yield step, samples, encoded
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import model as qwen
 import parallel
 import published
+import rollout
 import run
 import scores as metrics
 from data import (BadInput, HelpFormatter, Sample, as_row, from_row, has_test_split, json_records, load, load_images, positive,
@@ -34,8 +35,8 @@ def predict(model, processor, samples: Sequence[Sample], max_new_tokens: int, gr
     """`group` completions for each sample; temperature 0 is greedy. The draws of sample i depend on first + i alone."""
     prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples])
     rows = range(first, first + len(samples))
-    noise = None if temperature == 0 else qwen.noise((0,), rows, group, max_new_tokens)
-    return qwen.decode(processor, qwen.rollout(model, processor, prompts, max_new_tokens, noise, group, temperature))
+    noise = None if temperature == 0 else rollout.noise((0,), rows, group, max_new_tokens)
+    return rollout.texts(processor, rollout.generate(model, processor, prompts, max_new_tokens, noise, group, temperature))
 
 
 def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens: int, temperature: float = 1.0,
@@ -57,7 +58,7 @@ def run_model(args) -> tuple[list[Sample], list[str]]:
     """Samples and greedy completions of args.model on args.data. What is done is kept in predictions.partial, below a
     line with the settings, so that the same command goes on after an interruption."""
     model, processor = qwen.load(args.model, args.image_size)
-    model.to(qwen.device())
+    qwen.halve(model, vectors=True).to(qwen.device())
     source = lambda split: load(args.data, args.task, processor.frame, args.images, split)
     split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(source("all")) else "all")
     samples = list(source(split)[: args.limit])

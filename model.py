@@ -1,4 +1,4 @@
-"""Qwen2.5-VL with a shared prompt: load and save, positions, attention, rollout, token log-probs.
+"""Qwen2.5-VL with a shared prompt: load and save, positions, attention, token log-probs.
 
 The G completions of a group have one prompt, most of it image tokens. It is computed once: in the rollout (vision tower
 and prefill once, every completion attends to the same keys and values) and in the update (one row
@@ -12,15 +12,15 @@ H query heads, K key/value heads, D head size, E hidden size.
 """
 
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -50,7 +50,8 @@ ATTENTION = {"text_config": "shared_prompt", "vision_config": "sdpa"}  # the vis
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU, if there is one. By number: in other threads than the first `cuda` would be the first GPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
@@ -170,11 +171,16 @@ def encode(processor: Processor, text: str, images: list) -> Prompts:
     return Prompts(*(part.to(device()) for part in parts))
 
 
+def pad(prompts: Prompts, more: int) -> Prompts:
+    """Longer by `more` tokens. Any token will do: nothing reads what stands after the length."""
+    return prompts._replace(ids=F.pad(prompts.ids, (0, more)), positions=F.pad(prompts.positions, (0, more)))
+
+
 def collate(prompts: list[Prompts]) -> Prompts:
     """Several Prompts -> one, padded on the right to the longest."""
     P = max(p.ids.shape[1] for p in prompts)
-    wide = lambda x: F.pad(x, (0, P - x.shape[-1]))  # any token will do: nothing reads what stands after the length
-    return Prompts(torch.cat([wide(p.ids) for p in prompts]), torch.cat([wide(p.positions) for p in prompts], 1),
+    prompts = [pad(p, P - p.ids.shape[1]) for p in prompts]
+    return Prompts(torch.cat([p.ids for p in prompts]), torch.cat([p.positions for p in prompts], 1),
                    *(torch.cat([getattr(p, name) for p in prompts]) for name in ("lengths", "pixels", "grids")),
                    None if prompts[0].features is None else torch.cat([p.features for p in prompts]))
 
@@ -208,9 +214,9 @@ class Shared:
     mode: str
     P: int
     G: int = 1
-    mask: Tensor | None = None   # group: (B*G, 1, C, P+C) bool, decode: (B, 1, 1, P) bool; None where nothing is padded
-    slot: int = 0
-    C: int = 0                   # decode: slots a row has for its completion
+    mask: Tensor | None = None   # group: (B*G, 1, C, P+C) bool or None where nothing is padded; decode: (B, 1, 1, P) bool
+    slot: Tensor | None = None   # decode: (1,) place of the token in its completion
+    own: Tensor | None = None    # decode: (W,) bool, the places up to that one
     cache: dict = field(default_factory=dict)  # layer -> [prompt k, prompt v (B, K, P, D), own k, own v (B*G, K, C, D)]
 
 
@@ -234,8 +240,9 @@ def shared_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask, sc
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention of L queries over S >= L keys; without a mask causal, the last query seeing all keys. -> (., H, L, D)."""
     L, S = q.shape[2], k.shape[2]
-    if mask is None and q.is_cuda and q.dtype != torch.float32 and flash_attention():  # aligned at the last key
-        return flash_attention()(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True).transpose(1, 2)
+    if mask is None and q.is_cuda and q.dtype != torch.float32 and flash_attn():  # aligned at the last key
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn().flash_attn_func(*heads, softmax_scale=scaling, causal=True).transpose(1, 2)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if mask is None and L != S:
         mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
@@ -248,32 +255,39 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     The prompt's keys and values are read once for the G rows of a group, not copied to each: the rows are laid side by
     side as G times as many queries. -> (B*G, 1, H, D)
     """
-    B, K, P, D = cache[0].shape
-    r = q.shape[1] // K  # query heads a key/value head
-    if len(cache) == 2:
-        cache += [q.new_empty(len(q), K, shared.C, D) for _ in range(2)]
     prompt_k, prompt_v, own_k, own_v = cache
-    own_k[:, :, shared.slot], own_v[:, :, shared.slot] = k[:, :, 0], v[:, :, 0]
-    own_k, own_v = own_k[:, :, : shared.slot + 1], own_v[:, :, : shared.slot + 1]  # (B*G, K, t+1, D)
+    (B, K, P, D), r, W = prompt_k.shape, q.shape[1] // cache[0].shape[1], len(shared.own)  # r query heads a key/value head
+    if kernel := flash_decoding(q):
+        heads = lambda x: x.transpose(1, 2)                                                # flash-attn: (., tokens, heads, D)
+        prompt, prompt_lse = kernel(q.view(B, shared.G, -1, D), heads(prompt_k), heads(prompt_v), softmax_scale=scaling,
+                                    cache_seqlens=shared.mask.sum((1, 2, 3), dtype=torch.int32), return_softmax_lse=True)
+        own, own_lse = kernel(heads(q), heads(own_k), heads(own_v), heads(k), heads(v), softmax_scale=scaling,
+                              cache_seqlens=shared.slot.expand(len(q)).int(), return_softmax_lse=True)  # (B*G, 1, H, D)
+        share = torch.sigmoid(prompt_lse.transpose(1, 2).reshape(own_lse.shape) - own_lse).transpose(1, 2).unsqueeze(-1)
+        return (share * prompt.reshape(own.shape) + (1 - share) * own).to(v.dtype)       # the prompt's share of the softmax
+    own_k.index_copy_(2, shared.slot, k), own_v.index_copy_(2, shared.slot, v)
     q = q.view(-1, K, r, D) * scaling
 
     by_prompt = lambda x: x.view(B, shared.G, K, r, -1).transpose(1, 2).reshape(B, K, shared.G * r, -1)
     by_row = lambda x: x.view(B, K, shared.G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
-    scores = by_prompt(q) @ prompt_k.transpose(2, 3)  # (B, K, G*r, P)
-    if shared.mask is not None:
-        scores = scores.masked_fill(~shared.mask, float("-inf"))
-    scores = torch.cat([by_row(scores), q @ own_k.transpose(2, 3)], -1)  # (B*G, K, r, P + t+1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    out = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v  # (B*G, K, r, D)
+    scores = (by_prompt(q) @ prompt_k.transpose(2, 3)).masked_fill(~shared.mask, float("-inf"))  # (B, K, G*r, P)
+    own = (q @ own_k[:, :, :W].transpose(2, 3)).masked_fill(~shared.own, float("-inf"))        # (B*G, K, r, W)
+    weights = torch.cat([by_row(scores), own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+    out = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v[:, :, :W]  # (B*G, K, r, D)
     return out.reshape(len(q), 1, K * r, D)
 
 
+def flash_decoding(q: Tensor):
+    """flash-attn's kernel for one token against a cache, where there is the package and q is for it; else None."""
+    return flash_attn().flash_attn_with_kvcache if q.is_cuda and q.dtype != torch.float32 and flash_attn() else None
+
+
 @cache
-def flash_attention():
-    """flash-attn's kernel where the package is installed, else None (PyTorch's own attention is used)."""
+def flash_attn():
+    """The package where it is installed, else None (PyTorch's own attention is used)."""
     try:
-        from flash_attn import flash_attn_func
-        return flash_attn_func
+        import flash_attn
+        return flash_attn
     except ImportError:
         return None
 
@@ -290,7 +304,9 @@ def compute_dtype() -> torch.dtype:
 
 
 def autocast():
-    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
+    """Matrix products in compute_dtype. Casts are not kept: a weight is used once in a pass, and a kept one would be a second
+    copy of the model until the pass ends (and CUDA graphs forbid it)."""
+    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32, cache_enabled=False)
 
 
 def embed(model, ids: Tensor) -> Tensor:
@@ -328,9 +344,18 @@ def next_token_logits(model, hidden: Tensor, temperature: float) -> Tensor:
     """(N, E) -> (N, V) float32 logits of the distribution that is sampled *and* scored: divided by the temperature,
     without the vision tokens (a sampled image token has no image, and breaks the next forward pass)."""
     c = model.config
-    banned = [c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id]
-    logits = model.lm_head(hidden).float() / (temperature or 1.0)
-    return logits.index_fill(1, torch.tensor(banned, device=logits.device), float("-inf"))
+    banned = on_device((c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id), hidden.device)
+    return (model.lm_head(hidden).float() / temperature).index_fill(1, banned, float("-inf"))
+
+
+CONSTANTS: dict[tuple, Tensor] = {}
+
+
+def on_device(numbers: tuple[int, ...], where: torch.device) -> Tensor:
+    """A constant, sent to the device once: doing so within a captured step is not allowed, and slow elsewhere."""
+    if (numbers, where) not in CONSTANTS:
+        CONSTANTS[numbers, where] = torch.tensor(numbers, device=where)
+    return CONSTANTS[numbers, where]
 
 
 def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0,
@@ -361,6 +386,16 @@ def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, t
     return torch.zeros(B, G, C, device=mask.device).index_put((b, g, c), torch.cat(parts))
 
 
+def flops(model, prompts: list[Prompts], tokens: Tensor) -> Tensor:
+    """Floating point operations (B,) of a forward pass over groups with so many completion tokens (B,): two for each weight of
+    a matrix and token, or patch of an image. Attention itself is left out, some percent at these lengths. A backward pass
+    takes twice as many."""
+    count = lambda module: sum(weight.numel() for weight in module.parameters())
+    layers, head, vision = model.model.language_model.layers, model.lm_head, model.model.visual
+    images = torch.tensor([count(layers) * p.ids.shape[1] + count(vision) * len(p.pixels) for p in prompts], device=tokens.device)
+    return 2 * (images + (count(layers) + count(head)) * tokens).double()
+
+
 class Policy(torch.nn.Module):
     """The model whose forward is token_logprobs. FSDP gathers a sharded model's weights when its root is called, so the
     root has to be what the training loop calls."""
@@ -386,80 +421,3 @@ def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
     own = torch.ones(C, C, dtype=torch.bool, device=prompts.ids.device).tril()
     mask = torch.cat([prompts.real[:, None].expand(-1, C, -1), own.expand(len(prompts.ids), -1, -1)], 2)  # (B, C, P+C)
     return mask.repeat_interleave(G, 0).unsqueeze(1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rollout
-
-class Rollout(NamedTuple):
-    tokens: Tensor    # (B, G, C) completions, padded after the stop token
-    mask: Tensor      # (B, G, C) True on the completion's tokens, the stop token included
-    logprobs: Tensor  # (B, G, C) of the sampled tokens, as sampled; 0 elsewhere
-    entropy: Tensor   # (B, G, C) of the distributions they were drawn from, in nats; 0 elsewhere
-    stopped: Tensor   # (B, G) False where the completion was cut off at C tokens
-
-
-@torch.no_grad()
-def rollout(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor | None, G: int = 1,
-            temperature: float = 1.0) -> Rollout:
-    """G completions of at most C tokens for each of B prompts.
-
-    noise   (B*G, C) uniform numbers in [0, 1): token t of a row is where its number falls in the cumulated
-            distribution (inverse CDF). A row's tokens thus depend on its own numbers only, not on its neighbours, the
-            batch or the device's generator. None decodes greedily.
-    """
-    was_training, B, P = model.training, *prompts.ids.shape
-    model.eval()  # the sampled distribution has no dropout
-    stops = torch.tensor(stop_ids(processor), device=prompts.ids.device)
-    pad = processor.tokenizer.pad_token_id
-    tokens = torch.full((B * G, C), pad, device=prompts.ids.device)
-    logprobs, entropy = torch.zeros(2, B * G, C, device=prompts.ids.device)
-    mask = torch.zeros(B * G, C, dtype=torch.bool, device=prompts.ids.device)
-    running = torch.ones(B * G, dtype=torch.bool, device=prompts.ids.device)
-
-    with autocast():
-        shared = Shared("prefill", P, G, C=C)
-        hidden = decoder(model, embed_prompts(model, prompts), prompts.positions, shared)
-        hidden = hidden[torch.arange(B, device=hidden.device), prompts.lengths - 1].repeat_interleave(G, 0)  # (B*G, E)
-        start = (last_positions(prompts) + 1).repeat_interleave(G)                       # (B*G,)
-        shared.mode, shared.mask = "decode", prompts.real[:, None, None] if prompts.padded else None
-        for t in range(C):
-            dist = next_token_logits(model, hidden, temperature).log_softmax(-1)         # (B*G, V)
-            token = dist.argmax(-1) if noise is None else sample(dist, noise[:, t])
-            token = torch.where(running, token, pad)
-            tokens[:, t], mask[:, t] = token, running
-            logprobs[:, t] = dist.gather(1, token[:, None]).squeeze(1).where(running, 0.0)
-            entropy[:, t] = torch.special.entr(dist.exp()).sum(-1).where(running, 0.0)
-            running = running & ~torch.isin(token, stops)
-            if t + 1 == C or not running.any():
-                break
-            shared.slot = t
-            hidden = decoder(model, embed(model, token[:, None]),
-                             (start + t).expand(3, 1, -1).transpose(1, 2), shared)[:, 0]
-    model.train(was_training)
-    longest = int(mask.sum(1).max())
-    shape = lambda x: x[:, :longest].view(B, G, longest)
-    return Rollout(shape(tokens), shape(mask), shape(logprobs), shape(entropy), ~running.view(B, G))
-
-
-def noise(seed: tuple[int, ...], rows: Sequence[int], G: int, C: int) -> Tensor:
-    """Uniform numbers for `rollout`, (B*G, C): those of completion g of prompt b are a function of (seed, b, g)."""
-    draws = [np.random.default_rng([*seed, b, g]).random(C, dtype=np.float32) for b in rows for g in range(G)]
-    return torch.from_numpy(np.stack(draws)).to(device())
-
-
-def sample(logprobs: Tensor, noise: Tensor) -> Tensor:
-    """Inverse CDF: (N, V) log-probs and (N,) uniform numbers -> (N,) tokens. In float64: 150,000 terms add up."""
-    cdf = logprobs.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, (noise.double() * cdf[:, -1])[:, None], right=True).squeeze(1)
-
-
-def stop_ids(processor: Processor) -> list[int]:
-    return processor.tokenizer.convert_tokens_to_ids(list(STOPS))
-
-
-def decode(processor: Processor, result: Rollout) -> list[list[str]]:
-    """B x G texts without the stop token. Other special tokens stay visible: the format reward should see them."""
-    ends = set(stop_ids(processor))
-    return [processor.tokenizer.batch_decode([[t for t in row[real].tolist() if t not in ends] for row, real in zip(*group)],
-                                             skip_special_tokens=False) for group in zip(result.tokens, result.mask)]

@@ -4,7 +4,8 @@ A group stays whole on its rank. Every rank makes the same number of forward and
 gathers weights from all; a rank that has fewer groups to learn from passes over one again with weights of zero.
 
 A sharded model cannot generate quickly, as every token would gather every layer; so each rank also holds a whole copy for
-the rollouts, which is overwritten with the new weights after each step.
+the rollouts, which is overwritten with the new weights after each step. So does a single GPU, where casting float32 weights
+for each token would read twice as much.
 """
 
 import copy
@@ -42,7 +43,7 @@ def start(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | No
     if ranks() % size:
         raise BadInput(f"--shard-size {size}: {ranks()} processes are no multiple of it")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(qwen.device())
     if ranks() == 1:
         return None
     if not dist.is_initialized():
@@ -55,17 +56,21 @@ def start(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | No
 # The model on all ranks
 
 def spread(model, mesh: DeviceMesh | None) -> tuple[qwen.Policy, torch.nn.Module]:
-    """A model from the CPU -> (the policy that learns, sharded; the whole model that generates). One process: they are one.
-    No GPU ever holds the whole model in float32: sharding moves one unit at a time."""
-    if mesh is None:
+    """A model from the CPU -> (the policy that learns, sharded; the whole model that generates). On a CPU, and with LoRA on
+    one GPU, they are one. No GPU ever holds the whole model in float32: sharding moves one unit at a time."""
+    adapters = any(not weight.requires_grad for weight in model.model.language_model.parameters())
+    if mesh is None and (adapters or not torch.cuda.is_available()):
         model.to(qwen.device())
         return qwen.Policy(model), model
-    return shard(qwen.Policy(copy.deepcopy(model)), mesh), qwen.halve(model, vectors=True).to(qwen.device())
+    policy = qwen.Policy(copy.deepcopy(model))
+    policy = policy.to(qwen.device()) if mesh is None else shard(policy, mesh)
+    return policy, qwen.halve(model, vectors=True).to(qwen.device())
 
 
-def frozen(model, mesh: DeviceMesh | None) -> qwen.Policy:
-    """A copy of a whole model that does not learn: the reference."""
-    return shard(qwen.Policy(qwen.halve(copy.deepcopy(model)).requires_grad_(False)), mesh, reshard=True)
+def frozen(policy: qwen.Policy, sampler: torch.nn.Module, mesh: DeviceMesh | None) -> qwen.Policy:
+    """A copy of the policy that does not learn: the reference. (A sharded policy cannot be copied, its sampler can.)"""
+    model = copy.deepcopy(policy.model if mesh is None else sampler)
+    return shard(qwen.Policy(qwen.halve(model).requires_grad_(False)), mesh, reshard=True)
 
 
 def shard(policy: qwen.Policy, mesh: DeviceMesh | None, reshard: bool | None = None) -> qwen.Policy:

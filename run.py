@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_o
 import parallel
 from data import BadInput, first_line
 
-FREE = ("save-every", "eval-every", "shard-size", "micro-batch", "gradient-checkpointing")  # change neither data nor loss
+# flags that change neither data nor loss
+FREE = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens", "gradient-checkpointing", "compile")
 warnings.filterwarnings("ignore", "torch.distributed is disabled")                   # one process is no mishap
 
 

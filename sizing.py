@@ -53,9 +53,9 @@ def memory(size: str, gpus: int = 1, lora: bool = False, reference: bool = True)
                 "gradients": 4 * trained / gpus,
                 "AdamW": 8 * trained / gpus,
                 "reference (bf16)": 2 * N["all"] / gpus if reference and not lora else 0,  # with LoRA: adapters off
-                "rollout copy (bf16)": 2 * N["all"] if gpus > 1 else 0}
-    if gpus == 1:                                                                       # what autocast keeps of a pass
-        bytes_of["weights in bf16"] = 2 * trained
+                "rollout copy (bf16)": 0 if lora and gpus == 1 else 2 * N["all"]}
+    if gpus == 1:                                                                       # one layer's at a time, or the head
+        bytes_of["cast weights"] = 2 * max(N["layer"], text.vocab_size * E)
     else:                                                                               # the root, one unit, and its gradient
         bytes_of["gathered weights"] = 2 * root + (2 + 2 + 4) * max(2 * N["layer"], N["vision"], root)
     row = PROMPT_TOKENS + GROUP * NEW_TOKENS                                            # tokens of a packed row

@@ -26,8 +26,9 @@ from tqdm import tqdm
 import grpo
 import model as qwen
 import parallel
+import rollout
 import run
-from data import BadInput, HelpFormatter, as_row, batch, load, load_images, natural, positive, prompt
+from data import BadInput, HelpFormatter, ahead, as_row, batch, load, load_images, natural, positive, prompt
 from evaluate import heldout_rewards
 from judges import load_judges
 from readers import few_shots
@@ -52,6 +53,7 @@ flags.add_argument("--group", type=int, default=8, help="G: completions for each
 flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion (tiny: 160 for ground, ovd, seg)")
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
 flags.add_argument("--seed", type=natural, default=0)
+flags.add_argument("--compile", action="store_true", help="torch.compile a decoding step: a minute of warm-up for each shape")
 flags = parser.add_argument_group("reward")
 for part in ("format", "accuracy", "length", "repetition"):
     flags.add_argument(f"--{part}-weight", type=float, default=1.0, help=f"weight of the {part} reward in the sum"
@@ -75,10 +77,22 @@ flags.add_argument("--gradient-checkpointing", action="store_true", help="recomp
 flags.add_argument("--lora", type=positive, help="rank of LoRA adapters in the language model, all that learns then")
 flags.add_argument("--freeze", choices=["vision"], help="the vision tower does not learn; its features are computed once a prompt")
 flags.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
-flags.add_argument("--micro-batch", type=positive, default=1, help="groups in a forward pass of the update")
+flags.add_argument("--pack-tokens", type=positive, default=2048, help="tokens in a forward pass of the update: as many groups "
+                   "as fit, at least one")
 flags = parser.add_argument_group("output")
 flags.add_argument("--save-every", type=positive, default=50, help="steps between checkpoints")
 flags.add_argument("--eval-every", type=positive, default=50, help="steps between held-out scores")
+
+
+def pack(sizes: dict[int, int], room: int) -> list[list[int]]:
+    """Groups and their tokens -> the groups of each forward pass, like with like: as many as fit, all padded to the largest."""
+    passes = []
+    for group in sorted(sizes, key=sizes.get, reverse=True):
+        if passes and sizes[passes[-1][0]] * (len(passes[-1]) + 1) <= room:
+            passes[-1].append(group)
+        else:
+            passes.append([group])
+    return passes
 
 
 def main() -> None:
@@ -94,6 +108,8 @@ def main() -> None:
         raise BadInput("--lora has one stage, whose reference is the model without adapters; run the tasks one by one, each "
                        "from the last one's model/")
     mesh = parallel.start(args.shard_size)
+    if args.compile:
+        rollout.compile()
     mine = range(parallel.rank(), args.prompts, parallel.ranks())                        # this rank's prompts of a step
     torch.manual_seed(args.seed)
     model, processor = qwen.load(args.model, args.image_size)
@@ -115,12 +131,12 @@ def main() -> None:
     samples_log = run.Log(args.out / "samples.jsonl", done * args.group)
     bar = tqdm(total=args.steps * len(tasks), initial=done, disable=parallel.rank() > 0 or not sys.stderr.isatty())
     run.finish_step_on_signal()
-    policy, sampler = parallel.spread(model, mesh)                            # what learns, what generates
+    policy, sampler = parallel.spread(model, mesh)                                       # what learns, what generates
 
     for stage in range(progress["stage"], len(tasks)):
         reference = optimizer = guard = None                                             # the last stage's go first
         if args.beta and not adapters:                                                   # with them: the policy without
-            reference = parallel.frozen(sampler, mesh)
+            reference = parallel.frozen(policy, sampler, mesh)
         optimizer = torch.optim.AdamW([w for w in policy.parameters() if w.requires_grad], lr=args.lr, betas=(0.9, 0.99),
                                       weight_decay=args.weight_decay, fused=torch.cuda.is_available())
         guard = run.Guard(optimizer, progress["skipped"])
@@ -131,53 +147,53 @@ def main() -> None:
         before, after = progress["before"] or heldout_scores(), None
         policy.train()
 
-        for step in range(progress["step"], args.steps):
+        plan = lambda step: batch(data[stage], step, args.prompts, args.seed + stage)[mine.start :: mine.step]
+        encode = lambda sample: qwen.encode(processor, prompt(sample), load_images(sample))
+        for step, samples, prompts in ahead(plan, encode, range(progress["step"], args.steps)):
             # --- rollout: B prompts, G completions each ---------------------------------------------------------------
             began = time.perf_counter()
-            samples = batch(data[stage], step, args.prompts, args.seed + stage)[mine.start :: mine.step]
-            prompts = [qwen.encode(processor, prompt(s), load_images(s)) for s in samples]
             if args.freeze or args.lora:
                 prompts = [qwen.look(sampler, p) for p in prompts]
-            noise = qwen.noise((args.seed, stage, step), mine, args.group, args.max_new_tokens)
-            rollout = qwen.rollout(sampler, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
-                                   args.temperature)
-            texts = qwen.decode(processor, rollout)
+            noise = rollout.noise((args.seed, stage, step), mine, args.group, args.max_new_tokens)
+            drawn = rollout.generate(sampler, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
+                                     args.temperature)
+            texts = rollout.texts(processor, drawn)
             rollout_seconds = time.perf_counter() - began
 
             # --- rewards and advantages, (B, G) -----------------------------------------------------------------------
-            used = (rollout.mask.sum(2) / args.max_new_tokens).tolist()                  # share of the longest allowed
+            used = (drawn.mask.sum(2) / args.max_new_tokens).tolist()                        # share of the longest allowed
             parts = [[reward_parts(text, sample, share) for text, share in zip(group, shares)]
                      for sample, group, shares in zip(samples, texts, used)]             # B x G, by name
             rewards = torch.tensor([[sum(weights[name] * value for name, value in p.items()) for p in group] for group in parts],
                                    device=qwen.device())
             advantages = grpo.advantages(rewards, args.divide_by_std)
             learning = grpo.learning_groups(rewards)                                     # (B,)
-            mask = rollout.mask & learning[:, None, None]                                # (B, G, C): tokens with loss
+            mask = drawn.mask & learning[:, None, None]                                      # (B, G, C): tokens with loss
             if args.mask_truncated:
-                mask &= rollout.stopped[:, :, None]
+                mask &= drawn.stopped[:, :, None]
             token_weights = grpo.token_weights(mask, args.loss, args.max_new_tokens, parallel.total)
 
             # --- update: mu passes over the rollout, some groups at a time --------------------------------------------
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
-            chosen = learning.nonzero().squeeze(1).split(args.micro_batch) if mask.any() else ()   # group numbers
-            passes = parallel.largest(len(chosen))                                       # the same on every rank
-            longest = rollout.mask.sum(2).amax(1).tolist()                               # tokens of each group's longest
-            old, ref = {}, {}                                                            # log-probs by micro-batch
+            longest = drawn.mask.sum(2).amax(1).tolist()                                 # tokens of each group's longest
+            sizes = {b: prompts[b].ids.shape[1] + args.group * longest[b] for b in learning.nonzero()[:, 0].tolist()}
+            chosen = pack(sizes, args.pack_tokens) if mask.any() else []                 # the groups of each pass
+            passes = parallel.largest(len(chosen))                                       # as many on every rank
+            old, ref = {}, {}                                                            # log-probs by pass
             totals = Counter()                                                           # sums over the passes
             for inner in range(args.inner_steps if passes else 0):                       # without loss, Adam must not drift
                 inner_loss = torch.zeros((), device=mask.device)
                 for i in range(passes):
-                    groups = chosen[i] if i < len(chosen) else torch.zeros_like(learning[:1], dtype=torch.long)
-                    numbers = groups.tolist()
-                    some = groups, slice(None), slice(max(longest[b] for b in numbers))  # (b, G, C up to their longest)
+                    groups = chosen[i] if i < len(chosen) else [0]
+                    some = groups, slice(None), slice(max(longest[b] for b in groups))   # (b, G, C up to their longest)
                     live = mask[some] & (i < len(chosen))                                # a pass too many carries no loss
-                    inputs = qwen.collate([prompts[b] for b in numbers]), rollout.tokens[some], live, args.temperature
+                    inputs = qwen.collate([prompts[b] for b in groups]), drawn.tokens[some], live, args.temperature
                     logprobs = policy(*inputs)                                           # (b, G, C)
                     if inner == 0:
                         old[i], ref[i] = logprobs.detach(), None
-                        totals["gap"] += (old[i] - rollout.logprobs[some]).abs()[live].sum()
+                        totals["gap"] += (old[i] - drawn.logprobs[some]).abs()[live].sum()
                         if args.beta:
                             with torch.no_grad(), qwen.without_adapters(policy):
                                 ref[i] = (reference or policy)(*inputs)
@@ -193,10 +209,12 @@ def main() -> None:
             parallel.refresh(sampler, policy)
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
+            work = qwen.flops(sampler, prompts, drawn.mask.sum((1, 2)))                      # (B,) of a forward pass
             sums = {"reward": rewards.sum(), "reward_std": args.group * rewards.std(1).sum(), "kl": totals["kl"],
-                    "entropy": rollout.entropy.sum(), "clip_frac": totals["clipped"], "loss": totals["loss"],
-                    "sampling_gap": totals["gap"], "len_mean": rollout.mask.sum(), "truncated_frac": (~rollout.stopped).sum(),
-                    "zero_std_frac": args.group * (~learning).sum(), "scored": mask.sum()}
+                    "entropy": drawn.entropy.sum(), "clip_frac": totals["clipped"], "loss": totals["loss"],
+                    "sampling_gap": totals["gap"], "len_mean": drawn.mask.sum(), "truncated_frac": (~drawn.stopped).sum(),
+                    "zero_std_frac": args.group * (~learning).sum(), "scored": mask.sum(),
+                    "flops": work.sum() + work[learning].sum() * (3 * args.inner_steps + bool(args.beta))}
             sums |= {name: sum(p[name] for group in parts for p in group) for name in parts[0][0]}
             values = torch.stack([torch.as_tensor(value, device=mask.device).double() for value in sums.values()])
             sums = dict(zip(sums, parallel.total(values).tolist()))                      # over all ranks
@@ -206,10 +224,11 @@ def main() -> None:
             figures = {name: value / counts.get(name, N) for name, value in sums.items()}
             seconds = time.perf_counter() - began
             row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
-                   **{name: value for name, value in figures.items() if name not in (*parts[0][0], "scored")},
+                   **{name: value for name, value in figures.items() if name not in (*parts[0][0], "scored", "flops")},
                    "grad_norm": float(totals["norm"]) / args.inner_steps, "skipped": guard.skipped,
                    "parts": {name: figures[name] for name in parts[0][0]}, "lr": optimizer.param_groups[0]["lr"],
-                   "rollout_s": rollout_seconds, "update_s": seconds, "tokens_per_s": tokens / (rollout_seconds + seconds)}
+                   "rollout_s": rollout_seconds, "update_s": seconds, "tokens_per_s": tokens / (rollout_seconds + seconds),
+                   "flops_per_s": sums["flops"] / (rollout_seconds + seconds)}
             last = step + 1 == args.steps
             if (step + 1) % args.eval_every == 0 or last:
                 row["heldout"] = after = heldout_scores()

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import model as qwen
 import parallel
 import run
-from data import BadInput, HelpFormatter, batch, load, load_images, natural, positive, prompt, sloppy, target
+from data import BadInput, HelpFormatter, Sample, ahead, batch, load, load_images, natural, positive, prompt, sloppy, target
 from evaluate import heldout_rewards
 from readers import few_shots
 from rewards import TAGS, TASKS
@@ -127,25 +127,28 @@ def main() -> None:
     guard = run.Guard(optimizer, progress["skipped"])
     bar = tqdm(total=args.steps, initial=progress["step"], disable=parallel.rank() > 0 or not sys.stderr.isatty())
 
-    policy.train()
-    for step in range(progress["step"], args.steps):
-        began = time.perf_counter()
+    def plan(step: int) -> list[Sample]:
+        """This rank's samples of a step."""
         samples = [batch(data[place % len(tasks)], place // len(tasks), 1, args.seed + place % len(tasks))[0]
                    for place in range(step * args.batch, (step + 1) * args.batch)]
         if args.box_noise:
             samples = [sloppy(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s for i, s in enumerate(samples)]
         samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
+        return samples[parallel.rank() :: parallel.ranks()]
+
+    encode = lambda sample: qwen.encode(processor, prompt(sample), load_images(sample))
+    policy.train()
+    for step, samples, prompts in ahead(plan, encode, range(progress["step"], args.steps)):
+        began = time.perf_counter()
         targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"]).to(qwen.device())
                    for s in samples]
-        T = sum(map(len, targets))  # of all ranks, counted before the micro-batches: neither changes the gradient
-        samples, targets = (x[parallel.rank() :: parallel.ranks()] for x in (samples, targets))
+        T = int(parallel.total(torch.tensor(sum(map(len, targets)), device=qwen.device())))  # of all ranks and micro-batches
         loss = torch.zeros((), device=qwen.device())
         for at in range(0, len(samples), args.micro_batch):
             part = slice(at, at + args.micro_batch)
-            prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples[part]])
             completions = pad_sequence(targets[part], batch_first=True)[:, None]                             # (B, 1, C)
             mask = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in targets[part]], batch_first=True)[:, None]
-            micro_loss = -policy(prompts, completions, mask).sum() / T
+            micro_loss = -policy(qwen.collate(prompts[part]), completions, mask).sum() / T
             micro_loss.backward()
             loss += micro_loss.detach()
         for param_group in optimizer.param_groups:

@@ -24,7 +24,7 @@ RUNS = {
     "grpo": (train_grpo, GRPO),
     "dapo": (train_grpo, f"{GRPO} --loss dapo --inner-steps 2 --steps 2 --mask-truncated"),
     "stages": (train_grpo, f"{GRPO} --task cls,det --steps 2 --lr 1e-4"),
-    "gspo": (train_grpo, f"{GRPO} --loss gspo --clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --micro-batch 2 "
+    "gspo": (train_grpo, f"{GRPO} --loss gspo --clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
                          "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4"),
     "copies": (train_grpo, f"{GRPO} --steps 2 --shard-size 1"),
     "frozen": (train_grpo, f"{GRPO} --freeze vision --steps 2"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data
-from data import HELDOUT_SEED, BadInput, Sample, Scenes, as_row, batch, convert_box, from_row, load, load_images, prompt, read_source, target
+from data import ahead, HELDOUT_SEED, BadInput, Sample, Scenes, as_row, batch, convert_box, from_row, load, load_images, prompt, read_source, target
 from rewards import TASKS, box_text, format_reward, horizontal, reward_parts
 from scenes import LAND, draw, scene
 
@@ -516,3 +516,25 @@ def test_order_does_not_depend_on_the_folder(tmp_path):
         samples = read_source(str(folder / "captions.jsonl"), "cap", F, None)
         answers.append([s.answer for s in sorted(samples, key=data.record_hash)])
     assert answers[0] == answers[1] != sorted(answers[0])
+
+
+def test_ahead_keeps_the_order_and_is_one_step_ahead():
+    began = []
+    plan = lambda step: [(step, i) for i in range(3)]
+    for step, samples, encoded in ahead(plan, lambda sample: began.append(sample) or sample, range(2, 5)):
+        assert samples == encoded == plan(step)
+        assert len(began) >= 3 * (step - 1)
+    assert sorted(began) == [(step, i) for step in (2, 3, 4) for i in range(3)]
+    assert list(ahead(plan, str, range(3, 3))) == []
+
+
+def test_ahead_hands_on_an_error_of_its_step():
+    def encode(sample):
+        if sample == 2:
+            raise BadInput("image 2 is missing")
+        return sample
+    seen = []
+    with pytest.raises(BadInput, match="image 2"):
+        for step, _, _ in ahead(lambda step: [step], encode, range(5)):
+            seen.append(step)
+    assert seen == [0, 1]

@@ -10,6 +10,8 @@ from PIL import Image
 
 import grpo
 import model as qwen
+import rollout
+import train_grpo
 
 B, G, C, C_MAX = 4, 3, 6, 10
 CLIP = dict(clip_low=0.2, clip_high=0.28)
@@ -263,18 +265,18 @@ def step(tiny):
         images = np.random.default_rng(0).integers(0, 256, (B, 56, 56, 3), dtype=np.uint8)
         prompts = [qwen.encode(processor, "ship " * n + "<|vision_start|><|image_pad|><|vision_end|>", [Image.fromarray(image)])
                    for n, image in enumerate(images)]
-        stops = torch.tensor(qwen.stop_ids(processor))
+        stops = torch.tensor(rollout.stop_ids(processor))
         with policy.lm_head.register_forward_hook(lambda _, x, y: y.index_add(-1, stops, torch.full((len(y), 2), 3.5))):
-            rollout = qwen.rollout(policy, processor, qwen.collate(prompts), C, torch.rand(B * G, C), G)
-        assert 0 < rollout.stopped.sum() < B * G and not rollout.mask.all()
-        yield policy, reference, prompts, rollout, torch.randn(B, G)
+            drawn = rollout.generate(policy, processor, qwen.collate(prompts), C, torch.rand(B * G, C), G)
+        assert 0 < drawn.stopped.sum() < B * G and not drawn.mask.all()
+        yield policy, reference, prompts, drawn, torch.randn(B, G)
 
 
 def gradient(step, size, loss, mask=None, tokens=None, advantages=None):
     """The update of train_grpo.py with `size` groups a micro-batch -> gradient of every parameter."""
-    policy, reference, prompts, rollout, advantage = step
-    mask = rollout.mask if mask is None else mask
-    tokens = rollout.tokens if tokens is None else tokens
+    policy, reference, prompts, drawn, advantage = step
+    mask = drawn.mask if mask is None else mask
+    tokens = drawn.tokens if tokens is None else tokens
     advantage = advantage if advantages is None else advantages
     weights = grpo.token_weights(mask, loss, C_MAX)
     for i in range(0, B, size):
@@ -309,3 +311,12 @@ def test_masked_truncated_completions_give_no_gradient(step):
     for name, grad in gradient(step, 1, "grpo", mask, other, torch.where(cut, 100.0, advantage)).items():
         assert torch.equal(grad, expected[name]), name
     assert any(not torch.equal(grad, expected[name]) for name, grad in gradient(step, 1, "grpo").items())
+
+
+@pytest.mark.parametrize("room, passes", [(1, 5), (100, 4), (250, 2), (10_000, 1)])
+def test_passes_hold_every_group_once_and_no_more_than_fits(room, passes):
+    sizes = {3: 70, 1: 120, 0: 40, 7: 90, 5: 45}
+    packed = train_grpo.pack(sizes, room)
+    assert sorted(group for groups in packed for group in groups) == sorted(sizes)
+    assert all(len(groups) == 1 or len(groups) * max(map(sizes.get, groups)) <= room for groups in packed)
+    assert len(packed) == passes and train_grpo.pack({}, room) == []

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
+import rollout
 import run
 from data import BadInput
 
@@ -109,8 +111,10 @@ def plain_logprobs(plain, processor, prompt, tokens, temperature=1.0):
 
 def likelier(model, tokens, by):
     """A hook that adds `by` to the logits of some tokens; `with` removes it."""
+    more = torch.zeros(model.config.text_config.vocab_size).index_fill(0, torch.tensor(tokens), by)
+
     def add(_, inputs, logits):
-        return logits.index_add(-1, torch.tensor(tokens), torch.full((*logits.shape[:-1], len(tokens)), by))
+        return logits + more
     return model.lm_head.register_forward_hook(add)
 
 
@@ -214,7 +218,7 @@ def test_prefill_and_decode_equal_the_whole_forward(sharp, plain, temperature):
     """The distributions that were sampled are those of one plain forward over prompt and completion, token by token."""
     (model, processor), G, C = sharp, 3, 10
     prompts = [encode(processor, name) for name in MIXED]
-    result = qwen.rollout(model, processor, qwen.collate(prompts), C, torch.rand(len(prompts) * G, C), G, temperature)
+    result = rollout.generate(model, processor, qwen.collate(prompts), C, torch.rand(len(prompts) * G, C), G, temperature)
     for b, prompt in enumerate(prompts):
         for g in range(G):
             k = int(result.mask[b, g].sum())
@@ -228,10 +232,10 @@ def test_prefill_and_decode_equal_the_whole_forward(sharp, plain, temperature):
 def test_greedy_equals_transformers_generate(sharp, plain):
     (model, processor), C = sharp, 20
     prompts = [encode(processor, name) for name in PROMPTS if name != "image last"]  # generate takes what follows for image
-    ours = qwen.rollout(model, processor, qwen.collate(prompts), C, None)
+    ours = rollout.generate(model, processor, qwen.collate(prompts), C, None)
     for b, prompt in enumerate(prompts):
         out = plain.generate(**plain_inputs(prompt, prompt.ids[:, :0], processor), do_sample=False, max_new_tokens=C,
-                             suppress_tokens=vision_ids(processor), eos_token_id=qwen.stop_ids(processor), pad_token_id=0)
+                             suppress_tokens=vision_ids(processor), eos_token_id=list(rollout.stop_ids(processor)), pad_token_id=0)
         assert ours.tokens[b, 0][ours.mask[b, 0]].tolist() == out[0, prompt.ids.shape[1]:].tolist()
     assert len({tuple(row) for row in ours.tokens[:, 0].tolist()}) == len(prompts)  # not one answer to all of them
 
@@ -251,7 +255,7 @@ def test_sample_follows_the_softmax(temperature):
     logits = torch.randn(200) * 2
     logits[[0, 7, 199]] = -math.inf
     dist = (logits / temperature).log_softmax(0)
-    tokens = qwen.sample(dist.expand(20_000, -1), qwen.noise((0,), range(20_000), 1, 1)[:, 0].cpu())
+    tokens = rollout.sample(dist.expand(20_000, -1), rollout.noise((0,), range(20_000), 1, 1)[:, 0].cpu())
     assert_frequencies(tokens.numpy(), dist.double().softmax(0).numpy())
 
 
@@ -260,7 +264,7 @@ def test_rollout_follows_the_softmax(sharp, plain, temperature):
     """Hub configs of Qwen2.5-VL (temperature 1e-6, top_k 1) make `sampling` greedy; and a sampled image token has no image."""
     model, processor = sharp
     prompt = encode(processor, "one image")
-    tokens = np.concatenate([qwen.rollout(model, processor, prompt, 1, qwen.noise((seed,), [0], 2000, 1), 2000, temperature)
+    tokens = np.concatenate([rollout.generate(model, processor, prompt, 1, rollout.noise((seed,), [0], 2000, 1), 2000, temperature)
                              .tokens.flatten().numpy() for seed in range(10)])
     with torch.no_grad():
         dist = plain_dist(plain, processor, prompt, prompt.ids[:, :1], temperature)[0, 0]
@@ -275,14 +279,14 @@ def test_impossible_tokens_are_never_drawn(number):
     beyond it where the probabilities add up to a little less than 1."""
     dist = torch.full((1, 150_000), -math.inf)
     dist[0, 10:-10] = -math.log(dist.shape[1] - 20) - 1e-5
-    assert 10 <= qwen.sample(dist, torch.tensor([number])).item() < 149_990
+    assert 10 <= rollout.sample(dist, torch.tensor([number])).item() < 149_990
 
 
 def test_vision_tokens_are_banned_where_the_model_wants_them(sharp):
     model, processor = sharp
     prompt = encode(processor, "one image")
     with likelier(model, vision_ids(processor), 100.0):
-        result = qwen.rollout(model, processor, prompt, 6, torch.rand(4, 6), 4)
+        result = rollout.generate(model, processor, prompt, 6, torch.rand(4, 6), 4)
         assert not torch.isin(result.tokens, torch.tensor(vision_ids(processor))).any()
         scored = qwen.token_logprobs(model, prompt, result.tokens, result.mask)
     torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
@@ -292,13 +296,13 @@ def test_completions_depend_on_their_own_noise_only(sharp):
     """Same seed, same completions: alone or beside other prompts, whatever the size of the group."""
     (model, processor), G, C = sharp, 4, 8
     prompts = [encode(processor, name) for name in MIXED]
-    together = qwen.rollout(model, processor, qwen.collate(prompts), C, qwen.noise((3, 1), range(4), G, C), G)
+    together = rollout.generate(model, processor, qwen.collate(prompts), C, rollout.noise((3, 1), range(4), G, C), G)
     for b, prompt in enumerate(prompts):
         assert len(together.tokens[b].unique(dim=0)) == G  # the rows of a group differ
-        alone = qwen.rollout(model, processor, prompt, C, qwen.noise((3, 1), [b], 2, C), 2)
+        alone = rollout.generate(model, processor, prompt, C, rollout.noise((3, 1), [b], 2, C), 2)
         k = alone.tokens.shape[2]
         assert torch.equal(alone.tokens[0], together.tokens[b, :2, :k])
-    other = qwen.rollout(model, processor, qwen.collate(prompts), C, qwen.noise((4, 1), range(4), G, C), G)
+    other = rollout.generate(model, processor, qwen.collate(prompts), C, rollout.noise((4, 1), range(4), G, C), G)
     assert not torch.equal(other.tokens, together.tokens)
 
 
@@ -307,11 +311,94 @@ def test_sampled_logprobs_equal_scored_ones(sharp, temperature):
     """A peer samples at 0.9 and scores at 1: its ratio is never 1."""
     (model, processor), G, C = sharp, 4, 12
     prompts = qwen.collate([encode(processor, name) for name in MIXED])
-    with likelier(model, qwen.stop_ids(processor), 3.0):
-        result = qwen.rollout(model, processor, prompts, C, torch.rand(len(MIXED) * G, C), G, temperature)
+    with likelier(model, rollout.stop_ids(processor), 3.0):
+        result = rollout.generate(model, processor, prompts, C, torch.rand(len(MIXED) * G, C), G, temperature)
         scored = qwen.token_logprobs(model, prompts, result.tokens, result.mask, temperature)
     assert not result.mask.all()
     torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def stopping(sharp):
+    """(model, processor, noise): four prompts, G 8, rows that stop at very different lengths; one group stops altogether."""
+    with likelier(sharp[0], rollout.stop_ids(sharp[1]), 4.0):
+        yield *sharp, torch.rand(len(MIXED) * 8, 40)
+
+
+def assert_same_completions(one, other):
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.mask, other.mask) and torch.equal(one.stopped, other.stopped)
+    torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.entropy, other.entropy, rtol=0, atol=1e-5)
+
+
+def test_dropping_stopped_rows_changes_no_completion(stopping, monkeypatch):
+    model, processor, noise = stopping
+    prompts, rows = qwen.collate([encode(processor, name) for name in MIXED]), []
+    draw = rollout.draw
+    monkeypatch.setattr(rollout, "draw", lambda model, state, *more: (rows.append(len(state.token)), draw(model, state, *more)))
+    result = rollout.generate(model, processor, prompts, 40, noise, 8)
+    assert rows[0] == 32 and rows[-1] <= 8 and rows == sorted(rows, reverse=True)        # they were dropped, more than once
+    monkeypatch.setattr(rollout, "still_running", lambda state: None)
+    assert_same_completions(result, rollout.generate(model, processor, prompts, 40, noise, 8))
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where an operation would make a GPU wait for the host, or the host for the GPU: a captured graph allows neither."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
+        return function(*args, **kwargs or {})
+
+
+def replayed(model, state, choice):
+    """What a CUDA graph does, on the CPU: the same step on the same tensors, wherever they are, and nothing else."""
+    places = [x.data_ptr() for x in state.tensors()]
+
+    def replay():
+        with NoHost():
+            rollout.decode(model, state, state.tokens.shape[1], *choice)
+        assert [x.data_ptr() for x in state.tensors()] == places
+    return replay
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_captured_step_gives_the_same_completions(stopping, monkeypatch, greedy):
+    """And gives them again when the same graph is replayed for other prompts of that size."""
+    model, processor, noise = stopping
+    noise, captures = None if greedy else noise, []
+
+    def capture(model, state, choice):
+        captures.append(copy.deepcopy(state))
+        return captures[-1], replayed(model, captures[-1], choice)
+    batches = [qwen.collate([encode(processor, name) for name in names]) for names in (MIXED, MIXED[::-1])]
+    plain = [rollout.generate(model, processor, batch, 40, noise, 8) for batch in batches]
+    monkeypatch.setattr(rollout, "capture", capture)
+    monkeypatch.setattr(rollout, "fixed_shapes", lambda: True)
+    for batch, expected in zip(batches, plain):
+        assert_same_completions(rollout.generate(model, processor, batch, 40, noise, 8), expected)
+    assert len(captures) == 1
+
+
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, softmax_scale=None, causal=False,
+                            return_softmax_lse=False):
+    """flash-attn's function of this name, as its documentation has it, for what is used of it here."""
+    if k is not None:
+        for row, place in enumerate(cache_seqlens.tolist()):
+            k_cache[row, place], v_cache[row, place] = k[row, 0], v[row, 0]
+        cache_seqlens = cache_seqlens + 1
+    r = q.shape[2] // k_cache.shape[2]
+    scores = torch.einsum("blhd,bshd->bhls", q, k_cache.repeat_interleave(r, 2)) * softmax_scale
+    scores = scores.masked_fill(torch.arange(k_cache.shape[1]) >= cache_seqlens[:, None, None, None], -math.inf)
+    out = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v_cache.repeat_interleave(r, 2))
+    return out, scores.logsumexp(-1)
+
+
+def test_flash_decoding_gives_the_same_completions(stopping, monkeypatch):
+    """Two calls of the kernel, over the prompt and over the completion, are put together by their log-sum-exps."""
+    model, processor, noise = stopping
+    prompts = qwen.collate([encode(processor, name) for name in MIXED])
+    plain = rollout.generate(model, processor, prompts, 40, noise, 8)
+    monkeypatch.setattr(qwen, "flash_decoding", lambda q: flash_attn_with_kvcache)
+    assert_same_completions(rollout.generate(model, processor, prompts, 40, noise, 8), plain)
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
@@ -320,10 +407,10 @@ def test_every_stop_token_stops_and_counts(sharp, stop):
     (model, processor), G, C = sharp, 64, 8
     stop = processor.tokenizer.convert_tokens_to_ids(stop)
     with likelier(model, [stop], 4.0):
-        result = qwen.rollout(model, processor, encode(processor, "one image"), C, torch.rand(G, C), G)
+        result = rollout.generate(model, processor, encode(processor, "one image"), C, torch.rand(G, C), G)
     assert 0 < result.stopped.sum() < G
     for row, mask, logprobs, stopped in zip(result.tokens[0], result.mask[0], result.logprobs[0], result.stopped[0]):
-        places = torch.isin(row, torch.tensor(qwen.stop_ids(processor))).nonzero().flatten().tolist()
+        places = torch.isin(row, torch.tensor(rollout.stop_ids(processor))).nonzero().flatten().tolist()
         length = places[0] + 1 if stopped else C
         assert bool(places) == bool(stopped)
         assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # the first stop, nothing after it
@@ -333,8 +420,8 @@ def test_every_stop_token_stops_and_counts(sharp, stop):
 @pytest.mark.parametrize("by, stopped", [(100.0, True), (-100.0, False)])
 def test_a_stop_at_the_last_place_is_not_cut_off(sharp, by, stopped):
     model, processor = sharp
-    with likelier(model, qwen.stop_ids(processor), by):
-        result = qwen.rollout(model, processor, encode(processor, "one image"), 1, torch.rand(3, 1), 3)
+    with likelier(model, rollout.stop_ids(processor), by):
+        result = rollout.generate(model, processor, encode(processor, "one image"), 1, torch.rand(3, 1), 3)
     assert result.stopped.tolist() == [[stopped] * 3] and result.mask.all()
 
 
@@ -347,7 +434,7 @@ def test_rollout_is_right_in_training_with_gradient_checkpointing(sharp):
     training.train()
     prompt, modes = encode(processor, "one image"), set()
     training.lm_head.register_forward_hook(lambda *_: modes.add(training.training))
-    expected, result = (qwen.rollout(m, processor, prompt, C, noise, 2) for m in (model, training))
+    expected, result = (rollout.generate(m, processor, prompt, C, noise, 2) for m in (model, training))
     assert torch.equal(result.tokens, expected.tokens)
     torch.testing.assert_close(result.logprobs, expected.logprobs)
     assert modes == {False} and training.training and not model.training
@@ -376,7 +463,7 @@ def test_texts_lose_the_stop_token_only(sharp):
     tokens = torch.tensor([row + [to_ids("x")[0]] * (width - len(row)) for row in rows])[None]
     mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
     nothing = torch.zeros(tokens.shape)
-    assert qwen.decode(processor, qwen.Rollout(tokens, mask[None], nothing, nothing, nothing)) == [texts]
+    assert rollout.texts(processor, rollout.Completions(tokens, mask[None], nothing, nothing, nothing)) == [texts]
 
 
 @pytest.mark.parametrize("text", [
