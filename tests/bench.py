@@ -1,18 +1,20 @@
-"""The group path of this project beside the same work through plain transformers. Prints one JSON line a case.
+"""The group path beside the same work through plain transformers, and beside what the machine allows. One JSON line a case.
 
-    python tests/bench.py                        # seconds of rollout, reference and update; medians after a warm-up
-    python tests/bench.py --px 448 --group 8     # one case
-    python tests/bench.py --memory               # peak of one group's update, by group, prompt and vocabulary
+    python tests/bench.py                            # CPU, a random model of tiny's size: 448 px G 8, 448 px G 16, 224 px G 8
+    python tests/bench.py --size mid --px 448        # of 110 M weights
+    python tests/bench.py --device cuda --size 3b    # the true shapes of Qwen2.5-VL-3B (or 7b), random weights, bf16
+    python tests/bench.py --memory                   # peak of one group's update, by group, prompt and vocabulary
 
-Both sides have the same random weights, prompts, number of tokens, loss, KL, optimiser and micro-batches (one group).
-The baseline is what trainers do: `generate` with num_return_sequences=G, then G rows of prompt + completion, the logits of
-the completion only. Neither side may stop early: each completion has exactly C tokens.
+A step has all parts of a GRPO step with a KL penalty; medians after a warm-up. `plain` is what trainers do on the same weights:
+`generate` with num_return_sequences=G, then G rows of prompt + completion, the logits of the completion only. Neither may
+stop early: each completion has exactly C tokens. `floor`: for a decoded token the bytes of weights and cache over the copy
+bandwidth, for the update its floating point operations over the rate of a large matrix product, both measured on the spot.
 """
 
 import argparse
-import copy
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -23,30 +25,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
 import model as qwen
+import parallel
+import rollout
+import sizing
 import train_sft
 from data import load, load_images, prompt, target
+from rewards import reward_parts
 
-CASES = [(448, 8), (448, 16), (224, 8)]  # side of the image in pixels, G
-qwen.stop_ids = lambda processor: [-1]   # no token of ours stops a completion; generate gets min_new_tokens
+PLAIN = {"text_config": "sdpa", "vision_config": "sdpa"}
+rollout.stop_ids = lambda processor: (-1,)  # no token of ours stops a completion; generate gets min_new_tokens
 
 
 class Ours:
-    def __init__(self, policy, processor, prompts, G, C):
-        self.policy, self.processor, self.prompts, self.G, self.C = policy, processor, prompts, G, C
+    def __init__(self, policy, sampler, reference, processor, samples, G, C):
+        self.policy, self.sampler, self.reference, self.processor, self.G, self.C = policy, sampler, reference, processor, G, C
+        self.samples, self.prompts = samples, self.data(samples)
 
-    def rollout(self):
-        noise = torch.rand(len(self.prompts) * self.G, self.C, device=qwen.device())
-        return qwen.rollout(self.policy, self.processor, qwen.collate(self.prompts), self.C, noise, self.G).tokens
+    def data(self, samples):
+        return [qwen.encode(self.processor, prompt(s), load_images(s)) for s in samples]
+
+    def rollout(self, C=None):
+        noise = torch.rand(len(self.prompts) * self.G, C or self.C, device=qwen.device())
+        return rollout.generate(self.sampler, self.processor, qwen.collate(self.prompts), C or self.C, noise, self.G).tokens
 
     def logprobs(self, model, b, tokens):
         return qwen.token_logprobs(model, self.prompts[b], tokens[None], torch.ones_like(tokens[None], dtype=torch.bool))
 
 
 class Plain(Ours):
+    def __init__(self, *args):
+        super().__init__(*args)
+        for model in (self.policy, self.sampler, self.reference):
+            model.set_attn_implementation(PLAIN)
+
     def inputs(self, ids, attention, b):
         """Rows of prompts `b`; every row brings its own image, as in a trainer's batch."""
         rows = [self.prompts[i] for i in b]
@@ -54,17 +69,20 @@ class Plain(Ours):
         return dict(input_ids=ids, attention_mask=attention, mm_token_type_ids=image,
                     pixel_values=torch.cat([p.pixels for p in rows]), image_grid_thw=torch.cat([p.grids for p in rows]))
 
-    def rollout(self):
+    @torch.no_grad()
+    def rollout(self, C=None):
         P = max(p.ids.shape[1] for p in self.prompts)  # generate wants the padding on the left
         left = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
         ids = torch.cat([left(p.ids) for p in self.prompts])
         attention = torch.cat([left(torch.ones_like(p.ids)) for p in self.prompts])
-        vision = self.processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
-        out = self.policy.eval().generate(
-            **self.inputs(ids, attention, range(len(ids))), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            suppress_tokens=vision, num_return_sequences=self.G, max_new_tokens=self.C, min_new_tokens=self.C)
+        vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+        with qwen.autocast():
+            out = self.sampler.eval().generate(
+                **self.inputs(ids, attention, range(len(ids))), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                suppress_tokens=self.processor.tokenizer.convert_tokens_to_ids(vision), num_return_sequences=self.G,
+                max_new_tokens=C or self.C, min_new_tokens=C or self.C)
         self.policy.train()
-        return out[:, P:].view(len(ids), self.G, self.C)
+        return out[:, P:].view(len(ids), self.G, -1)
 
     def logprobs(self, model, b, tokens):
         ids = torch.cat([self.prompts[b].ids.expand(self.G, -1), tokens], 1)
@@ -74,66 +92,130 @@ class Plain(Ours):
         return logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2)[None]
 
 
-def build(px, G, B, C, vocabulary=None):
-    """-> the two sides, and their frozen references, on the same weights."""
+def build(size, px, G, B, C, vocabulary=None):
+    """-> (the three models, processor, samples, G, C) for one side; random weights."""
     torch.manual_seed(0)
     data = load("synthetic", "det", px)
     samples = [data[i] for i in range(200)]
-    policy, processor = train_sft.scratch([prompt(s) + target(s) for s in samples], px)
-    policy.to(qwen.device())
+    model, processor = train_sft.scratch([prompt(s) + target(s) for s in samples], px)
+    if size != "tiny":
+        mid = dict(hidden_size=640, intermediate_size=2560, num_hidden_layers=16, num_attention_heads=10, num_key_value_heads=2,
+                   vocab_size=8192)
+        vision = dict(depth=8, hidden_size=320, num_heads=8, intermediate_size=860, out_hidden_size=640, fullatt_block_indexes=[3, 7])
+        config = sizing.shape(size) if size != "mid" else Qwen2_5_VLConfig(text_config=mid, vision_config=vision,
+                                                                           tie_word_embeddings=True)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            setattr(config, name, getattr(model.config, name))
+        with torch.device(qwen.device()):
+            model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=qwen.ATTENTION)
     if vocabulary:
-        policy.resize_token_embeddings(vocabulary, mean_resizing=False)
-    with tempfile.TemporaryDirectory() as folder:
-        policy.save_pretrained(folder)
-        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").to(qwen.device())
-    prompts = [qwen.encode(processor, prompt(s), load_images(s)) for s in samples[:B]]
-    return [(kind(m.train(), processor, prompts, G, C), copy.deepcopy(m).requires_grad_(False))
-            for kind, m in ((Ours, policy), (Plain, plain))]
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    policy, sampler = parallel.spread(model, None)
+    if qwen.device().type == "cuda":  # as training at these sizes does
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy.model.train(), sampler, parallel.frozen(policy, sampler, None).model, processor, samples[:B], G, C
 
 
-def one_step(side, reference, optimizer, groups):
-    """One GRPO step on random rewards -> seconds of its three parts."""
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    began, seconds = now(), dict.fromkeys(("rollout", "reference", "update"), 0.0)
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def one_step(side, optimizer):
+    """One GRPO step -> seconds of its parts."""
+    B, times = len(side.samples), [now()]
+    tick = lambda: times.append(now()) or times[-1] - times[-2]
+    side.data(side.samples)
+    seconds = {"data": tick()}
     tokens = side.rollout()
-    assert tokens.shape == (groups, side.G, side.C)
-    seconds["rollout"] = now() - began
-    advantage, mask = grpo.advantages(torch.rand(groups, side.G, device=tokens.device)), torch.ones_like(tokens, dtype=torch.bool)
+    assert tokens.shape == (B, side.G, side.C)
+    seconds["rollout"] = tick()
+    nothing = torch.ones_like(tokens, dtype=torch.bool)
+    for sample, group in zip(side.samples, rollout.texts(side.processor, rollout.Completions(tokens, nothing, *[None] * 3))):
+        for text in group:
+            reward_parts(text, sample)
+    seconds |= {"rewards": tick(), "reference": 0.0, "update": 0.0}
+    advantage, mask = grpo.advantages(torch.rand(B, side.G, device=tokens.device)), torch.ones_like(tokens, dtype=torch.bool)
     weights = grpo.token_weights(mask, "grpo", side.C)
-    for b in range(groups):
-        began = now()
+    for b in range(B):
         with torch.no_grad():
-            ref = side.logprobs(reference, b, tokens[b])
-        middle = now()
+            reference = side.logprobs(side.reference, b, tokens[b])
+        seconds["reference"] += tick()
         logprobs, part = side.logprobs(side.policy, b, tokens[b]), slice(b, b + 1)
-        grpo.policy_loss(logprobs, logprobs.detach(), ref, advantage[part], mask[part], weights[part],
+        grpo.policy_loss(logprobs, logprobs.detach(), reference, advantage[part], mask[part], weights[part],
                          loss="grpo", clip_low=0.2, clip_high=0.2, beta=0.01)[0].backward()
-        seconds["reference"] += middle - began
-        seconds["update"] += now() - middle
-    began = now()
+        seconds["update"] += tick()
     optimizer.step()
     optimizer.zero_grad()
-    seconds["update"] += now() - began
+    if side.sampler is not side.policy:
+        parallel.refresh(side.sampler, qwen.Policy(side.policy))
+    seconds["update"] += tick()
     return seconds | {"total": sum(seconds.values())}
 
 
-def time_case(px, G, B, C, repeats):
-    row = {"case": f"{px} px, G {G}", "prompts": B, "group": G, "tokens": C, "px": px}
-    for name, (side, reference) in zip(("ours", "plain"), build(px, G, B, C)):
+def machine():
+    """Bytes a second of a copy, floating point operations a second of a matrix product, on the device in its compute type."""
+    cuda = torch.cuda.is_available()
+    x, a = torch.ones(2**29 if cuda else 2**26, device=qwen.device()), torch.randn(*[8192 if cuda else 2048] * 2, device=qwen.device())
+    a, y, rates = a.to(qwen.compute_dtype()), torch.empty_like(x), []
+    for work, amount in ((lambda: y.copy_(x), 2 * x.numel() * 4), (lambda: a @ a, 2 * len(a) ** 3)):
+        for _ in range(3):
+            work()
+        began = now()
+        for _ in range(10):
+            work()
+        rates.append(10 * amount / (now() - began))
+    return rates
+
+
+def floor(side, bandwidth, rate):
+    """Seconds that a decoded token of all rows, and an update, take at least."""
+    model, B, wide = side.sampler, len(side.samples), 2 if torch.cuda.is_available() else 4
+    text = model.config.text_config
+    read = sum(w.numel() for module in (model.model.language_model.layers, model.lm_head) for w in module.parameters())
+    cached = sum(p.ids.shape[1] for p in side.prompts) + B * side.G * side.C / 2
+    cached *= 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    work = 3 * qwen.flops(model, side.prompts, torch.full((B,), side.G * side.C)).sum().item()
+    return wide * (read + cached) / bandwidth, work / rate
+
+
+def time_case(size, px, G, B, C, repeats, plain):
+    bandwidth, rate = machine()
+    row = {"case": f"{px} px, G {G}", "size": size, "prompts": B, "group": G, "tokens": C, "px": px}
+    for name, kind in (("ours", Ours), ("plain", Plain))[: 1 + plain]:
+        side = kind(*build(size, px, G, B, C))
         row["prompt_tokens"] = max(p.ids.shape[1] for p in side.prompts)
-        optimizer = torch.optim.AdamW(side.policy.parameters(), lr=1e-6)
-        steps = [one_step(side, reference, optimizer, B) for _ in range(repeats + 1)][1:]  # the first one warms up
-        row[name] = {part: round(statistics.median(s[part] for s in steps), 3) for part in steps[0]}
-    row["ratio"] = {part: round(row["plain"][part] / row["ours"][part], 2) for part in row["ours"]}
+        optimizer = torch.optim.AdamW(side.policy.parameters(), lr=1e-6, fused=torch.cuda.is_available())
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        steps = [one_step(side, optimizer) for _ in range(repeats + 1)][1:]  # the first one warms up
+        seconds = {part: statistics.median(s[part] for s in steps) for part in steps[0]}
+        short = []
+        for _ in range(repeats):
+            began = now()
+            side.rollout(2)
+            short.append(now() - began)
+        token = (seconds["rollout"] - statistics.median(short)) / (C - 2)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        row[name] = {part: round(s, 3) for part, s in seconds.items()} | {
+            "decode_ms": round(1e3 * token, 2), "tokens_per_s": round(B * G * C / seconds["total"]), "peak_gib": round(peak / 2**30, 2)}
+        if name == "ours":
+            least, update = floor(side, bandwidth, rate)
+            row["floor"] = {"decode_ms": round(1e3 * least, 3), "update": round(update, 3), "gb_per_s": round(bandwidth / 1e9, 1),
+                            "tflop_per_s": round(rate / 1e12, 2), "update_share": round(update / seconds["update"], 2)}
+        del side, optimizer
+        rollout.GRAPHS.clear()
+    if plain:
+        parts = ("rollout", "reference", "update", "total", "decode_ms")
+        row["ratio"] = {part: round(row["plain"][part] / row["ours"][part], 2) for part in parts}
     print(json.dumps(row), flush=True)
 
 
 def memory_case(px, G, C, vocabulary):
     row = {"case": "memory", "px": px, "group": G, "tokens": C, "vocabulary": vocabulary}
-    for name, (side, _) in zip(("ours", "plain"), build(px, G, 1, C, vocabulary)):
+    for name, kind in (("ours", Ours), ("plain", Plain)):
+        side = kind(*build("tiny", px, G, 1, C, vocabulary))
         row["prompt_tokens"] = side.prompts[0].ids.shape[1]
         tokens = torch.randint(10, 500, (G, C), device=qwen.device())
         row[name] = {}
@@ -169,21 +251,37 @@ def peak_mib(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--px", type=int), parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=4), parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3), parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=("tiny", "mid", *sizing.SHAPES), default="tiny")
+    parser.add_argument("--px", type=int, help="one case, with --group (default: three for the CPU, 448 px for a GPU)")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompts", type=int, help="default: 4, on a GPU 8")
+    parser.add_argument("--tokens", type=int, help="default: 64, on a GPU 256")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="the decoding step")
+    parser.add_argument("--ours", action="store_true", help="without the plain side")
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    print(json.dumps({"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cpus": os.cpu_count(),
+    if args.device == "cpu":
+        torch.cuda.is_available = lambda: False
+    elif not torch.cuda.is_available():
+        sys.exit("error: --device cuda: no GPU is to be seen")
+    cuda = args.device == "cuda"
+    print(json.dumps({"device": torch.cuda.get_device_name() if cuda else "cpu", "cpus": os.cpu_count(),
                       "threads": torch.get_num_threads(), "torch": torch.__version__}), flush=True)
+    if args.compile:
+        rollout.compile()
+    C = args.tokens or (256 if cuda else 64)
     if args.memory:
         for G in (8, 16):
-            memory_case(448, G, args.tokens, 1_000)
+            memory_case(448, G, C, 1_000)
         for vocabulary in (1_000, 16_000, 64_000):
             for px in [args.px] if args.px else (224, 448):
-                memory_case(px, args.group, args.tokens, vocabulary)
+                memory_case(px, args.group, C, vocabulary)
     else:
-        for px, G in [(args.px, args.group)] if args.px else CASES:
-            time_case(px, G, args.prompts, args.tokens, args.repeats)
+        several = [(448, 8)] if cuda else [(448, 8), (448, 16), (224, 8)]
+        for px, G in [(args.px, args.group)] if args.px else several:
+            time_case(args.size, px, G, args.prompts or (8 if cuda else 4), C, args.repeats, not args.ours)
 
 
 if __name__ == "__main__":
