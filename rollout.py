@@ -10,6 +10,7 @@ Shapes: N = B*G rows, C tokens at most, V vocabulary, E hidden size.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -89,7 +90,9 @@ def prefill(model, prompts: Prompts, C: int, noise: Tensor | None, G: int) -> tu
     hidden = hidden[torch.arange(B, device=on), prompts.lengths - 1].repeat_interleave(G, 0)
     for layer in shared.cache.values():
         K, D = layer[0].shape[1], layer[0].shape[3]
-        layer += [layer[0].new_zeros(N, K, C, D) for _ in "kv"]  # zeros: what is masked out must still be a number
+        layer[:] = [x.contiguous() for x in layer]               # or every step's matrix product would copy them
+        layer += [layer[0].new_zeros(N, K, max(C, 16), D) for _ in "kv"]  # zeros: what is masked out must still be a number;
+        # 16: flash-attn refuses a cache shorter than a key head has query heads
     shared.mode, shared.mask = "decode", prompts.real[:, None, None]
     zeros = lambda kind: torch.zeros(N, C, dtype=kind, device=on)
     return State(shared, zeros(torch.float32) if noise is None else noise, (qwen.last_positions(prompts) + 1).repeat_interleave(G),
@@ -162,7 +165,7 @@ def settle(full: State, state: State, rows: Tensor | None) -> None:
 # The same with fixed shapes: captured as a CUDA graph, compiled, or both
 
 step = decode                                    # or compiled
-GRAPHS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {shapes: (State, what makes a step on it)}, the last few
+GRAPHS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {shapes: (State, what makes a step on it)}, the last three
 CHECK = 16                                       # steps between two looks at whether all rows have stopped
 
 
@@ -180,11 +183,12 @@ def replay(model, state: State, choice: tuple) -> State:
     """As `run`, making all steps on one and the same state, into which this one is copied: a graph reads and writes the
     addresses it was captured with. So the model's weights, too, have to be updated in place."""
     C, graphs = state.tokens.shape[1], GRAPHS.setdefault(model, {})
+    if C == 1:
+        return state
     shapes = *choice, *(x.shape for x in state.tensors())
-    if shapes not in graphs:
-        graphs[shapes] = capture(model, state, choice)
-        while len(graphs) > 4:
-            del graphs[next(iter(graphs))]
+    graphs[shapes] = graphs.pop(shapes, None) or capture(model, state, choice)           # the last used is the last
+    while len(graphs) > 3:
+        del graphs[next(iter(graphs))]
     fixed, next_step = graphs[shapes]
     for mine, new in zip(fixed.tensors(), state.tensors(), strict=True):
         mine.copy_(new)
@@ -209,9 +213,16 @@ def capture(model, state: State, choice: tuple) -> tuple[State, Callable[[], Non
             one()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):        # others may be loading images
         one()
+    state.shared.slot = state.shared.own = None                                          # they lie in the pool
     return state, graph.replay
+
+
+@cache
+def pool():
+    """One pool of memory for all graphs: of what lies in it nothing is needed after a step."""
+    return torch.cuda.graph_pool_handle()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def memory(size: str, gpus: int = 1, lora: bool = False, reference: bool = True)
     wide = 2 * 2 * GROUP * (PROMPT_TOKENS + NEW_TOKENS) * E                             # keys and values by query head
     layer = 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + wide)                 # one, recomputed, and its gradient
     head = 3 * 4 * min(1024, row) * V                                                   # logits, log-softmax, gradient of a chunk
-    bytes_of["activations, or the rollout's cache"] = max(cache, kept + max(layer, head))
+    bytes_of["activations"] = kept + max(layer, head)
+    bytes_of["keys and values of the rollout"] = cache                                  # of the captured step, so they stay
     return {name: count / 2**30 for name, count in bytes_of.items()}
 
 

@@ -84,12 +84,14 @@ flags.add_argument("--save-every", type=positive, default=50, help="steps betwee
 flags.add_argument("--eval-every", type=positive, default=50, help="steps between held-out scores")
 
 
-def pack(sizes: dict[int, int], room: int) -> list[list[int]]:
-    """Groups and their tokens -> the groups of each forward pass, like with like: as many as fit, all padded to the largest."""
+def pack(sizes: dict[int, tuple[int, int]], room: int) -> list[list[int]]:
+    """Groups and their tokens (prompt, all completions) -> the groups of each forward pass, like with like: as many as fit
+    in `room` when padded to the longest prompt and the longest completions among them."""
     passes = []
-    for group in sorted(sizes, key=sizes.get, reverse=True):
-        if passes and sizes[passes[-1][0]] * (len(passes[-1]) + 1) <= room:
-            passes[-1].append(group)
+    for group in sorted(sizes, key=lambda g: sum(sizes[g]), reverse=True):
+        wider = [*passes[-1], group] if passes else []
+        if wider and len(wider) * sum(map(max, zip(*(sizes[g] for g in wider)))) <= room:
+            passes[-1] = wider
         else:
             passes.append([group])
     return passes
@@ -178,7 +180,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
             longest = drawn.mask.sum(2).amax(1).tolist()                                 # tokens of each group's longest
-            sizes = {b: prompts[b].ids.shape[1] + args.group * longest[b] for b in learning.nonzero()[:, 0].tolist()}
+            sizes = {b: (prompts[b].ids.shape[1], args.group * longest[b]) for b in learning.nonzero()[:, 0].tolist()}
             chosen = pack(sizes, args.pack_tokens) if mask.any() else []                 # the groups of each pass
             passes = parallel.largest(len(chosen))                                       # as many on every rank
             old, ref = {}, {}                                                            # log-probs by pass

@@ -2,7 +2,7 @@
 
     python tests/bench.py                            # CPU, a random model of tiny's size: 448 px G 8, 448 px G 16, 224 px G 8
     python tests/bench.py --size mid --px 448        # of 110 M weights
-    python tests/bench.py --device cuda --size 3b    # the true shapes of Qwen2.5-VL-3B (or 7b), random weights, bf16
+    python tests/bench.py --device cuda --size 3b    # the true shapes of Qwen2.5-VL-3B, random weights, bf16 (7b: with LoRA)
     python tests/bench.py --memory                   # peak of one group's update, by group, prompt and vocabulary
 
 A step has all parts of a GRPO step with a KL penalty; medians after a warm-up. `plain` is what trainers do on the same weights:
@@ -100,8 +100,9 @@ def build(size, px, G, B, C, vocabulary=None):
     model, processor = train_sft.scratch([prompt(s) + target(s) for s in samples], px)
     if size != "tiny":
         mid = dict(hidden_size=640, intermediate_size=2560, num_hidden_layers=16, num_attention_heads=10, num_key_value_heads=2,
-                   vocab_size=8192)
-        vision = dict(depth=8, hidden_size=320, num_heads=8, intermediate_size=860, out_hidden_size=640, fullatt_block_indexes=[3, 7])
+                   vocab_size=8192, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]})
+        vision = dict(depth=8, hidden_size=320, num_heads=8, intermediate_size=860, out_hidden_size=640,
+                      fullatt_block_indexes=[3, 7])
         config = sizing.shape(size) if size != "mid" else Qwen2_5_VLConfig(text_config=mid, vision_config=vision,
                                                                            tie_word_embeddings=True)
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
@@ -110,6 +111,8 @@ def build(size, px, G, B, C, vocabulary=None):
             model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=qwen.ATTENTION)
     if vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if size == "7b":  # one GPU cannot hold all of its moments
+        qwen.add_adapters(model, sizing.RANK)
     policy, sampler = parallel.spread(model, None)
     if qwen.device().type == "cuda":  # as training at these sizes does
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -157,7 +160,8 @@ def one_step(side, optimizer):
 def machine():
     """Bytes a second of a copy, floating point operations a second of a matrix product, on the device in its compute type."""
     cuda = torch.cuda.is_available()
-    x, a = torch.ones(2**29 if cuda else 2**26, device=qwen.device()), torch.randn(*[8192 if cuda else 2048] * 2, device=qwen.device())
+    x, side = torch.ones(2**29 if cuda else 2**26, device=qwen.device()), 8192 if cuda else 2048
+    a = torch.randn(side, side, device=qwen.device())
     a, y, rates = a.to(qwen.compute_dtype()), torch.empty_like(x), []
     for work, amount in ((lambda: y.copy_(x), 2 * x.numel() * 4), (lambda: a @ a, 2 * len(a) ** 3)):
         for _ in range(3):
@@ -186,20 +190,24 @@ def time_case(size, px, G, B, C, repeats, plain):
     for name, kind in (("ours", Ours), ("plain", Plain))[: 1 + plain]:
         side = kind(*build(size, px, G, B, C))
         row["prompt_tokens"] = max(p.ids.shape[1] for p in side.prompts)
-        optimizer = torch.optim.AdamW(side.policy.parameters(), lr=1e-6, fused=torch.cuda.is_available())
+        learning = [w for w in side.policy.parameters() if w.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=torch.cuda.is_available())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         steps = [one_step(side, optimizer) for _ in range(repeats + 1)][1:]  # the first one warms up
         seconds = {part: statistics.median(s[part] for s in steps) for part in steps[0]}
+        side.rollout(2)
         short = []
         for _ in range(repeats):
             began = now()
             side.rollout(2)
             short.append(now() - began)
         token = (seconds["rollout"] - statistics.median(short)) / (C - 2)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
         row[name] = {part: round(s, 3) for part, s in seconds.items()} | {
-            "decode_ms": round(1e3 * token, 2), "tokens_per_s": round(B * G * C / seconds["total"]), "peak_gib": round(peak / 2**30, 2)}
+            "decode_ms": round(1e3 * token, 2), "tokens_per_s": round(B * G * C / seconds["total"]),
+            "peak_gib": round(peak / 2**30, 2)}
         if name == "ours":
             least, update = floor(side, bandwidth, rate)
             row["floor"] = {"decode_ms": round(1e3 * least, 3), "update": round(update, 3), "gb_per_s": round(bandwidth / 1e9, 1),
