@@ -240,9 +240,9 @@ def shared_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask, sc
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention of L queries over S >= L keys; without a mask causal, the last query seeing all keys. -> (., H, L, D)."""
     L, S = q.shape[2], k.shape[2]
-    if mask is None and q.is_cuda and q.dtype != torch.float32 and flash_attn():  # aligned at the last key
+    if mask is None and (package := flash(q)):  # its causal mask is aligned at the last key
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attn().flash_attn_func(*heads, softmax_scale=scaling, causal=True).transpose(1, 2)
+        return package.flash_attn_func(*heads, softmax_scale=scaling, causal=True).transpose(1, 2)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if mask is None and L != S:
         mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
@@ -257,7 +257,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     """
     prompt_k, prompt_v, own_k, own_v = cache
     (B, K, P, D), r, W = prompt_k.shape, q.shape[1] // cache[0].shape[1], len(shared.own)  # r query heads a key/value head
-    if kernel := flash_decoding(q):
+    if package := flash(q):
+        kernel = package.flash_attn_with_kvcache
         heads = lambda x: x.transpose(1, 2)                                                # flash-attn: (., tokens, heads, D)
         prompt, prompt_lse = kernel(q.view(B, shared.G, -1, D), heads(prompt_k), heads(prompt_v), softmax_scale=scaling,
                                     cache_seqlens=shared.mask.sum((1, 2, 3), dtype=torch.int32), return_softmax_lse=True)
@@ -277,14 +278,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     return out.reshape(len(q), 1, K * r, D)
 
 
-def flash_decoding(q: Tensor):
-    """flash-attn's kernel for one token against a cache, where there is the package and q is for it; else None."""
-    return flash_attn().flash_attn_with_kvcache if q.is_cuda and q.dtype != torch.float32 and flash_attn() else None
+def flash(q: Tensor):
+    """The package flash-attn where it is installed and for such a q, else None: PyTorch's own attention is used."""
+    return flash_attn() if q.is_cuda and q.dtype != torch.float32 else None
 
 
 @cache
 def flash_attn():
-    """The package where it is installed, else None (PyTorch's own attention is used)."""
     try:
         import flash_attn
         return flash_attn

@@ -8,6 +8,7 @@ Shapes: N = B*G rows, C tokens at most, V vocabulary, E hidden size.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import model as qwen
+from data import first_line
 from model import Processor, Prompts, Shared
 
 
@@ -213,8 +215,12 @@ def capture(model, state: State, choice: tuple) -> tuple[State, Callable[[], Non
             one()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):        # others may be loading images
-        one()
+    try:
+        with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):    # others may be loading images
+            one()
+    except RuntimeError as error:
+        print(f"a decoding step cannot be captured as a CUDA graph, and runs slower: {first_line(error)}", file=sys.stderr)
+        return state, one
     state.shared.slot = state.shared.own = None                                          # they lie in the pool
     return state, graph.replay
 

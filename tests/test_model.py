@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -392,12 +393,31 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     return out, scores.logsumexp(-1)
 
 
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    """Likewise; causal is aligned at the last key."""
+    L, S, r = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    scores = torch.einsum("blhd,bshd->bhls", q, k.repeat_interleave(r, 2)) * softmax_scale
+    scores = scores.masked_fill(~torch.ones(L, S, dtype=torch.bool).tril(S - L), -math.inf)
+    return torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v.repeat_interleave(r, 2))
+
+
+FLASH = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
+
+
+def test_flash_attention_gives_the_same_logprobs(sharp, monkeypatch):
+    """Of a prompt without padding; another takes a mask, which flash-attn has not."""
+    model, prompt, tokens = sharp[0], encode(sharp[1], "two images"), torch.randint(20, 400, (1, 3, 9))
+    plain = qwen.token_logprobs(model, prompt, tokens, tokens > 0)
+    monkeypatch.setattr(qwen, "flash", lambda q: FLASH)
+    torch.testing.assert_close(qwen.token_logprobs(model, prompt, tokens, tokens > 0), plain, rtol=0, atol=1e-5)
+
+
 def test_flash_decoding_gives_the_same_completions(stopping, monkeypatch):
     """Two calls of the kernel, over the prompt and over the completion, are put together by their log-sum-exps."""
     model, processor, noise = stopping
     prompts = qwen.collate([encode(processor, name) for name in MIXED])
     plain = rollout.generate(model, processor, prompts, 40, noise, 8)
-    monkeypatch.setattr(qwen, "flash_decoding", lambda q: flash_attn_with_kvcache)
+    monkeypatch.setattr(qwen, "flash", lambda q: FLASH)
     assert_same_completions(rollout.generate(model, processor, prompts, 40, noise, 8), plain)
 
 
