@@ -390,10 +390,10 @@ def flops(model, prompts: list[Prompts], tokens: Tensor) -> Tensor:
     """Floating point operations (B,) of a forward pass over groups with so many completion tokens (B,): two for each weight of
     a matrix and token, or patch of an image. Attention itself is left out, some percent at these lengths. A backward pass
     takes twice as many."""
-    count = lambda module: sum(weight.numel() for weight in module.parameters())
-    layers, head, vision = model.model.language_model.layers, model.lm_head, model.model.visual
-    images = torch.tensor([count(layers) * p.ids.shape[1] + count(vision) * len(p.pixels) for p in prompts], device=tokens.device)
-    return 2 * (images + (count(layers) + count(head)) * tokens).double()
+    modules = model.model.language_model.layers, model.lm_head, model.model.visual
+    layers, head, vision = (sum(weight.numel() for weight in module.parameters()) for module in modules)
+    before = torch.tensor([layers * p.ids.shape[1] + vision * len(p.pixels) for p in prompts], device=tokens.device)
+    return 2 * (before + (layers + head) * tokens).double()
 
 
 class Policy(torch.nn.Module):

@@ -95,17 +95,10 @@ def refresh(sampler: torch.nn.Module, policy: qwen.Policy) -> None:
             mine.copy_(whole(shards.to(mine.dtype)))
 
 
-@torch.no_grad()
 def collect(policy: qwen.Policy, sampler: torch.nn.Module) -> torch.nn.Module:
-    """The trained weights as a whole model, in float32 on the first rank's CPU: a bf16 sampler would round them. `sampler`
-    is used up."""
-    if rank() == 0:
-        sampler.cpu().float()
-    if sampler is not policy.model:
-        for mine, shards in zip(sampler.parameters(), policy.model.parameters(), strict=True):
-            weight = whole(shards)                          # by all ranks, and in one precision
-            if rank() == 0:
-                mine.copy_(weight)
+    """The trained weights as a whole model, in float32 on the CPU: a bf16 sampler would round them. `sampler` is used up."""
+    sampler.cpu().float()  # on every rank: gathered in unlike precisions, the shards would not fit together
+    refresh(sampler, policy)
     return sampler
 
 

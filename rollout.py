@@ -1,6 +1,6 @@
 """Rollout: G completions for each of B prompts. The prompts are computed once, all completions then grow token by token.
 
-Temperature 1, no top-p, no top-k: the sampled distribution is the one that `model.token_logprobs` scores. A decoding step
+No top-p, no top-k: the sampled distribution is the one that `model.token_logprobs` scores. A decoding step
 reads and writes buffers that stay where they are, so on a GPU it is captured once as a CUDA graph and replayed: one launch a
 token instead of some thousand, and no synchronisation. On a CPU the rows that have stopped are dropped as soon as they are half.
 
@@ -172,7 +172,7 @@ CHECK = 16                                       # steps between two looks at wh
 
 
 def compile() -> None:
-    """From now on torch.compile fuses the small operations of a step. Each new shape costs a minute first."""
+    """From now on torch.compile fuses the small operations of a step. Each new shape costs some 15 seconds first."""
     global step
     step = torch.compile(decode, dynamic=False)
 

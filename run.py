@@ -303,7 +303,8 @@ def smooth(values: list[float], window: int = 10) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The end
 
-def script(main: Callable[[], None], interrupted: str) -> None:
+def script(main: Callable[[], None], interrupted: str = "the same command with --resume goes on from the last checkpoint, if "
+           "one was written") -> None:
     """Call main. What is wrong with the input ends in one line; so does Ctrl-C, with a hint."""
     try:
         main()

@@ -53,7 +53,7 @@ flags.add_argument("--group", type=int, default=8, help="G: completions for each
 flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion (tiny: 160 for ground, ovd, seg)")
 flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
 flags.add_argument("--seed", type=natural, default=0)
-flags.add_argument("--compile", action="store_true", help="torch.compile a decoding step: a minute of warm-up for each shape")
+flags.add_argument("--compile", action="store_true", help="torch.compile a decoding step: 15 seconds of warm-up for each shape")
 flags = parser.add_argument_group("reward")
 for part in ("format", "accuracy", "length", "repetition"):
     flags.add_argument(f"--{part}-weight", type=float, default=1.0, help=f"weight of the {part} reward in the sum"
@@ -163,14 +163,14 @@ def main() -> None:
             rollout_seconds = time.perf_counter() - began
 
             # --- rewards and advantages, (B, G) -----------------------------------------------------------------------
-            used = (drawn.mask.sum(2) / args.max_new_tokens).tolist()                        # share of the longest allowed
+            used = (drawn.mask.sum(2) / args.max_new_tokens).tolist()                    # share of the longest allowed
             parts = [[reward_parts(text, sample, share) for text, share in zip(group, shares)]
                      for sample, group, shares in zip(samples, texts, used)]             # B x G, by name
             rewards = torch.tensor([[sum(weights[name] * value for name, value in p.items()) for p in group] for group in parts],
                                    device=qwen.device())
             advantages = grpo.advantages(rewards, args.divide_by_std)
             learning = grpo.learning_groups(rewards)                                     # (B,)
-            mask = drawn.mask & learning[:, None, None]                                      # (B, G, C): tokens with loss
+            mask = drawn.mask & learning[:, None, None]                                  # (B, G, C): tokens with loss
             if args.mask_truncated:
                 mask &= drawn.stopped[:, :, None]
             token_weights = grpo.token_weights(mask, args.loss, args.max_new_tokens, parallel.total)
@@ -211,7 +211,7 @@ def main() -> None:
             parallel.refresh(sampler, policy)
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
-            work = qwen.flops(sampler, prompts, drawn.mask.sum((1, 2)))                      # (B,) of a forward pass
+            work = qwen.flops(sampler, prompts, drawn.mask.sum((1, 2)))                  # (B,) of a forward pass
             sums = {"reward": rewards.sum(), "reward_std": args.group * rewards.std(1).sum(), "kl": totals["kl"],
                     "entropy": drawn.entropy.sum(), "clip_frac": totals["clipped"], "loss": totals["loss"],
                     "sampling_gap": totals["gap"], "len_mean": drawn.mask.sum(), "truncated_frac": (~drawn.stopped).sum(),
@@ -273,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.script(main, "the same command with --resume goes on from the last checkpoint, if one was written")
+    run.script(main)

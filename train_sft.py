@@ -184,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.script(main, "the same command with --resume goes on from the last checkpoint, if one was written")
+    run.script(main)

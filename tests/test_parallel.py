@@ -18,9 +18,12 @@ from several import RUNS
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+def command(ranks, *args):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *map(str, args)]
+
+
 def torchrun(ranks, *args, check=True):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*launcher, *map(str, args)], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(command(ranks, *args), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
 
@@ -89,8 +92,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_number(alone, tmp_pa
     """A signal reaches one of two processes. SIGTERM: both finish the step, save, and say how to go on; SIGKILL: the other ends
     too, instead of waiting for ever. One or three go on from the last checkpoint, and end as one alone does."""
     flags = ["--model", sft / "model", "--data", dataset, "--out", tmp_path, *RUNS["grpo"][1].split(), "--save-every", 1]
-    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                                 ROOT / "train_grpo.py", *map(str, flags)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    launcher = subprocess.Popen(command(2, ROOT / "train_grpo.py", *flags), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in launcher.stdout:
         if line.startswith("step    2"):
             worker = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()[-1]
