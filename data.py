@@ -4,27 +4,27 @@ All boxes of a `Sample` live in one frame: pixels of the square image of side `f
 speaks absolute pixels of the *processed* image, so an image is resized to the frame once, here, and every box is
 brought along when it is read; prompts, answers, rewards and pictures then need no conversion.
 
-A new file format is one more reader: a generator of Samples, named in a table of readers.py or records.py.
+Public data sets are read by formats/, the built-in one is drawn by tiny/scenes.py.
 """
 
-import argparse
 import json
 import math
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from rewards import TASKS, box_text, horizontal
-from scenes import ask, draw, scene
+from tiny.scenes import QUESTIONS, ask, draw, scene
 
 PATCH = 28            # Qwen2.5-VL turns 28 x 28 pixels into one token, so a frame is a multiple of it
 HELDOUT_SEED = 2**31  # the seed of the synthetic scenes that no training run sees
@@ -36,24 +36,6 @@ class BadInput(Exception):
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a script's docstring as it is written, and the default of each flag."""
-
-
-def natural(text: str) -> int:
-    """argparse type: a whole number from 0 on, below the seed of the held-out scenes."""
-    if not text.isdecimal() or int(text) >= HELDOUT_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {HELDOUT_SEED - 1}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 @dataclass(frozen=True)
@@ -146,15 +128,17 @@ def sloppy(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading: a source is `synthetic`, a file or a folder
 
-def load(source: str, task: str, frame: int, images: str | None = None, split: str = "all", seed: int = 0) -> Sequence:
+def load(source: str, task: str, frame: int, images: str | None = None, split: str = "all", seed: int = 0,
+         shots: int | None = None) -> Sequence[Sample]:
     """The samples of one task: a list, or `Scenes` where the source is `synthetic`.
 
-    source  `synthetic`, or a file or folder of a format that readers.py knows
+    source  `synthetic`, or a file or folder that formats/ knows
     frame   side of the square image that the model sees, in pixels
     images  folder that a file's image names are relative to; where the format keeps them by default
     split   "all", or "train" / "heldout". Where the source has a "test" split, that is held out (and "val" is neither);
             elsewhere a tenth of the images, chosen by a hash of their names
     seed    of the synthetic scenes; "heldout" takes a seed of its own
+    shots   only so many of each category (few_shots)
     Raises BadInput, in one line, for anything in the source that a user has to mend.
     """
     if task not in TASKS:
@@ -162,7 +146,10 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     if frame % PATCH or frame <= 0:
         raise BadInput(f"--image-size {frame} is not a multiple of {PATCH}, the side of a vision token in pixels")
     if source == "synthetic":
-        return Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
+        if task not in QUESTIONS:
+            raise BadInput(f"--data synthetic has no questions of task {task}; add one to QUESTIONS in tiny/scenes.py")
+        scenes = Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
+        return few_shots(scenes[:2000], shots) if shots else scenes  # a scene is drawn when it is looked at
     samples = read_source(source, task, frame, images)
     published = has_test_split(samples)
     if split != "all" and published:
@@ -179,7 +166,7 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     if not samples:
         raise BadInput(f"{source}: no samples of task {task} in the {split} split"
                        + ("" if published else "; it has too few images to hold some out"))
-    return samples
+    return few_shots(samples, shots) if shots else samples
 
 
 def has_test_split(samples: Sequence[Sample]) -> bool:
@@ -193,10 +180,25 @@ def record_hash(sample: Sample) -> tuple[int, str]:
     return zlib.crc32(name.encode()), name
 
 
+def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
+    """So many samples of each category, in their order. A hash of the record's name chooses, so the choice is the same on
+    every machine, and fewer shots are a subset of more."""
+    samples = list(samples)
+    nameless = next((s.id for s in samples if not s.category), None)
+    if nameless:
+        raise BadInput(f"{nameless}: has no category, and --shots draws so many of each; leave --shots out")
+    seen, kept = Counter(), []
+    for i in sorted(range(len(samples)), key=lambda i: record_hash(samples[i])):
+        seen[samples[i].category] += 1
+        if seen[samples[i].category] <= shots:
+            kept.append(i)
+    return [samples[i] for i in sorted(kept)]
+
+
 @lru_cache(maxsize=32)  # train and held-out split come from one reading
 def read_source(source: str, task: str, frame: int, images: str | None) -> list[Sample]:
     """All samples of a file or folder, in its order."""
-    import readers  # which builds on this module
+    from formats import readers  # which builds on this module
     path, skipped = Path(source), Counter()
     if not path.exists():
         raise BadInput(f"--data {source}: no such file or folder (or write: synthetic)")
@@ -207,6 +209,12 @@ def read_source(source: str, task: str, frame: int, images: str | None) -> list[
     if not samples:
         raise BadInput(f"{path}: no samples of task {task}")
     return samples
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """Number and checksum of the samples, whose images are told by their names: the same in every process."""
+    told = repr(samples) if isinstance(samples, Scenes) else [as_row(sample) | {"think": sample.think} for sample in samples]
+    return f"{len(samples)} samples #{zlib.crc32(json.dumps(told).encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ class Scenes(Sequence):
         if not 0 <= i < self.n:
             raise IndexError(i)
         view = scene(self.seed, int(i), self.frame, least=self.task in ("rcap", "rec"))  # these two ask about one thing
-        common = dict(id=f"synthetic {self.seed}:{i}", task=self.task, images=(draw(view),), frame=self.frame)
+        common = {"id": f"synthetic {self.seed}:{i}", "task": self.task, "images": (draw(view),), "frame": self.frame}
         return Sample(**common | ask(self.task, view))
 
 
@@ -239,8 +247,8 @@ def image_name(sample: Sample) -> str:
 def as_row(sample: Sample) -> dict:
     """The sample as JSON for predictions.jsonl and samples.jsonl: images by their paths; a built-in scene, or an image that
     lies in a table, by the sample's id."""
-    path = lambda image: str(image) if isinstance(image, (str, Path)) else sample.id
-    return {"id": sample.id, "task": sample.task, "images": [path(image) for image in sample.images], "question": sample.question,
+    images = [str(image) if isinstance(image, (str, Path)) else sample.id for image in sample.images]
+    return {"id": sample.id, "task": sample.task, "images": images, "question": sample.question,
             "reference": sample.answer, "boxes": sample.boxes, "frame": sample.frame, "references": sample.references,
             "choices": sample.choices, "category": sample.category, "subset": sample.subset,
             "mask": str(sample.mask) if isinstance(sample.mask, (str, Path)) else None}
@@ -252,11 +260,10 @@ def from_row(row: dict) -> Sample:
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:
         return Scenes(str(row["task"]), int(row["frame"]), int(scene[1]))[int(scene[2])]
-    texts = lambda name: tuple(map(str, row[name]))
     boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta)) for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(id=str(row["id"]), task=str(row["task"]), images=tuple(map(Path, row["images"])), question=str(row["question"]),
                   answer=str(row["reference"]), frame=int(row["frame"]), boxes=boxes,
-                  references=texts("references"), choices=texts("choices"), category=str(row["category"]),
+                  references=tuple(map(str, row["references"])), choices=tuple(map(str, row["choices"])), category=str(row["category"]),
                   subset=str(row["subset"]), mask=row["mask"] and Path(row["mask"]))
 
 
@@ -274,18 +281,16 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def ahead(plan: Callable[[int], list], encode: Callable, steps: range, workers: int = 4) -> Iterator[tuple[int, list, list]]:
-    """(step, plan(step), each of its samples encoded) in order. The next step's are encoded by threads while this one is
-    trained on: reading, decoding and resizing images, most of the work, happens outside Python's lock."""
-    pool = ThreadPoolExecutor(workers)
+def ahead(steps: Iterable[tuple[int, list]], encode: Callable, workers: int = 4) -> Iterator[tuple[int, list, list]]:
+    """(step, samples) -> (step, samples, each of them encoded) in order. The next step's are encoded by threads while this one
+    is trained on: reading, decoding and resizing images, most of the work, happens outside Python's lock."""
+    pool, waiting = ThreadPoolExecutor(workers), None
     try:
-        submit = lambda step: (samples := plan(step), [pool.submit(encode, sample) for sample in samples])
-        coming = submit(steps[0]) if steps else None
-        for step in steps:
-            samples, futures = coming
-            encoded = [future.result() for future in futures]
-            coming = submit(step + 1) if step + 1 in steps else None
-            yield step, samples, encoded
+        for step, samples in chain(steps, [(None, [])]):
+            coming = step, samples, [pool.submit(encode, sample) for sample in samples]
+            if waiting:
+                yield *waiting[:2], [future.result() for future in waiting[2]]
+            waiting = coming
     finally:
         pool.shutdown(cancel_futures=True)
 

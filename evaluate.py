@@ -10,8 +10,8 @@ scores, beside the published ones where --benchmark names a table. An interrupte
 
 import argparse
 import json
-import zlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,18 @@ from tqdm import tqdm
 
 import model as qwen
 import parallel
-import published
 import rollout
 import run
-import scores as metrics
-from data import (BadInput, HelpFormatter, Sample, as_row, from_row, has_test_split, json_records, load, load_images, positive,
-                  prompt)
-from judges import load_judges
-from report import write_report
+from data import BadInput, Sample, as_row, fingerprint, from_row, has_test_split, json_records, load, load_images, prompt
 from rewards import TASKS, extract_answer, reward_parts
+from run import HelpFormatter, positive
+from scoring import published
+from scoring import scores as metrics
+from scoring.judges import load_judges
+from scoring.report import write_report
 
 
-def predict(model, processor, samples: Sequence[Sample], max_new_tokens: int, group: int = 1, temperature: float = 0.0,
+def predict(model: qwen.Qwen, processor: qwen.Processor, samples: Sequence[Sample], max_new_tokens: int, group: int = 1, temperature: float = 0.0,
             first: int = 0) -> list[list[str]]:
     """`group` completions for each sample; temperature 0 is greedy. The draws of sample i depend on first + i alone."""
     prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples])
@@ -39,7 +39,7 @@ def predict(model, processor, samples: Sequence[Sample], max_new_tokens: int, gr
     return rollout.texts(processor, rollout.generate(model, processor, prompts, max_new_tokens, noise, group, temperature))
 
 
-def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens: int, temperature: float = 1.0,
+def heldout_rewards(model: qwen.Qwen, processor: qwen.Processor, samples: Sequence[Sample], max_new_tokens: int, temperature: float = 1.0,
                     batch: int = 32) -> dict[str, float]:
     """Mean accuracy reward on held-out samples: `greedy`, and `sampled` (4 draws each, what GRPO optimises); and the
     share of sampled completions in the right format."""
@@ -49,25 +49,25 @@ def heldout_rewards(model, processor, samples: Sequence[Sample], max_new_tokens:
         for name, texts in (("greedy", predict(model, processor, some, max_new_tokens)),
                             ("sampled", predict(model, processor, some, max_new_tokens, 4, temperature, at))):
             parts[name] += [reward_parts(text, sample) for group, sample in zip(texts, some) for text in group]
-    parts = {name: sum(parallel.gathered(found), []) for name, found in parts.items()}  # each rank has scored its batches
-    mean = lambda name, part: float(np.mean(sorted(p[part] for p in parts[name])))      # sorted: in one order for any ranks
-    return {"sampled": mean("sampled", "accuracy"), "greedy": mean("greedy", "accuracy"), "format": mean("sampled", "format")}
+    parts = {name: list(chain(*parallel.gathered(found))) for name, found in parts.items()}  # each rank has scored its batches
+    shown = {"sampled": ("sampled", "accuracy"), "greedy": ("greedy", "accuracy"), "format": ("sampled", "format")}
+    return {score: float(np.mean(sorted(p[part] for p in parts[name]))) for score, (name, part) in shown.items()}  # in one order
 
 
-def run_model(args) -> tuple[list[Sample], list[str]]:
+def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     """Samples and greedy completions of args.model on args.data. What is done is kept in predictions.partial, below a
     line with the settings, so that the same command goes on after an interruption."""
     model, processor = qwen.load(args.model, args.image_size)
     qwen.halve(model, vectors=True).to(qwen.device())
-    source = lambda split: load(args.data, args.task, processor.frame, args.images, split)
-    split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(source("all")) else "all")
-    samples = list(source(split)[: args.limit])
+    source = args.data, args.task, processor.frame, args.images
+    split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(load(*source)) else "all")
+    samples = list(load(*source, split)[: args.limit])
     print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
     file = args.out / "predictions.partial"
     weights = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, whose weights do not change
     settings = json.dumps({name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")}
                           | {"weights": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights],
-                             "samples": zlib.crc32(json.dumps([as_row(s) for s in samples]).encode())})
+                             "samples": fingerprint(samples)})
     lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a torn last line has no end
     completions = [json.loads(line)["completion"] for line in lines[1:]] if lines[:1] == [settings] else []
     file.write_text("".join(line + "\n" for line in [settings, *(json.dumps({"completion": text}) for text in completions)]))
@@ -113,7 +113,7 @@ def main() -> None:
     source = parser.add_argument_group("what to score")
     source.add_argument("--predictions", type=Path, help="score this file of answers; no model is run")
     source.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
-    source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
+    source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that formats/ knows")
     source.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
     source.add_argument("--split", choices=("all", "heldout", "train"),
                         help="`heldout`: what training leaves out, the published test split or a tenth of the images; that is the "

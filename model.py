@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import BadInput, first_line
@@ -51,10 +53,21 @@ ATTENTION = {"text_config": "shared_prompt", "vision_config": "sdpa"}  # the vis
 
 def device() -> torch.device:
     """This process's GPU, if there is one. By number: in other threads than the first `cuda` would be the first GPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
+def compute_dtype() -> torch.dtype:
+    """bf16 on a GPU, float32 on a CPU; the weights that learn are always float32."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in compute_dtype. Casts are not kept: a weight is used once in a pass, and a kept one would be a second
+    copy of the model until the pass ends (and CUDA graphs forbid it)."""
+    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32, cache_enabled=False)
+
+
+def load(name: str, frame: int | None = None) -> tuple[Qwen, Processor]:
     """Model (float32 weights, on the CPU) and processor from `tiny`, a folder or a hub id.
 
     frame   side of the images; None takes the one that a checkpoint of this project was saved with, else 448
@@ -64,7 +77,7 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     if name.count("/") != 1 and not Path(folder).exists():  # a hub id has one slash
         raise BadInput(f"--model {name}: no such folder")
     try:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, report = Qwen.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=ATTENTION,
             output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -73,7 +86,7 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     except Exception as error:  # transformers raises a dozen kinds; all mean that this is no usable checkpoint
         raise BadInput(f"--model {name}: no readable Qwen2.5-VL checkpoint ({first_line(error)})") from error
     if report["missing_keys"]:  # transformers would go on with random weights in their place
-        raise BadInput(f"--model {name}: not a whole Qwen2.5-VL: no weights for {sorted(report['missing_keys'])[0]} and "
+        raise BadInput(f"--model {name}: not a whole Qwen2.5-VL: no weights for {min(report['missing_keys'])} and "
                        f"{len(report['missing_keys']) - 1} more")
     smallest, largest = images.size["shortest_edge"], images.size["longest_edge"]
     frame = frame or (math.isqrt(largest) if smallest == largest else 448)
@@ -81,7 +94,7 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen2_5_VLForConditionalG
     return model, Processor(tokenizer, images, frame)
 
 
-def halve(model, vectors: bool = False):
+def halve(model: Qwen, vectors: bool = False) -> Qwen:
     """The matrices of a model that does not learn, as the forward pass computes with them: bf16 on a GPU. Vectors (norms,
     biases) stay float32, as autocast leaves them, so that a log-prob stays what it was; FSDP casts them too, so a copy of a
     sharded model takes `vectors` along. Rotary tables always stay float32."""
@@ -91,7 +104,7 @@ def halve(model, vectors: bool = False):
     return model
 
 
-def add_adapters(model, rank: int):
+def add_adapters(model: Qwen, rank: int) -> torch.nn.Module:
     """LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers of the language model, in place: W x + 2 B A x with A
     (rank, in) random and B (out, rank) 0, the only weights that learn. Returns peft's view of the model, which can save
     the adapters and merge them."""
@@ -204,6 +217,21 @@ def rope_positions(ids: list[int], grids: list[list[int]], image_pad: int, merge
     return torch.tensor(positions).T
 
 
+def last_positions(prompts: Prompts) -> Tensor:
+    """The largest rotary position of each prompt (B,). Not that of its last token when it ends in an image."""
+    return prompts.positions.amax(0).masked_fill(~prompts.real, 0).amax(1)
+
+
+def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
+    """(B*G, 1, C, P+C) bool: a completion sees its prompt without the padding, and itself up to now. None if no
+    prompt is padded: then plain causal attention says the same, and fast kernels apply."""
+    if not prompts.padded:
+        return None
+    own = torch.ones(C, C, dtype=torch.bool, device=prompts.ids.device).tril()
+    mask = torch.cat([prompts.real[:, None].expand(-1, C, -1), own.expand(len(prompts.ids), -1, -1)], 2)  # (B, C, P+C)
+    return mask.repeat_interleave(G, 0).unsqueeze(1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One attention, three modes
 
@@ -220,7 +248,8 @@ class Shared:
     cache: dict = field(default_factory=dict)  # layer -> [prompt k, prompt v (B, K, P, D), own k, own v (B*G, K, C, D)]
 
 
-def shared_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask, scaling: float, shared: Shared, **_):
+def shared_attention(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, scaling: float, shared: Shared,
+                     **_: object) -> tuple[Tensor, None]:
     """q (B, H, L, D), k and v (B, K, L, D), rotated -> ((B, L, H, D), None). Called by transformers' decoder layers."""
     q, k, P, G = q.to(v.dtype), k.to(v.dtype), shared.P, shared.G
     if shared.mode == "decode":
@@ -229,12 +258,16 @@ def shared_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask, sc
     if shared.mode == "prefill":
         shared.cache[module.layer_idx] = [k, v]
     else:
-        rows = lambda x: x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)     # (B, ., G*C, D) -> (B*G, ., C, D)
-        wide = lambda x: torch.cat([x[:, :, :P].repeat_interleave(G, 0), rows(x)], 2)        # (B*G, K, P+C, D)
-        own = attend(rows(q), wide(k), wide(v), scaling, shared.mask)                       # (B*G, H, C, D)
-        own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)                       # (B, H, G*C, D)
+        k, v = (torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_completion(x, P, G)], 2) for x in (k, v))  # (B*G, K, P+C, D)
+        own = attend(by_completion(q, P, G), k, v, scaling, shared.mask)                   # (B*G, H, C, D)
+        own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)                      # (B, H, G*C, D)
         out = torch.cat([out, own], 2)
     return out.transpose(1, 2), None
+
+
+def by_completion(x: Tensor, P: int, G: int) -> Tensor:
+    """The completions of a packed row, each a row of its own: (B, heads, P + G*C, D) -> (B*G, heads, C, D)."""
+    return x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -259,18 +292,22 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     (B, K, P, D), r, W = prompt_k.shape, q.shape[1] // cache[0].shape[1], len(shared.own)  # r query heads a key/value head
     if package := flash(q):
         kernel = package.flash_attn_with_kvcache
-        heads = lambda x: x.transpose(1, 2)                                                # flash-attn: (., tokens, heads, D)
-        prompt, prompt_lse = kernel(q.view(B, shared.G, -1, D), heads(prompt_k), heads(prompt_v), softmax_scale=scaling,
+        q, k, v, prompt_k, prompt_v, own_k, own_v = (x.transpose(1, 2) for x in (q, k, v, *cache))  # (., tokens, heads, D)
+        prompt, prompt_lse = kernel(q.reshape(B, shared.G, -1, D), prompt_k, prompt_v, softmax_scale=scaling,
                                     cache_seqlens=shared.mask.sum((1, 2, 3), dtype=torch.int32), return_softmax_lse=True)
-        own, own_lse = kernel(heads(q), heads(own_k), heads(own_v), heads(k), heads(v), softmax_scale=scaling,
+        own, own_lse = kernel(q, own_k, own_v, k, v, softmax_scale=scaling,
                               cache_seqlens=shared.slot.expand(len(q)).int(), return_softmax_lse=True)  # (B*G, 1, H, D)
         share = torch.sigmoid(prompt_lse.transpose(1, 2).reshape(own_lse.shape) - own_lse).transpose(1, 2).unsqueeze(-1)
         return (share * prompt.reshape(own.shape) + (1 - share) * own).to(v.dtype)       # the prompt's share of the softmax
     own_k.index_copy_(2, shared.slot, k), own_v.index_copy_(2, shared.slot, v)
     q = q.view(-1, K, r, D) * scaling
 
-    by_prompt = lambda x: x.view(B, shared.G, K, r, -1).transpose(1, 2).reshape(B, K, shared.G * r, -1)
-    by_row = lambda x: x.view(B, K, shared.G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
+    def by_prompt(x: Tensor) -> Tensor:                                                    # (B*G, K, r, .) -> (B, K, G*r, .)
+        return x.view(B, shared.G, K, r, -1).transpose(1, 2).reshape(B, K, shared.G * r, -1)
+
+    def by_row(x: Tensor) -> Tensor:                                                       # and back
+        return x.view(B, K, shared.G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
+
     scores = (by_prompt(q) @ prompt_k.transpose(2, 3)).masked_fill(~shared.mask, float("-inf"))  # (B, K, G*r, P)
     own = (q @ own_k[:, :, :W].transpose(2, 3)).masked_fill(~shared.own, float("-inf"))        # (B*G, K, r, W)
     weights = torch.cat([by_row(scores), own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
@@ -278,13 +315,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     return out.reshape(len(q), 1, K * r, D)
 
 
-def flash(q: Tensor):
+def flash(q: Tensor) -> ModuleType | None:
     """The package flash-attn where it is installed and for such a q, else None: PyTorch's own attention is used."""
     return flash_attn() if q.is_cuda and q.dtype != torch.float32 else None
 
 
 @cache
-def flash_attn():
+def flash_attn() -> ModuleType | None:
     try:
         import flash_attn
         return flash_attn
@@ -298,23 +335,12 @@ AttentionInterface.register("shared_prompt", shared_attention)
 # ----------------------------------------------------------------------------------------------------------------------
 # Forward passes
 
-def compute_dtype() -> torch.dtype:
-    """bf16 on a GPU, float32 on a CPU; the weights that learn are always float32."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-def autocast():
-    """Matrix products in compute_dtype. Casts are not kept: a weight is used once in a pass, and a kept one would be a second
-    copy of the model until the pass ends (and CUDA graphs forbid it)."""
-    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32, cache_enabled=False)
-
-
-def embed(model, ids: Tensor) -> Tensor:
+def embed(model: Qwen, ids: Tensor) -> Tensor:
     """Token embeddings (B, L, E), the one step of the model that autocast does not see."""
     return model.get_input_embeddings()(ids).to(compute_dtype())
 
 
-def embed_prompts(model, prompts: Prompts) -> Tensor:
+def embed_prompts(model: Qwen, prompts: Prompts) -> Tensor:
     """Token embeddings with the vision tower's features in the places of the image tokens: (B, P, E)."""
     embeds = embed(model, prompts.ids)
     features = image_features(model, prompts) if prompts.features is None else prompts.features
@@ -322,43 +348,34 @@ def embed_prompts(model, prompts: Prompts) -> Tensor:
     return embeds.masked_scatter(places, features.to(embeds.dtype))
 
 
-def image_features(model, prompts: Prompts) -> Tensor:
+def image_features(model: Qwen, prompts: Prompts) -> Tensor:
     """The vision tower's features of all images, (image tokens, E)."""
     return torch.cat(list(model.model.get_image_features(prompts.pixels, prompts.grids, return_dict=True).pooler_output))
 
 
 @torch.no_grad()
-def look(model, prompts: Prompts) -> Prompts:
+def look(model: Qwen, prompts: Prompts) -> Prompts:
     """The prompts with their features, for a vision tower that does not learn: every later pass reuses them."""
     with autocast():
         return prompts._replace(features=image_features(model, prompts))
 
 
-def decoder(model, embeds: Tensor, positions: Tensor, shared: Shared) -> Tensor:
+def decoder(model: Qwen, embeds: Tensor, positions: Tensor, shared: Shared) -> Tensor:
     """The language model on (B, L, E) with explicit positions (3, B, L); the empty mask keeps transformers from one."""
     return model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
                                       attention_mask={"full_attention": None}, shared=shared).last_hidden_state
 
 
-def next_token_logits(model, hidden: Tensor, temperature: float) -> Tensor:
+def next_token_logits(model: Qwen, hidden: Tensor, temperature: float) -> Tensor:
     """(N, E) -> (N, V) float32 logits of the distribution that is sampled *and* scored: divided by the temperature,
     without the vision tokens (a sampled image token has no image, and breaks the next forward pass)."""
-    c = model.config
-    banned = on_device((c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id), hidden.device)
-    return (model.lm_head(hidden).float() / temperature).index_fill(1, banned, float("-inf"))
+    logits, c = model.lm_head(hidden).float() / temperature, model.config
+    for token in (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id):
+        logits[:, token].fill_(float("-inf"))  # one by one: a tensor of them, or an assignment, would come from the host
+    return logits
 
 
-CONSTANTS: dict[tuple, Tensor] = {}
-
-
-def on_device(numbers: tuple[int, ...], where: torch.device) -> Tensor:
-    """A constant, sent to the device once: doing so within a captured step is not allowed, and slow elsewhere."""
-    if (numbers, where) not in CONSTANTS:
-        CONSTANTS[numbers, where] = torch.tensor(numbers, device=where)
-    return CONSTANTS[numbers, where]
-
-
-def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0,
+def token_logprobs(model: Qwen, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0,
                    chunk: int = 1024) -> Tensor:
     """Log-probs (B, G, C) of completions (B, G, C) under the model, 0 where `mask` (B, G, C) is False.
 
@@ -380,13 +397,13 @@ def token_logprobs(model, prompts: Prompts, completions: Tensor, mask: Tensor, t
         b, g, c = mask.nonzero(as_tuple=True)                                            # (N,) each
         hidden, labels = hidden[b, before[b, g, c]], completions[b, g, c]                # (N, E), (N,)
 
-        def score(h, y):
+        def score(h: Tensor, y: Tensor) -> Tensor:
             return next_token_logits(model, h, temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1)
         parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), labels.split(chunk))]
     return torch.zeros(B, G, C, device=mask.device).index_put((b, g, c), torch.cat(parts))
 
 
-def flops(model, prompts: list[Prompts], tokens: Tensor) -> Tensor:
+def flops(model: Qwen, prompts: list[Prompts], tokens: Tensor) -> Tensor:
     """Floating point operations (B,) of a forward pass over groups with so many completion tokens (B,): two for each weight of
     a matrix and token, or patch of an image. Attention itself is left out, some percent at these lengths. A backward pass
     takes twice as many."""
@@ -400,24 +417,9 @@ class Policy(torch.nn.Module):
     """The model whose forward is token_logprobs. FSDP gathers a sharded model's weights when its root is called, so the
     root has to be what the training loop calls."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration):
+    def __init__(self, model: Qwen) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
         return token_logprobs(self.model, prompts, completions, mask, temperature)
-
-
-def last_positions(prompts: Prompts) -> Tensor:
-    """The largest rotary position of each prompt (B,). Not that of its last token when it ends in an image."""
-    return prompts.positions.amax(0).masked_fill(~prompts.real, 0).amax(1)
-
-
-def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
-    """(B*G, 1, C, P+C) bool: a completion sees its prompt without the padding, and itself up to now. None if no
-    prompt is padded: then plain causal attention says the same, and fast kernels apply."""
-    if not prompts.padded:
-        return None
-    own = torch.ones(C, C, dtype=torch.bool, device=prompts.ids.device).tril()
-    mask = torch.cat([prompts.real[:, None].expand(-1, C, -1), own.expand(len(prompts.ids), -1, -1)], 2)  # (B, C, P+C)
-    return mask.repeat_interleave(G, 0).unsqueeze(1)

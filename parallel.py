@@ -24,12 +24,12 @@ from data import BadInput
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", "0"))
 
 
 def ranks() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | None:
@@ -55,7 +55,7 @@ def start(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | No
 # ----------------------------------------------------------------------------------------------------------------------
 # The model on all ranks
 
-def spread(model, mesh: DeviceMesh | None) -> tuple[qwen.Policy, torch.nn.Module]:
+def spread(model: qwen.Qwen, mesh: DeviceMesh | None) -> tuple[qwen.Policy, torch.nn.Module]:
     """A model from the CPU -> (the policy that learns, sharded; the whole model that generates). On a CPU, and with LoRA on
     one GPU, they are one. No GPU ever holds the whole model in float32: sharding moves one unit at a time."""
     adapters = any(not weight.requires_grad for weight in model.model.language_model.parameters())
@@ -117,6 +117,14 @@ def total(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def means(pairs: dict[str, tuple[Tensor | float, Tensor | float]]) -> dict[str, float]:
+    """{name: (sum, count)}, both of this rank -> {name: mean} over all ranks, 0 where there was nothing to count. One
+    exchange and one synchronisation with the GPU for all of them."""
+    ours = torch.stack([torch.as_tensor(x, device=qwen.device()).double() for pair in pairs.values() for x in pair])
+    sums, counts = total(ours).view(-1, 2).unbind(1)
+    return dict(zip(pairs, torch.where(counts > 0, sums / counts, 0.0).tolist()))
 
 
 def largest(value: int) -> int:

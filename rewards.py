@@ -11,23 +11,28 @@ The tasks from `rec` on are those of two systems named Geo-R1: few-shot referrin
 pairing (arXiv 2510.00072).
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+if TYPE_CHECKING:
+    from data import Sample  # which builds on this module
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_BOXES = 1000   # an answer of more brackets is noise; the bound keeps the matching quick
 MAX_TEXT = 10_000  # characters, more than any reference has; the bound keeps the comparison of texts quick
 
-# Frozen models that some rewards consult where a script has loaded them (judges.py), else None:
+# Frozen models that some rewards consult where a script has loaded them (scoring/judges.py), else None:
 #   "sbert"  (text, text) -> cosine of their sentence embeddings
 #   "sam"    (sample, box, points) -> (frame, frame) bool mask
 JUDGES: dict[str, Callable | None] = {"sbert": None, "sam": None}
@@ -168,7 +173,7 @@ def average_precision(predicted: np.ndarray, reference: np.ndarray) -> float:
     return float(total / 10)
 
 
-def reference_boxes(sample) -> np.ndarray:
+def reference_boxes(sample: Sample) -> np.ndarray:
     """The sample's boxes as upright boxes (m, 4), pixels of the frame."""
     return np.array([horizontal(box) for box in sample.boxes]).reshape(-1, 4)
 
@@ -209,7 +214,7 @@ def lexical_similarity(a: str, b: str) -> float:
     return (overlap_f1(unigrams, a, b) + overlap_f1(common_subsequence(a, b), a, b)) / 2
 
 
-def references(sample) -> Sequence[str]:
+def references(sample: Sample) -> Sequence[str]:
     """All texts that would be right: several captions, or the one answer."""
     return sample.references or (sample.answer,)
 
@@ -222,7 +227,7 @@ def without_boxes(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy rewards: (answer text, Sample) -> [0, 1]
 
-def recall_reward(answer: str, sample) -> float:
+def recall_reward(answer: str, sample: Sample) -> float:
     """Recall of the one reference label: 1 if the answer is that label, else 0 (ours; the paper says only "recall").
 
     Case, blanks, `_`, `-` and a full stop at the end do not matter. Naming several classes is not recall but a hedge
@@ -236,7 +241,7 @@ def plain_label(text: str) -> str:
     return re.sub(r"[\s_-]", "", text).casefold().removesuffix(".")
 
 
-def labels_recall_reward(answer: str, sample) -> float:
+def labels_recall_reward(answer: str, sample: Sample) -> float:
     """R = |P & G| / max(|P|, |G|) over the labels named, P, and right, G (ours; the paper says only "recall").
 
     Recall, as long as no more labels are named than there are: plain recall is 1 for naming them all.
@@ -249,14 +254,14 @@ def named_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
     """The labels that a text lists, without blanks. BigEarthNet's labels contain commas, so a list cannot be split at them
     alone: at each place the longest label of the vocabulary that fits is taken, made of whole words (no "sea" in "seaport"),
     and what else stands between commas is a label as well."""
-    spell = lambda text: " ".join(re.findall(r"[^\W_]+|[,;]", text.casefold()))
-    names = sorted((spell(label).replace(" ", "") for label in vocabulary), key=len, reverse=True)
+    text, *labels = (" ".join(re.findall(r"[^\W_]+|[,;]", t.casefold())) for t in (text[:MAX_TEXT], *vocabulary))
+    names = sorted((label.replace(" ", "") for label in labels), key=len, reverse=True)
     pattern = "|".join(" ?".join(name) for name in names)  # blanks do not matter: SeaLake, sea lake
-    pieces = re.split(rf"(?<!\S)({pattern})(?!\S)|[,;]", spell(text[:MAX_TEXT]))
+    pieces = re.split(rf"(?<!\S)({pattern})(?!\S)|[,;]", text)
     return {piece.replace(" ", "") for piece in pieces if piece} - {"", "and"}
 
 
-def detection_reward(answer: str, sample) -> float:
+def detection_reward(answer: str, sample: Sample) -> float:
     """R = sum of matched IoU / max(n_pred, n_ref) (ours), upright boxes in pixels of the frame.
 
     Matching is one to one, and the larger count divides, so neither a second box on the same object nor a spray of
@@ -271,7 +276,7 @@ def detection_reward(answer: str, sample) -> float:
     return float(min(1.0, total))  # a sum of ones may end an ulp above its count
 
 
-def hybrid_reward(answer: str, sample) -> float:
+def hybrid_reward(answer: str, sample: Sample) -> float:
     """R = 0.5 cos(SBERT(a), SBERT(g)) + 0.5 lexical(a, g), best reference g: the paper's hybrid of SBERT and lexical
     metrics (HSLR) with weights and metrics of ours. A negative cosine is 0; without SBERT the lexical half counts alone."""
     if len(answer) > MAX_TEXT:
@@ -282,7 +287,7 @@ def hybrid_reward(answer: str, sample) -> float:
                for text in references(sample))
 
 
-def grounding_reward(answer: str, sample) -> float:
+def grounding_reward(answer: str, sample: Sample) -> float:
     """R = 0.5 detection + 0.5 lexical, of the boxes and of the text around them (lexical-metric grounding; formula ours)."""
     if len(answer) > MAX_TEXT:
         return 0.0
@@ -291,29 +296,28 @@ def grounding_reward(answer: str, sample) -> float:
     return 0.5 * boxes + 0.5 * text
 
 
-def levenshtein_reward(answer: str, sample) -> float:
+def levenshtein_reward(answer: str, sample: Sample) -> float:
     """R = Levenshtein ratio 1 - d / (|a| + |g|), best reference g; d counts insertions and deletions of characters, as in
     the package of that name, so the ratio is 2 LCS / (|a| + |g|). That the best of several captions counts is ours."""
-    norm = lambda text: " ".join(text.lower().split()).removesuffix(".").rstrip()
     if len(answer) > MAX_TEXT:
         return 0.0
-    a = norm(answer)
-    return max(overlap_f1(common_subsequence(g, a), a, g) for g in map(norm, references(sample)))
+    a, *texts = (" ".join(text.lower().split()).removesuffix(".").rstrip() for text in (answer, *references(sample)))
+    return max(overlap_f1(common_subsequence(g, a), a, g) for g in texts)
 
 
-def jaccard_reward(answer: str, sample) -> float:
+def jaccard_reward(answer: str, sample: Sample) -> float:
     """R = |A & G| / |A | G| of the words of answer and reference (the paper names it; on words is ours)."""
     a, g = set(words(answer)), set(words(sample.answer))
     return len(a & g) / max(len(a | g), 1)
 
 
-def iou_reward(answer: str, sample) -> float:
+def iou_reward(answer: str, sample: Sample) -> float:
     """R = IoU of the one box (Geo-R1 few-shot, REC). The object is one: several boxes, or none, earn 0."""
     predicted = parse_boxes(answer)
     return detection_reward(answer, sample) if predicted is not None and len(predicted) == 1 else 0.0
 
 
-def count_penalised_ap_reward(answer: str, sample) -> float:
+def count_penalised_ap_reward(answer: str, sample: Sample) -> float:
     """R = min(1, sqrt(n_ref / n_pred)) AP (Geo-R1 few-shot, OVD). All predictions have one score, so AP alone would
     forgive every box that comes after the right ones."""
     predicted = parse_boxes(answer)
@@ -324,7 +328,7 @@ def count_penalised_ap_reward(answer: str, sample) -> float:
     return penalty * average_precision(predicted, reference)
 
 
-def mask_reward(answer: str, sample) -> float:
+def mask_reward(answer: str, sample: Sample) -> float:
     """R = |M & G| / |M | G|, the IoU of predicted and reference mask (Geo-R1 few-shot, GRES). No target, so answered: 1;
     an instance named there earns 0, be its mask empty or not."""
     mask = predicted_mask(answer, sample)
@@ -335,7 +339,7 @@ def mask_reward(answer: str, sample) -> float:
     return float((mask & reference).sum() / union) if union else float("{" not in answer)
 
 
-def predicted_mask(answer: str, sample) -> np.ndarray | None:
+def predicted_mask(answer: str, sample: Sample) -> np.ndarray | None:
     """The (frame, frame) bool mask of an answer: the union of its instances' masks; None if it names neither instances
     nor `none`.
 
@@ -358,13 +362,13 @@ def predicted_mask(answer: str, sample) -> np.ndarray | None:
     return mask
 
 
-def reference_mask(sample) -> np.ndarray:
+def reference_mask(sample: Sample) -> np.ndarray:
     """The sample's mask (frame, frame), True on the target; `mask` is an image or a path, the target non-zero."""
     image = sample.mask if isinstance(sample.mask, Image.Image) else Image.open(sample.mask)
     return np.asarray(image.convert("L").resize((sample.frame, sample.frame), Image.Resampling.NEAREST)) > 0
 
 
-def choice_reward(answer: str, sample) -> float:
+def choice_reward(answer: str, sample: Sample) -> float:
     """1 if the answer names the right letter and no other (Geo-R1 cross-view), else 0. "B", "b", "(B)", "Image B is right"
     are read as B (the released reader's regex takes neither "B)" nor a sentence); "A or B" is refused, and so is the
     article A beside another letter."""
@@ -390,7 +394,7 @@ def repetition_penalty(completion: str, n: int = 6) -> float:
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-def reward_parts(completion: str, sample, used: float = 0.0) -> dict[str, float]:
+def reward_parts(completion: str, sample: Sample, used: float = 0.0) -> dict[str, float]:
     """The named parts of one completion's reward: format and accuracy, each in [0, 1]; for pair also length and
     repetition. `used` is the completion's share of the longest one allowed. Raises ValueError for a reward function that
     returns no finite number."""
@@ -413,7 +417,7 @@ def reward_parts(completion: str, sample, used: float = 0.0) -> dict[str, float]
 class Task(NamedTuple):
     instruction: str         # follows the question; {frame} is the side of the image in pixels
     reward: Callable         # (answer, Sample) -> [0, 1]
-    scores: tuple[str, ...]  # functions of scores.py: (answers, Samples) -> {name: value}
+    scores: tuple[str, ...]  # functions of scoring/scores.py: (answers, Samples) -> {name: value}
     extra: tuple[str, ...] = ()  # further parts of the reward
 
 

@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import model as qwen
 from data import first_line
-from model import Processor, Prompts, Shared
+from model import Processor, Prompts, Qwen, Shared
 
 
 class Completions(NamedTuple):
@@ -59,7 +59,7 @@ class State:
 
 
 @torch.no_grad()
-def generate(model, processor: Processor, prompts: Prompts, C: int, noise: Tensor | None, G: int = 1,
+def generate(model: Qwen, processor: Processor, prompts: Prompts, C: int, noise: Tensor | None, G: int = 1,
              temperature: float = 1.0) -> Completions:
     """G completions of at most C tokens for each of B prompts.
 
@@ -81,7 +81,7 @@ def generate(model, processor: Processor, prompts: Prompts, C: int, noise: Tenso
     return Completions(*columns, ~state.running.view(-1, G))
 
 
-def prefill(model, prompts: Prompts, C: int, noise: Tensor | None, G: int) -> tuple[State, Tensor]:
+def prefill(model: Qwen, prompts: Prompts, C: int, noise: Tensor | None, G: int) -> tuple[State, Tensor]:
     """The prompts' keys and values, room for those of the completions, and the hidden states (N, E) that the first token
     is drawn from."""
     if fixed_shapes():  # so that there are few of them
@@ -96,14 +96,14 @@ def prefill(model, prompts: Prompts, C: int, noise: Tensor | None, G: int) -> tu
         layer += [layer[0].new_zeros(N, K, max(C, 16), D) for _ in "kv"]  # zeros: what is masked out must still be a number;
         # 16: flash-attn refuses a cache shorter than a key head has query heads
     shared.mode, shared.mask = "decode", prompts.real[:, None, None]
-    zeros = lambda kind: torch.zeros(N, C, dtype=kind, device=on)
-    return State(shared, zeros(torch.float32) if noise is None else noise, (qwen.last_positions(prompts) + 1).repeat_interleave(G),
+    zeros = torch.zeros(N, C, device=on)
+    return State(shared, zeros if noise is None else noise, (qwen.last_positions(prompts) + 1).repeat_interleave(G),
                  t=torch.zeros(1, dtype=torch.long, device=on), token=torch.zeros(N, dtype=torch.long, device=on),
-                 running=torch.ones(N, dtype=torch.bool, device=on), tokens=zeros(torch.long), mask=zeros(torch.bool),
-                 logprobs=zeros(torch.float32), entropy=zeros(torch.float32)), hidden
+                 running=torch.ones(N, dtype=torch.bool, device=on), tokens=zeros.long(), mask=zeros.bool(),
+                 logprobs=zeros.clone(), entropy=zeros.clone()), hidden
 
 
-def draw(model, state: State, hidden: Tensor, stops: tuple[int, ...], pad: int, temperature: float | None) -> None:
+def draw(model: Qwen, state: State, hidden: Tensor, stops: tuple[int, ...], pad: int, temperature: float | None) -> None:
     """Append a token to every row that has not stopped, given the hidden states (N, E) before it."""
     dist = qwen.next_token_logits(model, hidden, temperature or 1.0).log_softmax(-1)     # (N, V)
     token = dist.argmax(-1) if temperature is None else sample(dist, state.noise.index_select(1, state.t)[:, 0])
@@ -118,7 +118,7 @@ def draw(model, state: State, hidden: Tensor, stops: tuple[int, ...], pad: int, 
     state.t += 1
 
 
-def decode(model, state: State, width: int, *choice) -> None:
+def decode(model: Qwen, state: State, width: int, *choice) -> None:
     """One step: the last token goes through the model, its keys and values into the cache, and the next one is drawn.
 
     width   how many places of the completion are looked at, at least as many as are filled. Nothing here may synchronise with
@@ -131,7 +131,7 @@ def decode(model, state: State, width: int, *choice) -> None:
     draw(model, state, hidden[:, 0], *choice)
 
 
-def run(model, state: State, choice: tuple) -> State:
+def run(model: Qwen, state: State, choice: tuple) -> State:
     """Decode until all rows have stopped or are full. Whenever half of the rows would do, the others are dropped."""
     C, full, rows = state.tokens.shape[1], state, None
     for t in range(1, C):
@@ -181,7 +181,7 @@ def fixed_shapes() -> bool:
     return torch.cuda.is_available() or step is not decode
 
 
-def replay(model, state: State, choice: tuple) -> State:
+def replay(model: Qwen, state: State, choice: tuple) -> State:
     """As `run`, making all steps on one and the same state, into which this one is copied: a graph reads and writes the
     addresses it was captured with. So the model's weights, too, have to be updated in place."""
     C, graphs = state.tokens.shape[1], GRAPHS.setdefault(model, {})
@@ -201,10 +201,10 @@ def replay(model, state: State, choice: tuple) -> State:
     return fixed
 
 
-def capture(model, state: State, choice: tuple) -> tuple[State, Callable[[], None]]:
+def capture(model: Qwen, state: State, choice: tuple) -> tuple[State, Callable[[], None]]:
     """A copy of the state, and what makes a step on it."""
     state = copy.deepcopy(state)
-    one = lambda: step(model, state, state.tokens.shape[1], *choice)
+    one = partial(step, model, state, state.tokens.shape[1], *choice)
     if not torch.cuda.is_available():
         return state, one
     side = torch.cuda.Stream()
@@ -226,7 +226,7 @@ def capture(model, state: State, choice: tuple) -> tuple[State, Callable[[], Non
 
 
 @cache
-def pool():
+def pool() -> tuple[int, int]:
     """One pool of memory for all graphs: of what lies in it nothing is needed after a step."""
     return torch.cuda.graph_pool_handle()
 

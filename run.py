@@ -1,10 +1,11 @@
-"""One training run: its folder, checkpoints, logs and curves, how it is stopped and its learning rate. Shared by the two
+"""One training run: its flags, folder, checkpoints and logs, how it is stopped, and its learning rate. Shared by the two
 training scripts.
 
 A log line is written after its step and a checkpoint every --save-every steps, so after a crash the logs are ahead; a
 resumed run cuts them back to its checkpoint and writes the same lines again.
 """
 
+import argparse
 import fcntl
 import json
 import math
@@ -17,18 +18,24 @@ import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 import parallel
-from data import BadInput, first_line
+from data import HELDOUT_SEED, BadInput, Sample, fingerprint, first_line
+from model import Policy
 
 # flags that change neither data nor loss
 FREE = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens", "gradient-checkpointing", "compile")
@@ -36,9 +43,30 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")              
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a script's docstring as it is written, and the default of each flag."""
+
+
+def natural(text: str) -> int:
+    """argparse type: a whole number from 0 on, below the seed of the held-out scenes."""
+    if not text.isdecimal() or int(text) >= HELDOUT_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {HELDOUT_SEED - 1}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a folder `checkpoint` with the tensors of all ranks, and run.json with the run's flags and progress
 
-def start_or_resume(args, settings: dict[str, str], fresh: dict) -> dict:
+def start_or_resume(args: argparse.Namespace, settings: dict[str, str], fresh: dict) -> dict:
     """Make `args.out`, and return the run's progress: `fresh`, or with `args.resume` that of the last checkpoint, whose
     settings must be the same. A new run removes what an earlier one left, or a later --resume would take its checkpoint for
     this run's."""
@@ -46,7 +74,8 @@ def start_or_resume(args, settings: dict[str, str], fresh: dict) -> dict:
         if Path(args.model).resolve().is_relative_to(args.out.resolve()):
             raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
         args.out.mkdir(parents=True, exist_ok=True)
-        lock(args.out)
+    lock(args.out)
+    if not args.resume:
         if parallel.rank() == 0:
             for name in ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "adapter"):
                 shutil.rmtree(args.out / name, ignore_errors=True)
@@ -54,7 +83,6 @@ def start_or_resume(args, settings: dict[str, str], fresh: dict) -> dict:
                 (args.out / name).unlink(missing_ok=True)
         parallel.wait()
         return fresh
-    lock(args.out)
     file = last_checkpoint(args.out) / "run.json"
     try:
         saved = json.loads(file.read_text())
@@ -73,21 +101,20 @@ def start_or_resume(args, settings: dict[str, str], fresh: dict) -> dict:
 START_AGAIN = "start again without --resume, which clears the folder"
 
 
-def settings_of(args, data: list[Sequence]) -> dict[str, str]:
-    """What makes a run what it is: its flags by name, and the samples that were found, by number and checksum."""
+def settings_of(args: argparse.Namespace, data: list[Sequence[Sample]]) -> dict[str, str]:
+    """What makes a run what it is: its flags by name, and the samples that were found."""
     flags = {name.replace("_", "-"): str(value) for name, value in vars(args).items() if name not in ("out", "resume")}
-    ids = [[sample.id for sample in samples] if isinstance(samples, list) else "synthetic" for samples in data]
-    return flags | {"data (as read)": f"{sum(map(len, data))} samples #{zlib.crc32(json.dumps(ids).encode()):08x}"}
+    return flags | {"data (as read)": ", ".join(map(fingerprint, data))}
 
 
-locks = []  # open as long as the process lives
+locks: list[int] = []  # open files, as long as the process lives
 
 
 def lock(out: Path) -> None:
     """See that one run at a time writes to a folder: workers outlive a torchrun that is killed, and a --resume beside them
     would spoil both."""
     if parallel.rank() == 0 and out.exists():
-        locks.append(open(out / ".lock", "w"))
+        locks.append(os.open(out / ".lock", os.O_CREAT | os.O_RDWR))
         try:
             fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,7 +131,7 @@ def last_checkpoint(out: Path) -> Path:
     raise BadInput(f"--resume: no checkpoint in {out}")
 
 
-def tensors_of(policy, optimizer, reference) -> dict:
+def tensors_of(policy: Policy, optimizer: Optimizer, reference: Policy | None) -> dict:
     """All weights and moments by name, sharded as they are; the optimiser's by parameter, so that ranks may change."""
     fresh = not optimizer.state
     moments = get_optimizer_state_dict(policy, optimizer)["state"]
@@ -115,7 +142,8 @@ def tensors_of(policy, optimizer, reference) -> dict:
             "reference": get_model_state_dict(reference) if reference else {}}
 
 
-def save_checkpoint(out: Path, settings: dict[str, str], progress: dict, policy, optimizer, reference=None) -> None:
+def save_checkpoint(out: Path, settings: dict[str, str], progress: dict, policy: Policy, optimizer: Optimizer,
+                    reference: Policy | None = None) -> None:
     """All that an exact resume needs, written beside the last checkpoint, which goes only when this one is complete. Random
     numbers are a function of the seed and the step, so there is no state of theirs."""
     partial, folder, old = (out / f"checkpoint{ending}" for ending in (".partial", "", ".old"))
@@ -142,7 +170,7 @@ def save_checkpoint(out: Path, settings: dict[str, str], progress: dict, policy,
     parallel.wait()
 
 
-def load_checkpoint(out: Path, policy, optimizer, reference=None) -> None:
+def load_checkpoint(out: Path, policy: Policy, optimizer: Optimizer, reference: Policy | None = None) -> None:
     """Read the last checkpoint's tensors, of any number of ranks, into the modules and the optimiser. Resume from your own
     checkpoints only: torch.distributed.checkpoint describes them in a pickle. Raises BadInput if a file is not as it was
     written."""
@@ -193,20 +221,21 @@ class Log:
     """A file of JSON lines that the first rank writes. The first write cuts it back to n lines: what a killed run wrote after
     its last checkpoint is written again."""
 
-    def __init__(self, path: Path, n: int):
-        self.path, self.n, self.file = path, n, None
+    def __init__(self, path: Path, n: int) -> None:
+        self.path, self.n = path, n
 
     def write(self, row: dict) -> None:
         if parallel.rank():
             return
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}  # no NaN in JSON
         try:
-            if not self.file:
+            if self.n is not None:
                 lines = self.path.read_text().splitlines(keepends=True) if self.n else []
                 self.path.with_suffix(".partial").write_text("".join(lines[: self.n]))
                 self.path.with_suffix(".partial").replace(self.path)
-                self.file = open(self.path, "a")
-            print(json.dumps(row), file=self.file, flush=True)  # JSON knows no NaN
+                self.n = None
+            with open(self.path, "a") as file:
+                print(json.dumps(row), file=file)
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error}); --resume goes on from the last checkpoint") from error
 
@@ -218,10 +247,10 @@ class Guard:
     """Steps the optimiser where loss and gradient are finite; else skips the step, counts it, and ends the run after ten in
     a row."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, skipped: int = 0):
+    def __init__(self, optimizer: Optimizer, skipped: int = 0) -> None:
         self.optimizer, self.skipped, self.in_a_row = optimizer, skipped, 0
 
-    def step(self, loss: torch.Tensor, norm: torch.Tensor, samples: Sequence) -> None:
+    def step(self, loss: torch.Tensor, norm: torch.Tensor, samples: Sequence[Sample]) -> None:
         """`loss` is this rank's part, `norm` the whole gradient's, `samples` what they came from."""
         if torch.isfinite(parallel.total(loss) + norm):
             self.optimizer.step()
@@ -230,7 +259,7 @@ class Guard:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         self.optimizer.zero_grad()
         if self.in_a_row == 10:
-            ids = sum(parallel.gathered([s.id for s in samples]), [])
+            ids = chain(*parallel.gathered([s.id for s in samples]))
             raise BadInput(f"loss or gradient was not finite 10 times in a row; lower --lr, or look at the last samples: "
                            f"{', '.join(ids)}")
 
@@ -244,7 +273,7 @@ signals: list[int] = []  # SIGTERM and SIGINT that have arrived
 def finish_step_on_signal() -> None:
     """From now on SIGTERM and SIGINT do not end the process: the loop asks after each step."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
 
 
 def asked_to_stop() -> bool:
@@ -254,50 +283,18 @@ def asked_to_stop() -> bool:
 
 def command() -> str:
     """The command line of this run, without --resume. How torchrun's nodes meet is not known here."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = [f"--nnodes={parallel.ranks() // local}", "--rdzv-..."] if parallel.ranks() > local else []
     launcher = ["torchrun", *nodes, f"--nproc-per-node={local}"] if parallel.ranks() > 1 else ["python"]
     return shlex.join([*launcher, *(arg for arg in sys.argv if arg != "--resume")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schedule and curves
+# Schedule
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up over `warmup` steps, then linear decay; the step after the last would have rate 0."""
     return peak * min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
-
-
-def plot_curves(metrics: Path, names: Sequence[str]) -> None:
-    """curves.png beside metrics.jsonl: one panel a name, steps of all stages in a row; `parts` gives one line a part."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no curves.png (pip install matplotlib)", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), constrained_layout=True, squeeze=False)
-    for axis, name in zip(axes[0], names):
-        series = {name: [np.nan if row[name] is None else row[name] for row in rows]}
-        if rows and isinstance(rows[0][name], dict):
-            parts = dict.fromkeys(part for row in rows for part in row[name])  # pair has more of them than other stages
-            series = {part: [row[name].get(part, np.nan) for row in rows] for part in parts}
-        for label, values in series.items():
-            line = axis.plot(smooth(values), label=label)[0]
-            axis.plot(values, alpha=.3, color=line.get_color())
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-        if len(series) > 1:
-            axis.legend(fontsize=7)
-    figure.savefig(metrics.with_name("curves.png"), dpi=110)
-    plt.close(figure)
-
-
-def smooth(values: list[float], window: int = 10) -> list[float]:
-    """Mean over the last `window` values."""
-    return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

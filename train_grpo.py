@@ -18,6 +18,8 @@ import argparse
 import sys
 import time
 from collections import Counter
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,12 +30,13 @@ import model as qwen
 import parallel
 import rollout
 import run
-from data import BadInput, HelpFormatter, ahead, as_row, batch, load, load_images, natural, positive, prompt
+from data import BadInput, Sample, ahead, as_row, batch, load, load_images, prompt
 from evaluate import heldout_rewards
-from judges import load_judges
-from readers import few_shots
-from report import read_entries, write_report
 from rewards import TASKS, reward_parts
+from run import HelpFormatter, natural, positive
+from scoring.curves import FIGURES, plot_curves
+from scoring.judges import load_judges
+from scoring.report import read_entries, write_report
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="det", help="comma-separated tasks, one stage each in this order; or `all`")
@@ -42,7 +45,7 @@ parser.add_argument("--resume", action="store_true", help="continue the run in -
                     f"of the flags only --{', --'.join(run.FREE)} may have changed")
 flags = parser.add_argument_group("model and data")
 flags.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
-flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
+flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that formats/ knows")
 flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
 flags.add_argument("--shots", type=positive, help="train on so many samples of each category only")
 flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
@@ -120,9 +123,7 @@ def main() -> None:
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    data = [load(args.data, task, processor.frame, args.images, "train", args.seed) for task in tasks]
-    if args.shots:
-        data = [few_shots(samples, args.shots) for samples in data]
+    data = [load(args.data, task, processor.frame, args.images, "train", args.seed, args.shots) for task in tasks]
     heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks]
     load_judges(tasks, args.sbert, args.sam)
     weights = {name: getattr(args, f"{name}_weight") for name in ("format", "accuracy", "length", "repetition")}
@@ -135,6 +136,9 @@ def main() -> None:
     run.finish_step_on_signal()
     policy, sampler = parallel.spread(model, mesh)                                       # what learns, what generates
 
+    def encode(sample: Sample) -> qwen.Prompts:
+        return qwen.encode(processor, prompt(sample), load_images(sample))
+
     for stage in range(progress["stage"], len(tasks)):
         reference = optimizer = guard = None                                             # the last stage's go first
         if args.beta and not adapters:                                                   # with them: the policy without
@@ -145,13 +149,13 @@ def main() -> None:
         if progress["step"]:
             run.load_checkpoint(args.out, policy, optimizer, reference)
             parallel.refresh(sampler, policy)
-        heldout_scores = lambda: heldout_rewards(sampler, processor, heldout[stage], args.max_new_tokens, args.temperature)
+        heldout_scores = partial(heldout_rewards, sampler, processor, heldout[stage], args.max_new_tokens, args.temperature)
         before, after = progress["before"] or heldout_scores(), None
         policy.train()
 
-        plan = lambda step: batch(data[stage], step, args.prompts, args.seed + stage)[mine.start :: mine.step]
-        encode = lambda sample: qwen.encode(processor, prompt(sample), load_images(sample))
-        for step, samples, prompts in ahead(plan, encode, range(progress["step"], args.steps)):
+        steps = ((step, batch(data[stage], step, args.prompts, args.seed + stage)[mine.start :: mine.step])
+                 for step in range(progress["step"], args.steps))
+        for step, samples, prompts in ahead(steps, encode):                              # this rank's prompts
             # --- rollout: B prompts, G completions each ---------------------------------------------------------------
             began = time.perf_counter()
             if args.freeze or args.lora:
@@ -211,36 +215,39 @@ def main() -> None:
             parallel.refresh(sampler, policy)
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
+            seconds, last = time.perf_counter() - began, step + 1 == args.steps
+            tokens, scored = drawn.mask.sum(), mask.sum()                                # sampled; with loss
             work = qwen.flops(sampler, prompts, drawn.mask.sum((1, 2)))                  # (B,) of a forward pass
-            sums = {"reward": rewards.sum(), "reward_std": args.group * rewards.std(1).sum(), "kl": totals["kl"],
-                    "entropy": drawn.entropy.sum(), "clip_frac": totals["clipped"], "loss": totals["loss"],
-                    "sampling_gap": totals["gap"], "len_mean": drawn.mask.sum(), "truncated_frac": (~drawn.stopped).sum(),
-                    "zero_std_frac": args.group * (~learning).sum(), "scored": mask.sum(),
-                    "flops": work.sum() + work[learning].sum() * (3 * args.inner_steps + bool(args.beta))}
-            sums |= {name: sum(p[name] for group in parts for p in group) for name in parts[0][0]}
-            values = torch.stack([torch.as_tensor(value, device=mask.device).double() for value in sums.values()])
-            sums = dict(zip(sums, parallel.total(values).tolist()))                      # over all ranks
-            N, tokens, scored = args.prompts * args.group, sums["len_mean"], max(sums["scored"], 1)
-            counts = {"entropy": tokens, "kl": scored * args.inner_steps, "clip_frac": scored * args.inner_steps,
-                      "sampling_gap": scored, "loss": args.inner_steps}                  # what each sum is a mean over, else N
-            figures = {name: value / counts.get(name, N) for name, value in sums.items()}
-            seconds = time.perf_counter() - began
+            work = work.sum() + work[learning].sum() * (3 * args.inner_steps + bool(args.beta))
+            means = parallel.means({                                                     # name: (sum, count) on this rank
+                "reward": (rewards.sum(), rewards.numel()),
+                "reward_std": (rewards.std(1).sum(), len(rewards)),
+                "kl": (totals["kl"], scored * args.inner_steps),
+                "entropy": (drawn.entropy.sum(), tokens),
+                "clip_frac": (totals["clipped"], scored * args.inner_steps),
+                "sampling_gap": (totals["gap"], scored),                                 # |log-prob scored - as sampled|
+                "len_mean": (tokens, rewards.numel()),
+                "truncated_frac": ((~drawn.stopped).sum(), rewards.numel()),
+                "zero_std_frac": ((~learning).sum(), len(rewards)),
+                "loss": (totals["loss"] * parallel.ranks(), args.inner_steps),           # its parts of the ranks add up
+                "grad_norm": (totals["norm"], args.inner_steps),
+                "flops": (work * parallel.ranks(), 1),
+                **{name: (sum(p[name] for group in parts for p in group), rewards.numel()) for name in parts[0][0]}})
             row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
-                   **{name: value for name, value in figures.items() if name not in (*parts[0][0], "scored", "flops")},
-                   "grad_norm": float(totals["norm"]) / args.inner_steps, "skipped": guard.skipped,
-                   "parts": {name: figures[name] for name in parts[0][0]}, "lr": optimizer.param_groups[0]["lr"],
-                   "rollout_s": rollout_seconds, "update_s": seconds, "tokens_per_s": tokens / (rollout_seconds + seconds),
-                   "flops_per_s": sums["flops"] / (rollout_seconds + seconds)}
-            last = step + 1 == args.steps
+                   "parts": {name: means.pop(name) for name in parts[0][0]}, "lr": optimizer.param_groups[0]["lr"],
+                   "skipped": guard.skipped, "rollout_s": rollout_seconds, "update_s": seconds,
+                   "tokens_per_s": means["len_mean"] * args.prompts * args.group / (rollout_seconds + seconds),
+                   "flops_per_s": means.pop("flops") / (rollout_seconds + seconds), **means}
             if (step + 1) % args.eval_every == 0 or last:
                 row["heldout"] = after = heldout_scores()
             metrics_log.write(row)
-            shown = step % args.prompts                                                  # samples.jsonl keeps a group a step
-            rows = [{"step": row["step"], "stage": stage} | as_row(sample) |
-                    {"completion": text, "parts": part, "reward": reward, "advantage": advantage}
-                    for b, sample, *group in zip(mine, samples, texts, parts, rewards.tolist(), advantages.tolist()) if b == shown
-                    for text, part, reward, advantage in zip(*group)]
-            for line in sum(parallel.gathered(rows), []):
+            lines, shown = [], step % args.prompts                                       # samples.jsonl keeps a group a step
+            if shown in mine:
+                b = mine.index(shown)
+                lines = [{"step": row["step"], "stage": stage} | as_row(samples[b]) |
+                         {"completion": text, "parts": part, "reward": reward, "advantage": advantage} for text, part, reward,
+                         advantage in zip(texts[b], parts[b], rewards[b].tolist(), advantages[b].tolist())]
+            for line in chain(*parallel.gathered(lines)):
                 samples_log.write(line)
             line = (f"step {row['step']:4d} {tasks[stage]:6s} reward {row['reward']:.3f}  accuracy "
                     f"{row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  len "
@@ -259,7 +266,7 @@ def main() -> None:
                 f"{'':12s}{'before':>8s}{'after':>8s}\n"
                 + "\n".join(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before))
         if parallel.rank() == 0:
-            run.plot_curves(args.out / "metrics.jsonl", ("reward", "parts", "kl", "len_mean", "entropy"))
+            plot_curves([args.out], FIGURES, args.out / "curves.png")
             write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
 
     bar.close()

@@ -25,39 +25,39 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import model as qwen
 import parallel
 import run
-from data import BadInput, HelpFormatter, Sample, ahead, batch, load, load_images, natural, positive, prompt, sloppy, target
+from data import BadInput, Sample, ahead, batch, load, load_images, prompt, sloppy, target
 from evaluate import heldout_rewards
-from readers import few_shots
 from rewards import TAGS, TASKS
+from run import HelpFormatter, natural, positive
+from scoring.curves import plot_curves
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="all", help="comma-separated tasks to mix, one named twice counts twice; or `all`")
 parser.add_argument("--out", type=Path, required=True, help="folder for model/, checkpoint/, metrics.jsonl, curves.png")
 parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint; "
                     f"of the flags only --{', --'.join(run.FREE)} may have changed")
-group = parser.add_argument_group("model and data")
-group.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; or `scratch`: tiny's architecture, random")
-group.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that readers.py knows")
-group.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
-group.add_argument("--limit", type=positive, help="train on the first so many samples of each task only")
-group.add_argument("--shots", type=positive, help="train on so many samples of each category only")
-group.add_argument("--box-noise", type=float, default=0.0, help="std in pixels of noise on the box edges of det's targets: "
+flags = parser.add_argument_group("model and data")
+flags.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; or `scratch`: tiny's architecture, random")
+flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that formats/ knows")
+flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
+flags.add_argument("--shots", type=positive, help="train on so many samples of each category only")
+flags.add_argument("--box-noise", type=float, default=0.0, help="std in pixels of noise on the box edges of det's targets: "
                    "hasty annotators, for GRPO to outgrow")
-group.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
-group = parser.add_argument_group("optimisation")
-group.add_argument("--steps", type=positive, default=1000, help="optimiser steps")
-group.add_argument("--batch", type=positive, default=32, help="samples in an optimiser step")
-group.add_argument("--micro-batch", type=positive, default=32, help="samples in a forward pass; lower it to save memory")
-group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
-group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the real 3B model: 1e-5)")
-group.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
-group.add_argument("--weight-decay", type=float, default=0.01)
-group.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
-group.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
-group.add_argument("--seed", type=natural, default=0)
-group = parser.add_argument_group("output")
-group.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
-group.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion in the held-out scores")
+flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
+flags = parser.add_argument_group("optimisation")
+flags.add_argument("--steps", type=positive, default=1000, help="optimiser steps")
+flags.add_argument("--batch", type=positive, default=32, help="samples in an optimiser step")
+flags.add_argument("--micro-batch", type=positive, default=32, help="samples in a forward pass; lower it to save memory")
+flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
+flags.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the real 3B model: 1e-5)")
+flags.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
+flags.add_argument("--weight-decay", type=float, default=0.01)
+flags.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
+flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
+flags.add_argument("--seed", type=natural, default=0)
+flags = parser.add_argument_group("output")
+flags.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
+flags.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion in the held-out scores")
 
 
 def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForConditionalGeneration, qwen.Processor]:
@@ -77,12 +77,12 @@ def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForCondition
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=qwen.STOPS[0], pad_token=qwen.STOPS[1])
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.08, max_position_embeddings=4096,
-                         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-                         bos_token_id=None, eos_token_id=ids[qwen.STOPS[0]], pad_token_id=ids[qwen.STOPS[1]]),
-        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128,
-                           fullatt_block_indexes=[0, 2], initializer_range=0.08),
+        text_config={"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 4096,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+                         "bos_token_id": None, "eos_token_id": ids[qwen.STOPS[0]], "pad_token_id": ids[qwen.STOPS[1]]},
+        vision_config={"depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
+                           "fullatt_block_indexes": [0, 2], "initializer_range": 0.08},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=qwen.ATTENTION)
@@ -107,9 +107,7 @@ def main() -> None:
         model, processor = scratch(corpus, frame)
     else:
         model, processor = qwen.load(args.model, args.image_size)
-    data = [load(args.data, task, processor.frame, args.images, "train", args.seed)[: args.limit] for task in tasks]
-    if args.shots:
-        data = [few_shots(samples, args.shots) for samples in data]
+    data = [load(args.data, task, processor.frame, args.images, "train", args.seed, args.shots) for task in tasks]
     heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,9 +134,11 @@ def main() -> None:
         samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
         return samples[parallel.rank() :: parallel.ranks()]
 
-    encode = lambda sample: qwen.encode(processor, prompt(sample), load_images(sample))
+    def encode(sample: Sample) -> qwen.Prompts:
+        return qwen.encode(processor, prompt(sample), load_images(sample))
+
     policy.train()
-    for step, samples, prompts in ahead(plan, encode, range(progress["step"], args.steps)):
+    for step, samples, prompts in ahead(((step, plan(step)) for step in range(progress["step"], args.steps)), encode):
         began = time.perf_counter()
         targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"]).to(qwen.device())
                    for s in samples]
@@ -179,7 +179,7 @@ def main() -> None:
     model = parallel.collect(policy, sampler)
     if parallel.rank() == 0:
         qwen.save(model, processor, args.out / "model")
-        run.plot_curves(args.out / "metrics.jsonl", ("loss", "grad_norm", "lr"))
+        plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
     run.say(f"model/, metrics.jsonl and curves.png are in {args.out}")
 
 

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,13 +67,14 @@ class Plain(Ours):
         """Rows of prompts `b`; every row brings its own image, as in a trainer's batch."""
         rows = [self.prompts[i] for i in b]
         image = (ids == self.policy.config.image_token_id).int()
-        return dict(input_ids=ids, attention_mask=attention, mm_token_type_ids=image,
-                    pixel_values=torch.cat([p.pixels for p in rows]), image_grid_thw=torch.cat([p.grids for p in rows]))
+        return {"input_ids": ids, "attention_mask": attention, "mm_token_type_ids": image,
+                    "pixel_values": torch.cat([p.pixels for p in rows]), "image_grid_thw": torch.cat([p.grids for p in rows])}
 
     @torch.no_grad()
     def rollout(self, C=None):
         P = max(p.ids.shape[1] for p in self.prompts)  # generate wants the padding on the left
-        left = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
+        def left(x):
+            return torch.nn.functional.pad(x, (P - x.shape[1], 0))
         ids = torch.cat([left(p.ids) for p in self.prompts])
         attention = torch.cat([left(torch.ones_like(p.ids)) for p in self.prompts])
         vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -99,10 +101,10 @@ def build(size, px, G, B, C, vocabulary=None):
     samples = [data[i] for i in range(200)]
     model, processor = train_sft.scratch([prompt(s) + target(s) for s in samples], px)
     if size != "tiny":
-        mid = dict(hidden_size=640, intermediate_size=2560, num_hidden_layers=16, num_attention_heads=10, num_key_value_heads=2,
-                   vocab_size=8192, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]})
-        vision = dict(depth=8, hidden_size=320, num_heads=8, intermediate_size=860, out_hidden_size=640,
-                      fullatt_block_indexes=[3, 7])
+        mid = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 16, "num_attention_heads": 10, "num_key_value_heads": 2,
+                   "vocab_size": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
+        vision = {"depth": 8, "hidden_size": 320, "num_heads": 8, "intermediate_size": 860, "out_hidden_size": 640,
+                      "fullatt_block_indexes": [3, 7]}
         config = sizing.shape(size) if size != "mid" else Qwen2_5_VLConfig(text_config=mid, vision_config=vision,
                                                                            tie_word_embeddings=True)
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
@@ -128,7 +130,8 @@ def now():
 def one_step(side, optimizer):
     """One GRPO step -> seconds of its parts."""
     B, times = len(side.samples), [now()]
-    tick = lambda: times.append(now()) or times[-1] - times[-2]
+    def tick():
+        return times.append(now()) or times[-1] - times[-2]
     side.data(side.samples)
     seconds = {"data": tick()}
     tokens = side.rollout()
@@ -220,6 +223,13 @@ def time_case(size, px, G, B, C, repeats, plain):
     print(json.dumps(row), flush=True)
 
 
+def one_pass(side, tokens, backward):
+    logprobs = side.logprobs(side.policy, 0, tokens)
+    if backward:
+        logprobs.sum().backward()
+    side.policy.zero_grad()
+
+
 def memory_case(px, G, C, vocabulary):
     row = {"case": "memory", "px": px, "group": G, "tokens": C, "vocabulary": vocabulary}
     for name, kind in (("ours", Ours), ("plain", Plain)):
@@ -228,12 +238,7 @@ def memory_case(px, G, C, vocabulary):
         tokens = torch.randint(10, 500, (G, C), device=qwen.device())
         row[name] = {}
         for part in ("forward", "forward and backward"):
-            def work():
-                logprobs = side.logprobs(side.policy, 0, tokens)
-                if part != "forward":
-                    logprobs.sum().backward()
-                side.policy.zero_grad()
-            row[name][part] = round(peak_mib(work))
+            row[name][part] = round(peak_mib(partial(one_pass, side, tokens, backward=part != "forward")))
     print(json.dumps(row), flush=True)
 
 

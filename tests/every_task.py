@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rewards import TASKS  # noqa: E402
+from conftest import ROOT
+from rewards import TASKS
 
 
 def script(name: str, *args: object) -> str:
@@ -33,7 +33,7 @@ def main() -> None:
                       "--max-new-tokens", 160, "--out", out / "grpo")
         script("evaluate.py", "--task", task, "--model", out / "grpo/model", "--max-new-tokens", 160, "--out", out / "eval")
         assert (out / "eval/report.html").exists() and (out / "grpo/report.html").exists()
-        scores = {name: tuple(map(float, re.search(rf"^{name} +([\d.]+) +([\d.]+)$", said, re.M).groups())) for name in ("sampled", "greedy")}
+        scores = {name: tuple(map(float, re.search(rf"^{name} +([\d.]+) +([\d.]+)$", said, re.MULTILINE).groups())) for name in ("sampled", "greedy")}
         rows.append((task, *scores["sampled"], *scores["greedy"], time.perf_counter() - began))
 
     print("| task | sampled | greedy | seconds |\n|---|---|---|---|")

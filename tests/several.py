@@ -4,16 +4,17 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-import model as qwen  # noqa: E402
-import parallel  # noqa: E402
-import train_grpo  # noqa: E402
-import train_sft  # noqa: E402
+import model as qwen
+import parallel
+import train_grpo
+import train_sft
 
 # AdamW divides a gradient by its own size, so where one is rounding noise a weight moves by the noise times the rate: at
 # 1e-3 three weights of 1.5 million were off by 4e-5. Hence the smaller rates.
@@ -24,8 +25,8 @@ RUNS = {
     "grpo": (train_grpo, GRPO),
     "dapo": (train_grpo, f"{GRPO} --loss dapo --inner-steps 2 --steps 2 --mask-truncated"),
     "stages": (train_grpo, f"{GRPO} --task cls,det --steps 2 --lr 1e-4"),
-    "gspo": (train_grpo, f"{GRPO} --loss gspo --clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
-                         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4"),
+    "gspo": (train_grpo, (f"{GRPO} --loss gspo --clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
+                         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")),
     "copies": (train_grpo, f"{GRPO} --steps 2 --shard-size 1"),
     "frozen": (train_grpo, f"{GRPO} --freeze vision --steps 2"),
     "bf16": (train_grpo, f"{GRPO} --steps 2"),  # as on a GPU: float32 weights, bf16 compute, a bf16 copy that generates
@@ -37,6 +38,6 @@ if __name__ == "__main__":
     for name in names or RUNS:
         script, flags = RUNS[name]
         sys.argv = ["script", "--model", model, "--data", data, "--out", f"{out}/{name}", *flags.split()]
-        qwen.compute_dtype = lambda: torch.bfloat16 if name == "bf16" else torch.float32
+        qwen.compute_dtype = partial(getattr, torch, "bfloat16" if name == "bf16" else "float32")
         script.main()
     parallel.finish()

@@ -12,9 +12,24 @@ import pytest
 from PIL import Image
 
 import data
-from data import ahead, HELDOUT_SEED, BadInput, Sample, Scenes, as_row, batch, convert_box, from_row, load, load_images, prompt, read_source, target
+from data import (
+    HELDOUT_SEED,
+    BadInput,
+    Sample,
+    Scenes,
+    ahead,
+    as_row,
+    batch,
+    convert_box,
+    from_row,
+    load,
+    load_images,
+    prompt,
+    read_source,
+    target,
+)
 from rewards import TASKS, box_text, format_reward, horizontal, reward_parts
-from scenes import LAND, draw, scene
+from tiny.scenes import LAND, draw, scene
 
 F = 112
 SIZE = (200, 50)  # of the images in `folder`: far from square, so that swapped axes show
@@ -520,12 +535,13 @@ def test_order_does_not_depend_on_the_folder(tmp_path):
 
 def test_ahead_keeps_the_order_and_is_one_step_ahead():
     began = []
-    plan = lambda step: [(step, i) for i in range(3)]
-    for step, samples, encoded in ahead(plan, lambda sample: began.append(sample) or sample, range(2, 5)):
+    def plan(step):
+        return [(step, i) for i in range(3)]
+    for step, samples, encoded in ahead(((step, plan(step)) for step in range(2, 5)), lambda sample: began.append(sample) or sample):
         assert samples == encoded == plan(step)
         assert len(began) >= 3 * (step - 1)
     assert sorted(began) == [(step, i) for step in (2, 3, 4) for i in range(3)]
-    assert list(ahead(plan, str, range(3, 3))) == []
+    assert list(ahead([], str)) == []
 
 
 def test_ahead_hands_on_an_error_of_its_step():
@@ -535,6 +551,6 @@ def test_ahead_hands_on_an_error_of_its_step():
         return sample
     seen = []
     with pytest.raises(BadInput, match="image 2"):
-        for step, _, _ in ahead(lambda step: [step], encode, range(5)):
+        for step, _, _ in ahead(((step, [step]) for step in range(5)), encode):
             seen.append(step)
     assert seen == [0, 1]

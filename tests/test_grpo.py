@@ -14,7 +14,7 @@ import rollout
 import train_grpo
 
 B, G, C, C_MAX = 4, 3, 6, 10
-CLIP = dict(clip_low=0.2, clip_high=0.28)
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def case(spread=0.6, seed=0):
@@ -154,7 +154,8 @@ def test_padding_does_not_poison_the_loss(loss, bad):
     """0 * inf is NaN: one padded token would end the run."""
     logprobs, old, reference, advantage, mask = case()
     weights = grpo.token_weights(mask, loss, C_MAX)
-    run = lambda *inputs: grpo.policy_loss(*inputs, advantage, mask, weights, loss=loss, beta=0.3, **CLIP)
+    def run(*inputs):
+        return grpo.policy_loss(*inputs, advantage, mask, weights, loss=loss, beta=0.3, **CLIP)
     clean, _ = run(logprobs, old, reference)
     clean.backward()
     for place in range(3):

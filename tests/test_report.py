@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image, ImageColor
 
-import report
+from conftest import ROOT
 from data import BadInput, Sample, Scenes, as_row
-from report import write_report
 from rewards import TASKS, horizontal
+from scoring import report
+from scoring.report import write_report
 
 HOSTILE = ("</script></dd><script>document.title='owned'</script><img src=x onerror=alert(1)> \"'><svg onload=alert(1)> &lt; "
            "{cards} \udc00")
@@ -31,8 +31,8 @@ def completion(answer, accuracy, think="Looking.", **rewards):
 
 
 def sample(**fields):
-    return Sample(**dict(id="a", task="det", images=(Image.new("RGB", (112, 112), GROUND),), question="Where?",
-                         answer="[28,14,84,56]", frame=112, boxes=((*REFERENCE, 0),)) | fields)
+    return Sample(**{"id": "a", "task": "det", "images": (Image.new("RGB", (112, 112), GROUND),), "question": "Where?",
+                         "answer": "[28,14,84,56]", "frame": 112, "boxes": ((*REFERENCE, 0),)} | fields)
 
 
 def written(folder, *entries, **options):
@@ -180,7 +180,7 @@ def row(scene, text, **fields):
 
 
 def command(file):
-    return subprocess.run([sys.executable, str(ROOT / "report.py"), str(file)], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "scoring.report", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_predictions_become_a_page_beside_their_file(tmp_path):
@@ -194,7 +194,7 @@ def test_predictions_become_a_page_beside_their_file(tmp_path):
 
 def test_samples_become_one_card_a_group(tmp_path):
     scenes = [Scenes("det", 112, 7)[i] for i in (2, 2, 3)]  # the second step meets the same scene
-    rewards = dict(stage=0, reward=0.5, advantage=-0.25)
+    rewards = {"stage": 0, "reward": 0.5, "advantage": -0.25}
     (tmp_path / "samples.jsonl").write_text("\n".join(
         row(s, f"answer {g}", step=step, **rewards) for step, s in enumerate(scenes) for g in range(4)))
     entries = report.read_entries(tmp_path / "samples.jsonl")
@@ -205,8 +205,8 @@ def test_samples_become_one_card_a_group(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", "7", *(row(sample(id="x.png"), "", **fields) for fields in (
-    dict(frame="x"), dict(boxes=[[1, 2, 3, None]]), dict(images=None), dict(parts={"format": 1}),
-    dict(parts={"accuracy": "high"})))])
+    {"frame": "x"}, {"boxes": [[1, 2, 3, None]]}, {"images": None}, {"parts": {"format": 1}},
+    {"parts": {"accuracy": "high"}}))])
 def test_bad_record_is_named(tmp_path, line):
     (tmp_path / "predictions.jsonl").write_text(row(sample(id="x.png"), "") + "\n" + line)
     with pytest.raises(BadInput, match="line 2: not a record"):

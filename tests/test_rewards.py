@@ -15,10 +15,33 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import rewards
-from rewards import (TASKS, average_precision, choice_reward, common_subsequence, count_penalised_ap_reward, detection_reward,
-                     extract_answer, format_reward, grounding_reward, horizontal, hybrid_reward, iou_matrix, iou_reward,
-                     jaccard_reward, labels_recall_reward, length_reward, levenshtein_reward, lexical_similarity, mask_reward,
-                     matched_ious, named_labels, parse_boxes, recall_reward, repetition_penalty, reward_parts)
+from rewards import (
+    TASKS,
+    average_precision,
+    choice_reward,
+    common_subsequence,
+    count_penalised_ap_reward,
+    detection_reward,
+    extract_answer,
+    format_reward,
+    grounding_reward,
+    horizontal,
+    hybrid_reward,
+    iou_matrix,
+    iou_reward,
+    jaccard_reward,
+    labels_recall_reward,
+    length_reward,
+    levenshtein_reward,
+    lexical_similarity,
+    mask_reward,
+    matched_ious,
+    named_labels,
+    parse_boxes,
+    recall_reward,
+    repetition_penalty,
+    reward_parts,
+)
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -429,7 +452,7 @@ def instance(*box, **points):
     return json.dumps({"bbox_2d": list(box), **points})
 
 
-EYES = dict(keypoint1=[3, 3], keypoint2=[4, 5])
+EYES = {"keypoint1": [3, 3], "keypoint2": [4, 5]}
 
 
 @pytest.mark.parametrize("answer, reward", [
@@ -545,7 +568,8 @@ tasks = pytest.mark.parametrize("task", TASKS)
 @tasks
 def test_only_the_right_answer_in_its_place_earns_1(task):
     sample, right, wrong = RIGHT[task]
-    accuracy = lambda written: reward_parts(written, sample)["accuracy"]
+    def accuracy(written):
+        return reward_parts(written, sample)["accuracy"]
     assert accuracy(completion(right)) == accuracy(f"<answer>{right}</answer>") == pytest.approx(1)
     assert accuracy(completion(right + "\n")) == accuracy(completion(f"  {right}")) == pytest.approx(1)
     for missed in (wrong, "", " ", "?"):
@@ -619,7 +643,8 @@ def test_lexical_similarity_is_the_mean_of_two_rouges(a, b):
 @given(st.text("abc 1\u0301é", max_size=60), st.text("abc 1\u0301é", max_size=60))
 def test_levenshtein_reward_is_the_ratio_of_the_package(a, b):
     indel = pytest.importorskip("rapidfuzz.distance", reason="needs the package rapidfuzz").Indel
-    plain = lambda text: " ".join(text.split())
+    def plain(text):
+        return " ".join(text.split())
     if plain(a) or plain(b):                                           # of two empty texts the package says 1
         assert levenshtein_reward(a, sample("cap", b)) == pytest.approx(indel.normalized_similarity(plain(a), plain(b)))
 
@@ -628,7 +653,8 @@ def coco_ap(predicted, reference):
     """pycocotools' AP of one image and one class, all predictions with score 1."""
     coco = pytest.importorskip("pycocotools.coco", reason="needs the package pycocotools")
     from pycocotools.cocoeval import COCOeval
-    entry = lambda b: {"image_id": 1, "category_id": 1, "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]]}
+    def entry(b):
+        return {"image_id": 1, "category_id": 1, "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco.COCO()
         truth.dataset = {"info": {}, "images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [

@@ -11,7 +11,7 @@ import pytest
 import rewards
 from data import Sample, Scenes, prompt, target
 from rewards import TASKS, horizontal, iou_matrix, parse_boxes, reference_boxes, reference_mask, reward_parts
-from scenes import LAND, PAINT, PURPOSE, SHAPES, draw, draw_from_ground, draw_mask, place, scene
+from tiny.scenes import LAND, PAINT, PURPOSE, SHAPES, draw, draw_from_ground, draw_mask, place, scene
 
 FRAME, SEED = 112, 5
 tasks = pytest.mark.parametrize("task", TASKS)
@@ -130,7 +130,8 @@ def test_things_of_a_kind_are_counted_in_captions():
 def test_questions_of_all_types_are_answered_by_counting():
     seen = set()
     for sample, view in samples("vqa", 400):
-        count = lambda *words: sum(all(word in (t.kind, t.colour) for word in words) for t in view.things)
+        def count(*words, things=view.things):
+            return sum(all(word in (t.kind, t.colour) for word in words) for t in things)
         if found := re.fullmatch(r"Is there a (\w+) (\w+)\?", sample.question):
             right = "yes" if count(*found.groups()) else "no"
         elif found := re.fullmatch(r"Are there more (\w+)s than (\w+)s\?", sample.question):

@@ -13,20 +13,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scores
 from data import BadInput, Sample, load
-from published import BENCHMARKS, read_earthdial_results, table
 from rewards import TASKS, average_precision
-from scenes import Thing, on_thing
-from scores import (accuracy, accuracy_by_type, box_accuracy, box_ious, box_precision, choice_accuracy, coco_ap, mask_iou,
-                    matched_boxes, meteor, multilabel, polygons, rouge)
+from scoring import scores
+from scoring.published import BENCHMARKS, read_earthdial_results, table
+from scoring.scores import (
+    accuracy,
+    accuracy_by_type,
+    box_accuracy,
+    box_ious,
+    box_precision,
+    choice_accuracy,
+    coco_ap,
+    mask_iou,
+    matched_boxes,
+    meteor,
+    multilabel,
+    polygons,
+    rouge,
+)
+from tiny.scenes import Thing, on_thing
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 HALF = (10, 10, 50, 30, 0)                                                # IoU with A: exactly 0.5
 POOR = (10, 10, 22, 50, 0)                                                # IoU with A: 0.3
 
 real = pytest.mark.skipif("EO_DATA" not in os.environ, reason="EO_DATA does not name the folder of real samples")
-released = lambda name: Path(os.environ["EO_DATA"]) / "earthdial_results" / f"{name}.jsonl"
+def released(name):
+    return Path(os.environ["EO_DATA"]) / "earthdial_results" / f"{name}.jsonl"
 
 
 def sample(task, answer="", boxes=(), **fields):
@@ -328,7 +342,8 @@ def test_released_scorers_rules_on_boxes_are_kept_and_counted(tmp_path, capsys):
 
 
 def test_description_of_fifty_boxes_is_left_out_and_counted(tmp_path, capsys):
-    row = lambda n: {"answer": "a", "groundtruth": "b", "obj_ids": json.dumps(["[[1, 2, 3, 4, 0]]" * n])}
+    def row(n):
+        return {"answer": "a", "groundtruth": "b", "obj_ids": json.dumps(["[[1, 2, 3, 4, 0]]" * n])}
     samples, answers = read_earthdial_results(results(tmp_path, row(49), row(50)), "ground")
     assert [len(s.boxes) for s in samples] == [49] and len(answers) == 1 and "1 descriptions of 50" in capsys.readouterr().err
 

@@ -1,7 +1,7 @@
 """Model answers -> one HTML page to look at: images with boxes, question, reasoning, answer and reward parts, worst first.
 
-    python report.py runs/eval/predictions.jsonl    writes runs/eval/report.html
-    python report.py runs/grpo/samples.jsonl        writes runs/grpo/report.html, the completions of a group side by side
+    python -m scoring.report runs/eval/predictions.jsonl    writes runs/eval/report.html
+    python -m scoring.report runs/grpo/samples.jsonl        writes runs/grpo/report.html, the completions of a group side by side
 
 The page loads nothing. What models and data say is escaped, and the page's security policy runs no script but its own.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput, Sample, from_row, json_records, load_images, positive
+from data import BadInput, Sample, from_row, json_records, load_images
 from rewards import TAGS, extract_answer, format_reward, parse_boxes
 
 BOXED = {"det", "ground", "rec", "ovd", "seg"}  # tasks whose answers hold boxes
@@ -203,10 +203,9 @@ filter();
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="predictions.jsonl or samples.jsonl; report.html is written beside it")
-    parser.add_argument("--limit", type=positive, default=200, help="samples to show at most")
     args = parser.parse_args()
     try:
-        write_report(args.file.with_name("report.html"), read_entries(args.file), str(args.file), args.limit)
+        write_report(args.file.with_name("report.html"), read_entries(args.file), str(args.file))
         print(args.file.with_name("report.html"))
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")

@@ -9,16 +9,16 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 
-from data import BadInput, Sample, Scenes, convert_box, image_size, record_hash
-from notation import asking, build, each_class, from_text, turned_box, upright_box
-from records import IMAGE_SUFFIXES, expecting, find_image, first_size, read_mask, read_records
+from data import BadInput, Sample, convert_box, image_size
+from formats.notation import asking, build, each_class, from_text, turned_box, upright_box
+from formats.records import IMAGE_SUFFIXES, expecting, find_image, first_size, read_mask, read_records
 from rewards import TASKS
 
 PAIR_CHOICES = 4  # images from above to choose from in an item of `pair`
@@ -47,21 +47,6 @@ def read(path: Path, task: str, frame: int, images: Path | None, skipped: Counte
     if task not in serves:
         raise BadInput(f"{path}: {name} serves {', '.join(serves)}, not {task}")
     yield from reader(path, task, frame, images, skipped)
-
-
-def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
-    """So many samples of each category, in their order. A hash of the record's name chooses, so the choice is the same on
-    every machine, and fewer shots are a subset of more."""
-    samples = list(samples[:2000] if isinstance(samples, Scenes) else samples)  # a scene is drawn when it is looked at
-    nameless = next((s.id for s in samples if not s.category), None)
-    if nameless:
-        raise BadInput(f"{nameless}: has no category, and --shots draws so many of each; leave --shots out")
-    seen, kept = Counter(), []
-    for i in sorted(range(len(samples)), key=lambda i: record_hash(samples[i])):
-        seen[samples[i].category] += 1
-        if seen[samples[i].category] <= shots:
-            kept.append(i)
-    return [samples[i] for i in sorted(kept)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,7 +187,7 @@ def read_earthreason(path: Path, task: str, frame: int, images: Path | None, ski
         with expecting("`questions` of EarthReason", str(file)):
             questions = json.loads(file.read_text(encoding="utf-8"))["questions"]
             image, mask = f"images/{find_image(root / 'images', name).name}", f"labels/{file.stem}.png"
-            yield from read_mask(str(file), dict(image=image, mask=mask, problem=questions), task, frame, root, skipped)
+            yield from read_mask(str(file), {"image": image, "mask": mask, "problem": questions}, task, frame, root, skipped)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Procedural scenes with exact ground truth: the embedded data set. Nothing to download, never the same scene twice.
 
 A scene is land of one class with 0 to 6 things on it. It is a pure function of (seed, index); `draw` makes an image of it,
-and `ask` a question of some task with the answer that the scene dictates.
+and `ask` a question of some task with the answer that the scene dictates. A new task is one function of the table QUESTIONS.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -129,92 +130,137 @@ def draw_from_ground(view: Scene) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Questions
+# Questions: what is asked about a scene and what is right, as the fields of a data.Sample, boxes in pixels of the frame
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 PURPOSE = {"airplane": "What here can fly?", "ship": "What here carries goods over water?", "tank": "What here stores oil?",
            "building": "Where here can people live?", "court": "Where here is sport played?"}
 
 
-def ask(task: str, view: Scene) -> dict:
-    """A question of the task about the scene, and what is right: the fields of a data.Sample, boxes in the frame."""
-    rng, frame, things = np.random.default_rng([*view.seed, 2]), view.frame, view.things
-    if task == "cls":
-        return dict(question=f"Which class does this scene belong to? Classes: {', '.join(LAND)}.", answer=view.land,
-                    think=f"{LAND[view.land][2]}.", category=view.land)
-    if task == "pair":
-        return ask_pair(view, rng)
+class About(NamedTuple):
+    """What a question can be about."""
+    view: Scene
+    rng: np.random.Generator  # for what else there is to choose
+    thing: Thing | None       # one of the scene's things
+    kind: str                 # of that thing; without one any kind, which is most likely not there
+    colour: str
+    seen: str                 # all things in words: the reasoning that SFT imitates
 
+    def of_kind(self) -> list[Thing]:
+        return [t for t in self.view.things if t.kind == self.kind]
+
+
+def ask(task: str, view: Scene) -> dict:
+    """The question of the task about the scene."""
+    rng, things, thing = np.random.default_rng([*view.seed, 2]), view.things, None
     kind, colour = str(rng.choice(list(SHAPES))), str(rng.choice(list(PAINT)))
-    thing = None
-    if things and rng.random() < .92:  # else most likely something that is not there
+    if things and rng.random() < .92:
         thing = things[rng.integers(len(things))]
         kind, colour = thing.kind, thing.colour
-    seen = ", ".join(f"{t.colour} {t.kind} {place(t, frame)}" for t in things) or f"Bare {view.land}"
-    count = Counter(t.kind for t in things)
+    seen = ", ".join(f"{t.colour} {t.kind} {place(t, view.frame)}" for t in things) or f"Bare {view.land}"
+    return QUESTIONS[task](About(view, rng, thing, kind, colour, seen))
+
+
+def ask_cls(about: About) -> dict:
+    land = about.view.land
+    return {"question": f"Which class does this scene belong to? Classes: {', '.join(LAND)}.", "answer": land,
+            "think": f"{LAND[land][2]}.", "category": land}
+
+
+def ask_mlc(about: About) -> dict:
+    land, labels = about.view.land, tuple(LAND) + tuple(SHAPES)
+    right = [label for label in labels if label == land or label in {t.kind for t in about.view.things}]
+    return {"question": f"Which of these does the image show? {', '.join(labels)}.", "answer": ", ".join(right),
+            "choices": labels, "think": f"{LAND[land][2]}: {about.seen}.", "category": land}
+
+
+def ask_det(about: About) -> dict:
+    name = about.kind if about.rng.random() < .5 else f"{about.colour} {about.kind}"
+    boxes = tuple(t.box for t in about.view.things if name in (t.kind, f"{t.colour} {t.kind}"))
+    return {"question": f"Locate every {name}.", "answer": box_text(boxes, about.view.frame), "boxes": boxes,
+            "think": f"{about.seen}: {len(boxes)} {name}." if about.view.things else f"{about.seen}.",
+            "category": about.kind, "subset": about.thing.size if about.thing else ""}
+
+
+def in_words(thing: Thing, frame: int) -> str:
+    return f"{thing.size} {thing.colour} {thing.kind} at the {place(thing, frame)}"
+
+
+def ask_rcap(about: About) -> dict:
+    thing, frame = about.thing or about.view.things[0], about.view.frame
+    return {"question": f"What is in {box_text([thing.box], frame)}?", "answer": f"1 {in_words(thing, frame)}",
+            "boxes": (thing.box,), "think": f"{about.seen}.", "category": thing.kind}
+
+
+def ask_ground(about: About) -> dict:
+    things, frame = about.view.things, about.view.frame
+    text = ", ".join(f"a {t.size} {t.colour} {t.kind} {box_text([t.box], frame)} at the {place(t, frame)}" for t in things)
+    return {"question": "Describe the image and locate what you name.", "answer": f"There is {text or 'nothing'}.",
+            "boxes": tuple(t.box for t in things), "think": f"{about.seen}.", "category": about.view.land}
+
+
+def ask_cap(about: About) -> dict:
+    land, count = about.view.land, Counter(t.kind for t in about.view.things)
     listed = " and ".join(f"{NUMBERS[n]} {kind}{'s' * (n > 1)}" for kind, n in count.items()) or "nothing"
-    named = lambda t: f"{t.size} {t.colour} {t.kind} at the {place(t, frame)}"
-
-    if task == "det":
-        name = kind if rng.random() < .5 else f"{colour} {kind}"
-        found = [t for t in things if name in (t.kind, f"{t.colour} {t.kind}")]
-        boxes = tuple(t.box for t in found)
-        return dict(question=f"Locate every {name}.", answer=box_text(boxes, frame), boxes=boxes, category=kind,
-                    subset=thing.size if thing else "", think=f"{seen}: {len(found)} {name}." if things else f"{seen}.")
-    if task == "mlc":
-        labels = tuple(LAND) + tuple(SHAPES)
-        return dict(question=f"Which of these does the image show? {', '.join(labels)}.", choices=labels, category=view.land,
-                    answer=", ".join(x for x in labels if x == view.land or x in count), think=f"{LAND[view.land][2]}: {seen}.")
-    if task == "cap":
-        captions = (f"{listed} on the {view.land}", f"on the {view.land} there is {listed}",
-                    f"an image of {listed}, {view.land} around")
-        return dict(question="Describe the image.", answer=captions[0], references=captions, category=view.land, think=f"{seen}.")
-    if task == "ground":
-        text = ", ".join(f"a {t.size} {t.colour} {t.kind} {box_text([t.box], frame)} at the {place(t, frame)}" for t in things)
-        return dict(question="Describe the image and locate what you name.", answer=f"There is {text or 'nothing'}.",
-                    boxes=tuple(t.box for t in things), category=view.land, think=f"{seen}.")
-    if task == "change":
-        new = [named(t) for t in things if t.appeared]
-        answer = f"a {' and a '.join(new)} has appeared" if new else "nothing has changed"
-        return dict(question="What has changed from the first image to the second?", answer=answer, category=view.land,
-                    references=(answer, f"there is now a {' and a '.join(new)}" if new else "no change"), think=f"{seen}.",
-                    images=(draw(view, before=True), draw(view)))
-    if task == "vqa":
-        other = str(rng.choice([k for k in SHAPES if k != kind]))
-        subset, question, answer = (
-            ("presence", f"Is there a {colour} {kind}?", "yes" if (kind, colour) in [(t.kind, t.colour) for t in things] else "no"),
-            ("comp", f"Are there more {kind}s than {other}s?", "yes" if count[kind] > count[other] else "no"),
-            ("count", f"How many {kind}s are there?", str(count[kind])),
-            ("rural_urban", "Is this a rural or an urban area?", "urban" if view.land == "city" else "rural"))[rng.integers(4)]
-        return dict(question=question, answer=answer, think=f"{LAND[view.land][2]}: {seen}.", subset=subset, category=subset)
-    if task == "ovd":
-        found = [t for t in things if t.kind == kind]
-        return dict(question=f"Detect every {kind}.", boxes=tuple(t.box for t in found), category=kind,
-                    think=f"{seen}: {len(found)} {kind}.",
-                    answer=json_text([dict(bbox_2d=box_numbers(t.box, frame), label=kind) for t in found]))
-    if task == "seg":
-        found = [t for t in things if t.kind == kind]
-        return dict(question=PURPOSE[kind], mask=draw_mask(view, found), boxes=tuple(t.box for t in found), category=kind,
-                    think=f"{seen}: {len(found)} {kind}.", answer=json_text([
-                        dict(bbox_2d=box_numbers(t.box, frame), **{f"keypoint{i}": [round(x) for x in on_thing(t, 0, v)]
-                                                                  for i, v in ((1, -.25), (2, .15))}) for t in found]))
-    thing = thing or things[0]  # rcap and rec are about one thing: `scene` gives them at least one
-    if task == "rcap":
-        return dict(question=f"What is in {box_text([thing.box], frame)}?", answer=f"1 {named(thing)}", boxes=(thing.box,),
-                    category=thing.kind, think=f"{seen}.")
-    assert task == "rec", f"scenes.ask has no question for the task {task}"
-    return dict(question=f"Find the {named(thing)}.", answer=json_text(dict(bbox_2d=box_numbers(thing.box, frame))),
-                boxes=(thing.box,), category=thing.kind, think=f"{seen}.", subset="unique" if count[thing.kind] == 1 else "non-unique")
+    captions = (f"{listed} on the {land}", f"on the {land} there is {listed}", f"an image of {listed}, {land} around")
+    return {"question": "Describe the image.", "answer": captions[0], "references": captions, "think": f"{about.seen}.",
+            "category": land}
 
 
-def ask_pair(view: Scene, rng: np.random.Generator) -> dict:
+def ask_change(about: About) -> dict:
+    view = about.view
+    new = " and a ".join(in_words(t, view.frame) for t in view.things if t.appeared)
+    answer, other = (f"a {new} has appeared", f"there is now a {new}") if new else ("nothing has changed", "no change")
+    return {"question": "What has changed from the first image to the second?", "answer": answer, "references": (answer, other),
+            "images": (draw(view, before=True), draw(view)), "think": f"{about.seen}.", "category": view.land}
+
+
+def ask_vqa(about: About) -> dict:
+    kind, colour, land, count = about.kind, about.colour, about.view.land, Counter(t.kind for t in about.view.things)
+    other = str(about.rng.choice([k for k in SHAPES if k != kind]))
+    subset, question, answer = (
+        ("presence", f"Is there a {colour} {kind}?", "yes" if any(t.colour == colour for t in about.of_kind()) else "no"),
+        ("comp", f"Are there more {kind}s than {other}s?", "yes" if count[kind] > count[other] else "no"),
+        ("count", f"How many {kind}s are there?", str(count[kind])),
+        ("rural_urban", "Is this a rural or an urban area?", "urban" if land == "city" else "rural"))[about.rng.integers(4)]
+    return {"question": question, "answer": answer, "think": f"{LAND[land][2]}: {about.seen}.", "category": subset, "subset": subset}
+
+
+def ask_rec(about: About) -> dict:
+    thing, view = about.thing or about.view.things[0], about.view
+    alone = sum(t.kind == thing.kind for t in view.things) == 1
+    return {"question": f"Find the {in_words(thing, view.frame)}.", "boxes": (thing.box,),
+            "answer": json_text({"bbox_2d": box_numbers(thing.box, view.frame)}), "think": f"{about.seen}.",
+            "category": thing.kind, "subset": "unique" if alone else "non-unique"}
+
+
+def ask_ovd(about: About) -> dict:
+    boxes = tuple(t.box for t in about.of_kind())
+    return {"question": f"Detect every {about.kind}.", "boxes": boxes, "think": f"{about.seen}: {len(boxes)} {about.kind}.",
+            "answer": json_text([{"bbox_2d": box_numbers(box, about.view.frame), "label": about.kind} for box in boxes]),
+            "category": about.kind}
+
+
+def ask_seg(about: About) -> dict:
+    found = about.of_kind()
+    things = [{"bbox_2d": box_numbers(t.box, about.view.frame)} |
+              {name: [round(x) for x in on_thing(t, 0, v)] for name, v in (("keypoint1", -.25), ("keypoint2", .15))} for t in found]
+    return {"question": PURPOSE[about.kind], "answer": json_text(things), "boxes": tuple(t.box for t in found),
+            "mask": draw_mask(about.view, found), "think": f"{about.seen}: {len(found)} {about.kind}.", "category": about.kind}
+
+
+def ask_pair(about: About) -> dict:
     """Which of four images from above shows the place seen from the ground? The others are scenes on other land."""
-    right = int(rng.integers(4))
+    view = about.view
+    right = int(np.random.default_rng([*view.seed, 2]).integers(4))
     others = (scene(view.seed[0], 2**32 + 100 * view.seed[1] + i, view.frame) for i in range(100))  # no scene of a sample
     above = [draw(other) for other in islice((o for o in others if o.land != view.land), 3)]
     above.insert(right, draw(view))
-    letter = "ABCD"[right]
-    return dict(question="The first image is taken on the ground, the others, A to D, from above. "
-                         "Which of them shows the same place?",
-                images=(draw_from_ground(view), *above), answer=letter, choices=tuple("ABCD"), category=view.land,
-                think=f"The ground is {view.land}, so is {letter}.")
+    return {"question": "The first image is taken on the ground, the others, A to D, from above. "
+                        "Which of them shows the same place?",
+            "images": (draw_from_ground(view), *above), "answer": "ABCD"[right], "choices": tuple("ABCD"),
+            "think": f"The ground is {view.land}, so is {'ABCD'[right]}.", "category": view.land}
+
+
+QUESTIONS = {"cls": ask_cls, "mlc": ask_mlc, "det": ask_det, "rcap": ask_rcap, "ground": ask_ground, "cap": ask_cap,
+             "change": ask_change, "vqa": ask_vqa, "rec": ask_rec, "ovd": ask_ovd, "seg": ask_seg, "pair": ask_pair}

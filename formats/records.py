@@ -18,9 +18,23 @@ import numpy as np
 from PIL import Image
 
 from data import BadInput, Sample, convert_box, first_line, image_size, json_records, plain_text
-from notation import (BOXES, CLOSED, GRID, MARK, NUMBER, asking, build, each_class, from_text, grid_boxes, split_reasoning,
-                      tasks_of, turned_box, upright_box)
-from rewards import box_numbers, json_text, reference_mask
+from formats.notation import (
+    BOXES,
+    CLOSED,
+    GRID,
+    MARK,
+    NUMBER,
+    asking,
+    build,
+    each_class,
+    from_text,
+    grid_boxes,
+    split_reasoning,
+    tasks_of,
+    turned_box,
+    upright_box,
+)
+from rewards import TASKS, box_numbers, json_text, reference_mask
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 STORED_IMAGES = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # columns of EarthDial's shards
@@ -93,7 +107,8 @@ def find_image(folder: Path, name: str) -> Path:
 
 def first_size(images: Sequence, where: str) -> tuple[int, int]:
     """(width, height) of the first image. The headers of all are read, so that a missing one is found now."""
-    return [image.size if isinstance(image, Image.Image) else image_size(image, where) for image in images][0]
+    size, *_ = [image.size if isinstance(image, Image.Image) else image_size(image, where) for image in images]
+    return size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +326,7 @@ def read_mask(where: str, row: dict, task: str, frame: int, folder: Path, skippe
             second = np.unravel_index(away.argmax(), depth.shape) if away.any() else first
             one, two = ([int(columns.start + x - 1), int(rows.start + y - 1)] for y, x in (first, second))
             boxes.append((columns.start, rows.start, columns.stop, rows.stop, 0))
-            things.append(dict(bbox_2d=box_numbers(boxes[-1], frame), keypoint1=one, keypoint2=two))
+            things.append({"bbox_2d": box_numbers(boxes[-1], frame), "keypoint1": one, "keypoint2": two})
     problems = row["problem"] if isinstance(row["problem"], list) else [row["problem"]]
     for i, problem in enumerate(problems):
         yield build(where + (f", question {i}" if len(problems) > 1 else ""), task, frame, images, problem,
@@ -319,8 +334,7 @@ def read_mask(where: str, row: dict, task: str, frame: int, folder: Path, skippe
 
 
 RECORDS = (  # (keys of a record, what it is, the tasks it may serve, its reader); the first line that fits counts
-    ({"conversations"}, "a record of conversations",
-     ("cls", "mlc", "det", "rcap", "ground", "cap", "change", "vqa", "rec", "pair"), read_conversation),
+    ({"conversations"}, "a record of conversations", tuple(task for task in TASKS if task not in ("ovd", "seg")), read_conversation),
     ({"problem", "mask"}, "a record of EarthReason", ("seg",), read_mask),
     ({"problem", "solution"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),
     ({"problem", "answer"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),

@@ -145,9 +145,9 @@ def plain_thought(task: str, answer: str, n_boxes: int) -> str:
     """Reasoning for a source that has none: no more than what the reference itself says."""
     if task in ("det", "rec", "ovd", "seg", "ground"):
         return f"{n_boxes} to find." if n_boxes else "Nothing to find."
-    return {"cls": f"The scene looks like {answer}.", "mlc": f"The scene shows {answer}.", "vqa": f"That is {answer}.",
+    return {"cls": f"The scene looks like {answer}.", "mlc": f"The scene shows {answer}.",
             "rcap": f"The region shows {answer}.", "pair": f"The same place as in {answer}.",
-            "cap": "The image as a whole.", "change": "The images side by side."}[task]
+            "cap": "The image as a whole.", "change": "The images side by side."}.get(task, f"That is {answer}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ def build(where: str, task: str, frame: int, images: Sequence, question: str, an
     if task == "det":
         answer = box_text(boxes, frame)
     elif task == "rec":
-        answer = json_text(dict(bbox_2d=box_numbers(boxes[0], frame)))
+        answer = json_text({"bbox_2d": box_numbers(boxes[0], frame)})
     elif task == "ovd":
-        answer = json_text([dict(bbox_2d=box_numbers(box, frame), label=label) for box in boxes])
+        answer = json_text([{"bbox_2d": box_numbers(box, frame), "label": label} for box in boxes])
     if not answer:
         raise BadInput(f"{where}: the answer is empty")
     return Sample(id=where, task=task, images=tuple(images), question=question, answer=answer, frame=frame,

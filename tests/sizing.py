@@ -1,8 +1,8 @@
 """How much memory a GRPO step takes on each GPU, and so which settings fit: arithmetic over shapes, nothing is loaded.
 
-    python sizing.py --size 3b --gpus 8          # the parts, GiB on each GPU
-    python sizing.py --size 3b --lora            # the same for LoRA on one GPU
-    python sizing.py --table                     # which settings fit on which GPUs: the README's table
+    python tests/sizing.py --size 3b --gpus 8          # the parts, GiB on each GPU
+    python tests/sizing.py --size 3b --lora            # the same for LoRA on one GPU
+    python tests/sizing.py --table                     # which settings fit on which GPUs: the README's table
 
 For the README's settings of the real model: 16 prompts of one 448 px image (330 tokens) a step, 8 completions of at most 256
 tokens each, gradient checkpointing.
@@ -13,21 +13,20 @@ import argparse
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from data import positive
-
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 330, 256
 SHAPES = {  # of Qwen2.5-VL-3B-Instruct and -7B-Instruct, from their published config.json
-    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-               vocab_size=151936, tie_word_embeddings=True),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-               vocab_size=152064, tie_word_embeddings=False)}
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+               "vocab_size": 151936, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+               "vocab_size": 152064, "tie_word_embeddings": False}}
 RANK = 64  # of the adapters
+GPUS = 1, 2, 4, 8, 16
 
 
 def shape(size: str) -> Qwen2_5_VLConfig:
     """The config of a published model, without a download."""
     text = SHAPES[size]
-    vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=text["hidden_size"])
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": text["hidden_size"]}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
 
 
@@ -35,7 +34,8 @@ def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
     """Number of weights: all, a decoder layer's, the vision tower's, and those of LoRA's adapters per rank."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    count = lambda module: sum(w.numel() for w in module.parameters())
+    def count(module):
+        return sum(w.numel() for w in module.parameters())
     layers = model.model.language_model.layers
     linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
     return {"all": count(model), "layer": count(layers[0]), "vision": count(model.model.visual),
@@ -80,7 +80,7 @@ def fits(size: str, gib: int, gpus: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="3b")
-    parser.add_argument("--gpus", type=positive, default=1)
+    parser.add_argument("--gpus", type=int, choices=GPUS, default=1)
     parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} learn, nothing else")
     parser.add_argument("--table", action="store_true", help="all sizes and GPUs")
     args = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
     print("| model | memory of a GPU | 1 GPU | 2 | 4 | 8 | 16 |\n|---|---|---|---|---|---|---|")
     for size in SHAPES:
         for gib in (24, 40, 80, 141):
-            print(f"| {size} | {gib} GB | " + " | ".join(fits(size, gib * 1e9 / 2**30, gpus) for gpus in (1, 2, 4, 8, 16)) + " |")
+            print(f"| {size} | {gib} GB | " + " | ".join(fits(size, gib * 1e9 / 2**30, gpus) for gpus in GPUS) + " |")
 
 
 if __name__ == "__main__":

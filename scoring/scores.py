@@ -18,8 +18,20 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from data import BadInput, Sample, first_line
-from rewards import (choice_reward, horizontal, iou_matrix, iou_reward, named_labels, parse_boxes, predicted_mask,
-                     read_box, recall_reward, reference_boxes, reference_mask, references)
+from rewards import (
+    choice_reward,
+    horizontal,
+    iou_matrix,
+    iou_reward,
+    named_labels,
+    parse_boxes,
+    predicted_mask,
+    read_box,
+    recall_reward,
+    reference_boxes,
+    reference_mask,
+    references,
+)
 
 Answers = Sequence[str | None]
 
@@ -147,7 +159,7 @@ def coco_ap(answers: Answers, samples: Sequence[Sample]) -> dict[str, float]:
     coco, cocoeval = package("pycocotools.coco", "pycocotools"), package("pycocotools.cocoeval", "pycocotools")
     category = {name: i for i, name in enumerate(sorted({s.category for s in samples}), 1)}
 
-    def index(boxes_of_samples: list[np.ndarray]):
+    def index(boxes_of_samples: list[np.ndarray]) -> "coco.COCO":
         rows = [(i, box) for i, boxes in enumerate(boxes_of_samples) for box in boxes.tolist()]
         data = coco.COCO()
         data.dataset = {
