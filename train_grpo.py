@@ -215,7 +215,6 @@ def main() -> None:
             parallel.refresh(sampler, policy)
 
             # --- one synchronisation, one line ------------------------------------------------------------------------
-            seconds, last = time.perf_counter() - began, step + 1 == args.steps
             tokens, scored = drawn.mask.sum(), mask.sum()                                # sampled; with loss
             work = qwen.flops(sampler, prompts, drawn.mask.sum((1, 2)))                  # (B,) of a forward pass
             work = work.sum() + work[learning].sum() * (3 * args.inner_steps + bool(args.beta))
@@ -233,6 +232,7 @@ def main() -> None:
                 "grad_norm": (totals["norm"], args.inner_steps),
                 "flops": (work * parallel.ranks(), 1),
                 **{name: (sum(p[name] for group in parts for p in group), rewards.numel()) for name in parts[0][0]}})
+            seconds, last = time.perf_counter() - began, step + 1 == args.steps
             row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
                    "parts": {name: means.pop(name) for name in parts[0][0]}, "lr": optimizer.param_groups[0]["lr"],
                    "skipped": guard.skipped, "rollout_s": rollout_seconds, "update_s": seconds,

@@ -77,6 +77,13 @@ def fits(size: str, gib: int, gpus: int) -> str:
     return "-"
 
 
+def table() -> list[str]:
+    """Rows in Markdown."""
+    rows = ["| model | memory of a GPU | 1 GPU | 2 | 4 | 8 | 16 |", "|---|---|---|---|---|---|---|"]
+    return rows + [f"| {size} | {gb} GB | " + " | ".join(fits(size, gb * 1e9 / 2**30, gpus) for gpus in GPUS) + " |"
+                   for size in SHAPES for gb in (24, 40, 80, 141)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="3b")
@@ -89,10 +96,7 @@ def main() -> None:
         for name, gib in (parts | {"sum": sum(parts.values())}).items():
             print(f"{name:38s}{gib:8.1f} GiB")
         return
-    print("| model | memory of a GPU | 1 GPU | 2 | 4 | 8 | 16 |\n|---|---|---|---|---|---|---|")
-    for size in SHAPES:
-        for gib in (24, 40, 80, 141):
-            print(f"| {size} | {gib} GB | " + " | ".join(fits(size, gib * 1e9 / 2**30, gpus) for gpus in GPUS) + " |")
+    print("\n".join(table()))
 
 
 if __name__ == "__main__":
