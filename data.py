@@ -28,6 +28,7 @@ from tiny.scenes import QUESTIONS, ask, draw, scene
 
 PATCH = 28            # Qwen2.5-VL turns 28 x 28 pixels into one token, so a frame is a multiple of it
 HELDOUT_SEED = 2**31  # the seed of the synthetic scenes that no training run sees
+HELDOUT = 256         # held-out samples that a training run is scored on
 
 
 class BadInput(Exception):
@@ -128,6 +129,14 @@ def sloppy(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading: a source is `synthetic`, a file or a folder
 
+def tasks_named(text: str) -> list[str]:
+    """The tasks of a comma-separated list, or of `all`."""
+    tasks = list(TASKS) if text == "all" else text.split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise BadInput(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+    return tasks
+
+
 def load(source: str, task: str, frame: int, images: str | None = None, split: str = "all", seed: int = 0,
          shots: int | None = None) -> Sequence[Sample]:
     """The samples of one task: a list, or `Scenes` where the source is `synthetic`.
@@ -141,14 +150,13 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     shots   only so many of each category (few_shots)
     Raises BadInput, in one line, for anything in the source that a user has to mend.
     """
-    if task not in TASKS:
-        raise BadInput(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    tasks_named(task)
     if frame % PATCH or frame <= 0:
         raise BadInput(f"--image-size {frame} is not a multiple of {PATCH}, the side of a vision token in pixels")
     if source == "synthetic":
         if task not in QUESTIONS:
             raise BadInput(f"--data synthetic has no questions of task {task}; add one to QUESTIONS in tiny/scenes.py")
-        scenes = Scenes(task, frame, seed=HELDOUT_SEED, n=256) if split == "heldout" else Scenes(task, frame, seed)
+        scenes = Scenes(task, frame, seed=HELDOUT_SEED, n=HELDOUT) if split == "heldout" else Scenes(task, frame, seed)
         return few_shots(scenes[:2000], shots) if shots else scenes  # a scene is drawn when it is looked at
     samples = read_source(source, task, frame, images)
     published = has_test_split(samples)
@@ -158,9 +166,11 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
             print(f"{source}: {others} samples of {task}, neither train nor test, are left aside", file=sys.stderr)
         samples = [s for s in samples if s.split == ("test" if split == "heldout" else "train")]
     elif split != "all":  # by image, not by record, and alike for every task of a file: no task trains on another's test
-        held = {name for s in samples if zlib.crc32((name := image_name(s)).encode()) % 10 == 0}
-        held = held or {min(map(image_name, samples), key=lambda name: zlib.crc32(name.encode()))}
-        samples = [s for s in samples if (image_name(s) in held) == (split == "heldout")]
+        root = Path(images or source)
+        names = [image_name(s, root.parent if root.is_file() else root) for s in samples]
+        held = {name for name in names if zlib.crc32(name.encode()) % 10 == 0}
+        held = held or {min(names, key=lambda name: zlib.crc32(name.encode()))}
+        samples = [s for s, name in zip(samples, names) if (name in held) == (split == "heldout")]
     if split != "all":
         samples = sorted(samples, key=record_hash)  # or the first 256 of class folders are one class
     if not samples:
@@ -213,8 +223,11 @@ def read_source(source: str, task: str, frame: int, images: str | None) -> list[
 
 def fingerprint(samples: Sequence[Sample]) -> str:
     """Number and checksum of the samples, whose images are told by their names: the same in every process."""
-    told = repr(samples) if isinstance(samples, Scenes) else [as_row(sample) | {"think": sample.think} for sample in samples]
-    return f"{len(samples)} samples #{zlib.crc32(json.dumps(told).encode()):08x}"
+    rows = [repr(samples)] if isinstance(samples, Scenes) else (as_row(s) | {"think": s.think} for s in samples)
+    crc = 0
+    for row in rows:
+        crc = zlib.crc32(json.dumps(row).encode(), crc)
+    return f"{len(samples)} samples #{crc:08x}"
 
 
 @dataclass(frozen=True)
@@ -238,10 +251,11 @@ class Scenes(Sequence):
         return Sample(**common | ask(self.task, view))
 
 
-def image_name(sample: Sample) -> str:
-    """Folder and file name of the first image, the same on every machine; of an image in a table a hash of its content."""
-    first = sample.images[0]
-    return Path(*Path(getattr(first, "filename", first)).parts[-2:]).as_posix()
+def image_name(sample: Sample, root: Path) -> str:
+    """Name of the first image below `root`, with the last folder if there is one: the same wherever the images lie. Of an
+    image in a table a hash of its content."""
+    first = Path(getattr(sample.images[0], "filename", sample.images[0]))
+    return Path(*(first.relative_to(root) if first.is_relative_to(root) else first).parts[-2:]).as_posix()
 
 
 def as_row(sample: Sample) -> dict:
@@ -263,8 +277,8 @@ def from_row(row: dict) -> Sample:
     boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta)) for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(id=str(row["id"]), task=str(row["task"]), images=tuple(map(Path, row["images"])), question=str(row["question"]),
                   answer=str(row["reference"]), frame=int(row["frame"]), boxes=boxes,
-                  references=tuple(map(str, row["references"])), choices=tuple(map(str, row["choices"])), category=str(row["category"]),
-                  subset=str(row["subset"]), mask=row["mask"] and Path(row["mask"]))
+                  references=tuple(map(str, row["references"])), choices=tuple(map(str, row["choices"])),
+                  category=str(row["category"]), subset=str(row["subset"]), mask=row["mask"] and Path(row["mask"]))
 
 
 def batch(samples: Sequence, step: int, size: int, seed: int) -> list[Sample]:

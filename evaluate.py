@@ -30,17 +30,22 @@ from scoring.judges import load_judges
 from scoring.report import write_report
 
 
-def predict(model: qwen.Qwen, processor: qwen.Processor, samples: Sequence[Sample], max_new_tokens: int, group: int = 1, temperature: float = 0.0,
-            first: int = 0) -> list[list[str]]:
+def encode(processor: qwen.Processor, sample: Sample) -> qwen.Prompts:
+    """The sample as the model reads it: its prompt and its images."""
+    return qwen.encode(processor, prompt(sample), load_images(sample))
+
+
+def predict(model: qwen.Qwen, processor: qwen.Processor, samples: Sequence[Sample], max_new_tokens: int, group: int = 1,
+            temperature: float = 0.0, first: int = 0) -> list[list[str]]:
     """`group` completions for each sample; temperature 0 is greedy. The draws of sample i depend on first + i alone."""
-    prompts = qwen.collate([qwen.encode(processor, prompt(s), load_images(s)) for s in samples])
+    prompts = qwen.collate([encode(processor, sample) for sample in samples])
     rows = range(first, first + len(samples))
     noise = None if temperature == 0 else rollout.noise((0,), rows, group, max_new_tokens)
     return rollout.texts(processor, rollout.generate(model, processor, prompts, max_new_tokens, noise, group, temperature))
 
 
-def heldout_rewards(model: qwen.Qwen, processor: qwen.Processor, samples: Sequence[Sample], max_new_tokens: int, temperature: float = 1.0,
-                    batch: int = 32) -> dict[str, float]:
+def heldout_rewards(model: qwen.Qwen, processor: qwen.Processor, samples: Sequence[Sample], max_new_tokens: int,
+                    temperature: float = 1.0, batch: int = 32) -> dict[str, float]:
     """Mean accuracy reward on held-out samples: `greedy`, and `sampled` (4 draws each, what GRPO optimises); and the
     share of sampled completions in the right format."""
     parts: dict[str, list] = {"greedy": [], "sampled": []}
@@ -50,19 +55,21 @@ def heldout_rewards(model: qwen.Qwen, processor: qwen.Processor, samples: Sequen
                             ("sampled", predict(model, processor, some, max_new_tokens, 4, temperature, at))):
             parts[name] += [reward_parts(text, sample) for group, sample in zip(texts, some) for text in group]
     parts = {name: list(chain(*parallel.gathered(found))) for name, found in parts.items()}  # each rank has scored its batches
-    shown = {"sampled": ("sampled", "accuracy"), "greedy": ("greedy", "accuracy"), "format": ("sampled", "format")}
-    return {score: float(np.mean(sorted(p[part] for p in parts[name]))) for score, (name, part) in shown.items()}  # in one order
+    mean = {(name, part): float(np.mean(sorted(p[part] for p in found)))  # sorted, to round alike on any number of ranks
+            for name, found in parts.items() for part in ("accuracy", "format")}
+    return {"sampled": mean["sampled", "accuracy"], "greedy": mean["greedy", "accuracy"], "format": mean["sampled", "format"]}
 
 
 def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     """Samples and greedy completions of args.model on args.data. What is done is kept in predictions.partial, below a
     line with the settings, so that the same command goes on after an interruption."""
     model, processor = qwen.load(args.model, args.image_size)
-    qwen.halve(model, vectors=True).to(qwen.device())
+    qwen.to_compute_dtype(model, vectors=True).to(qwen.device())
     source = args.data, args.task, processor.frame, args.images
     split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(load(*source)) else "all")
     samples = list(load(*source, split)[: args.limit])
-    print(f"{len(samples)} samples of {args.task} from {args.data} ({split})")
+    print(f"{len(samples)} samples of {args.task} from {args.data} ({split})"
+          + "; of a file that a model was trained on take --split heldout" * (split == "all"))
     file = args.out / "predictions.partial"
     weights = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, whose weights do not change
     settings = json.dumps({name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")}
@@ -107,7 +114,7 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--task", required=True, choices=TASKS, help="what was asked")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl, scores.json, report.html")
     parser.add_argument("--benchmark", choices=published.BENCHMARKS, help="print the published rows of this table as well")
     source = parser.add_argument_group("what to score")
@@ -130,6 +137,10 @@ def main() -> None:
     if benchmark_task != args.task:
         raise BadInput(f"--benchmark {args.benchmark} is a table of task {benchmark_task}, not {args.task}")
 
+    if parallel.ranks() > 1:
+        raise BadInput("evaluate.py is one process: start it with python, not torchrun")
+
+    scorers = [getattr(metrics, name) for name in TASKS[args.task].scores]
     args.out.mkdir(parents=True, exist_ok=True)
     load_judges([args.task], args.sbert, args.sam)
     samples, completions = read_predictions(args.predictions, args.task) if args.predictions else run_model(args)
@@ -148,8 +159,8 @@ def main() -> None:
     scores = {"n": len(samples), "format": float(np.mean([part["format"] for part in parts])),
               "accuracy_reward": float(np.mean([part["accuracy"] for part in parts])),
               "words": float(np.mean([len(completion.split()) for completion in completions]))}
-    for name in TASKS[args.task].scores:
-        scores |= getattr(metrics, name)(answers, samples)
+    for scorer in scorers:
+        scores |= scorer(answers, samples)
     (args.out / "scores.json").write_text(json.dumps({"task": args.task, **scores}, indent=1) + "\n")
     for name, value in scores.items():
         print(f"{name:32s} {value if name == 'n' else format(value if name == 'words' else 100 * value, '.2f')}")

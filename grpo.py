@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo")
-MAX_LOG_RATIO = 10.0  # exp of more is noise, and on its way to inf: one stray token would make the step NaN
+MAX_LOG_RATIO = 10.0  # a larger one is noise; its exp may overflow, and one stray token would make the whole step NaN
 
 
-def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
+def advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4), over the group: (B, G) -> (B, G). GRPO section 4.1.2.
 
     The std is the unbiased one (divisor G - 1), as in TRL. Without it, A_i = r_i - mean(r): Dr. GRPO, which finds that
@@ -36,31 +36,32 @@ def learning_groups(rewards: Tensor) -> Tensor:
     return rewards.amax(1) - rewards.amin(1) > 1e-6
 
 
-def token_weights(mask: Tensor, loss: str, max_tokens: int, total: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
+def token_weights(mask: Tensor, loss: str, max_tokens: int,
+                  sum_over_ranks: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
     """What each token's loss counts for: (B, G, C), over *all* prompts of an optimiser step.
 
         grpo, gspo   1 / (N |o_i|)   mean over the N sequences of the mean over their tokens (GRPO eq. 3)
         dapo         1 / sum |o_i|   mean over all tokens (DAPO eq. 8)
         dr_grpo      1 / (N C_max)   a constant, so that length does not change a token's weight (Dr. GRPO, section 3.2)
 
-    N counts every sampled sequence: one without loss (masked altogether) is a zero in the mean. DAPO's mean is over
-    the tokens that do carry loss, as it replaces groups that have nothing to teach. `total` adds up a count over the ranks
-    that share a step. Taken before the step is cut into micro-batches, so neither their number nor that of the ranks
-    changes anything: their losses simply add up.
+    N counts every sampled sequence: one without loss (masked altogether) is a zero in the mean. DAPO draws new groups in
+    place of those that have nothing to teach; here none are drawn, and its mean is over the tokens that do carry loss.
+    Taken before the step is cut into micro-batches and over all ranks that share it, so neither their number changes
+    anything: their losses simply add up.
     """
     lengths = mask.sum(2, keepdim=True)                    # (B, G, 1) |o_i|
     if loss == "dapo":
-        return mask / total(mask.sum()).clamp(min=1)
-    N = total(torch.full_like(lengths[0, 0, 0], mask.shape[0] * mask.shape[1]))
+        return mask / sum_over_ranks(mask.sum()).clamp(min=1)
+    N = sum_over_ranks(torch.tensor(mask.shape[0] * mask.shape[1], device=mask.device))
     return mask / (N * (max_tokens if loss == "dr_grpo" else lengths.clamp(min=1)))
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL[policy || reference] at each token: r - log r - 1 with r = ref / policy; never
-    negative. GRPO eq. 4, http://joschu.net/blog/kl-approx.html. The clamp stands before the exp: after it, the gradient
-    would still be inf * 0 = NaN."""
-    log_ratio = (reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio.expm1() - log_ratio  # expm1: exp() - 1 would round to below 0 where the two agree
+    """Schulman's k3 estimate of KL[policy || reference] at each token: e^x - 1 - x with x = log ref - log policy. Never
+    negative, and its mean over tokens of the policy is the KL. GRPO eq. 4, http://joschu.net/blog/kl-approx.html. The clamp
+    stands before the exp: after it, the gradient would still be inf * 0 = NaN."""
+    x = (reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return x.expm1() - x  # expm1: exp() - 1 would round to below 0 where the two agree
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, mask: Tensor, weights: Tensor, *,
@@ -83,5 +84,5 @@ def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advanta
     A = advantage.unsqueeze(2)                             # (b, G, 1): one advantage for all tokens of a completion
     free, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     kl = kl_k3(logprobs, reference) if beta else torch.zeros_like(logprobs)
-    total = torch.where(mask, -torch.minimum(free, clipped) + beta * kl, 0.0).mul(weights).sum()
-    return total, {"clipped": ((clipped < free) & mask).sum(), "kl": kl.detach()[mask].sum()}
+    L = torch.where(mask, -torch.minimum(free, clipped) + beta * kl, 0.0).mul(weights).sum()
+    return L, {"clipped": ((clipped < free) & mask).sum(), "kl": kl.detach()[mask].sum()}

@@ -8,13 +8,13 @@ rotary positions start right after the prompt's, so the mathematics is that of s
 None of transformers' model code is copied: `AttentionInterface.register` makes its decoder call `shared_attention`.
 
 Shapes: B prompts, G completions each, P prompt tokens and C completion tokens (padded on the right), V vocabulary,
-H query heads, K key/value heads, D head size, E hidden size.
+H query heads, K key/value heads, D head size, E hidden size, L tokens of a row, M scored tokens.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -94,7 +94,7 @@ def load(name: str, frame: int | None = None) -> tuple[Qwen, Processor]:
     return model, Processor(tokenizer, images, frame)
 
 
-def halve(model: Qwen, vectors: bool = False) -> Qwen:
+def to_compute_dtype(model: Qwen, vectors: bool = False) -> Qwen:
     """The matrices of a model that does not learn, as the forward pass computes with them: bf16 on a GPU. Vectors (norms,
     biases) stay float32, as autocast leaves them, so that a log-prob stays what it was; FSDP casts them too, so a copy of a
     sharded model takes `vectors` along. Rotary tables always stay float32."""
@@ -112,7 +112,7 @@ def add_adapters(model: Qwen, rank: int) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise BadInput("--lora needs peft: pip install peft")
-    halve(model)
+    to_compute_dtype(model)
     layers = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
 
@@ -152,7 +152,7 @@ class Prompts(NamedTuple):
     ids: Tensor        # (B, P)
     positions: Tensor  # (3, B, P) rotary positions: time, height, width
     lengths: Tensor    # (B,)
-    pixels: Tensor     # (patches of all images, 3 * 2 * 14 * 14)
+    pixels: Tensor     # (patches of all images, 3 * 2 * 14 * 14): channels, two frames (a still one twice), height, width
     grids: Tensor      # (images, 3) patches in time, height, width
     features: Tensor | None = None  # (image tokens of all prompts, E) of a frozen vision tower, computed once
 
@@ -173,14 +173,14 @@ def encode(processor: Processor, text: str, images: list) -> Prompts:
     boxes and pixels would part.
     """
     tokenizer, merge = processor.tokenizer, processor.images.merge_size
-    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    features = processor.images(images=images, do_resize=False, return_tensors="pt")
-    grids, ids = features["image_grid_thw"], []
+    image_pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    processed = processor.images(images=images, do_resize=False, return_tensors="pt")
+    grids, ids = processed["image_grid_thw"], []
     counts = iter((grids.prod(1) // merge**2).tolist())
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        ids += [token] * (next(counts) if token == pad else 1)
-    positions = rope_positions(ids, grids.tolist(), pad, merge)
-    parts = torch.tensor([ids]), positions[:, None], torch.tensor([len(ids)]), features["pixel_values"], grids
+        ids += [token] * (next(counts) if token == image_pad else 1)
+    positions = rope_positions(ids, grids.tolist(), image_pad, merge)
+    parts = torch.tensor([ids]), positions[:, None], torch.tensor([len(ids)]), processed["pixel_values"], grids
     return Prompts(*(part.to(device()) for part in parts))
 
 
@@ -237,19 +237,19 @@ def completion_mask(prompts: Prompts, G: int, C: int) -> Tensor | None:
 
 @dataclass
 class Shared:
-    """What the attention has to know beside q, k, v. `prefill`: P tokens, cache written; `group`: P + G*C tokens;
-    `decode`: one token a row, B*G rows, cache read and written at `slot`."""
+    """What the attention has to know beside q, k, v. `group`: P + G*C tokens, in token_logprobs. `prefill`: P tokens, cache
+    written; then `decode`: one token a row, B*G rows, cache read and written at `slot`, which rollout.decode moves on."""
     mode: str
     P: int
     G: int = 1
     mask: Tensor | None = None   # group: (B*G, 1, C, P+C) bool or None where nothing is padded; decode: (B, 1, 1, P) bool
     slot: Tensor | None = None   # decode: (1,) place of the token in its completion
-    own: Tensor | None = None    # decode: (W,) bool, the places up to that one
+    filled: Tensor | None = None  # decode: (W,) bool, the places up to that one
     cache: dict = field(default_factory=dict)  # layer -> [prompt k, prompt v (B, K, P, D), own k, own v (B*G, K, C, D)]
 
 
-def shared_attention(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, scaling: float, shared: Shared,
-                     **_: object) -> tuple[Tensor, None]:
+def shared_attention(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: None,  # noqa: ARG001
+                     scaling: float, shared: Shared, **_: object) -> tuple[Tensor, None]:
     """q (B, H, L, D), k and v (B, K, L, D), rotated -> ((B, L, H, D), None). Called by transformers' decoder layers."""
     q, k, P, G = q.to(v.dtype), k.to(v.dtype), shared.P, shared.G
     if shared.mode == "decode":
@@ -259,9 +259,8 @@ def shared_attention(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, _
         shared.cache[module.layer_idx] = [k, v]
     else:
         k, v = (torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_completion(x, P, G)], 2) for x in (k, v))  # (B*G, K, P+C, D)
-        own = attend(by_completion(q, P, G), k, v, scaling, shared.mask)                   # (B*G, H, C, D)
-        own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)                      # (B, H, G*C, D)
-        out = torch.cat([out, own], 2)
+        completions = attend(by_completion(q, P, G), k, v, scaling, shared.mask)           # (B*G, H, C, D)
+        out = torch.cat([out, completions.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)], 2)  # (B, H, P + G*C, D)
     return out.transpose(1, 2), None
 
 
@@ -288,17 +287,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
     The prompt's keys and values are read once for the G rows of a group, not copied to each: the rows are laid side by
     side as G times as many queries. -> (B*G, 1, H, D)
     """
-    prompt_k, prompt_v, own_k, own_v = cache
-    (B, K, P, D), r, W = prompt_k.shape, q.shape[1] // cache[0].shape[1], len(shared.own)  # r query heads a key/value head
     if package := flash(q):
-        kernel = package.flash_attn_with_kvcache
-        q, k, v, prompt_k, prompt_v, own_k, own_v = (x.transpose(1, 2) for x in (q, k, v, *cache))  # (., tokens, heads, D)
-        prompt, prompt_lse = kernel(q.reshape(B, shared.G, -1, D), prompt_k, prompt_v, softmax_scale=scaling,
-                                    cache_seqlens=shared.mask.sum((1, 2, 3), dtype=torch.int32), return_softmax_lse=True)
-        own, own_lse = kernel(q, own_k, own_v, k, v, softmax_scale=scaling,
-                              cache_seqlens=shared.slot.expand(len(q)).int(), return_softmax_lse=True)  # (B*G, 1, H, D)
-        share = torch.sigmoid(prompt_lse.transpose(1, 2).reshape(own_lse.shape) - own_lse).transpose(1, 2).unsqueeze(-1)
-        return (share * prompt.reshape(own.shape) + (1 - share) * own).to(v.dtype)       # the prompt's share of the softmax
+        return flash_decode_attention(package.flash_attn_with_kvcache, q, k, v, scaling, shared, cache)
+    prompt_k, prompt_v, own_k, own_v = cache
+    (B, K, P, D), W = prompt_k.shape, len(shared.filled)
+    r = q.shape[1] // K                                                                    # query heads a key/value head
     own_k.index_copy_(2, shared.slot, k), own_v.index_copy_(2, shared.slot, v)
     q = q.view(-1, K, r, D) * scaling
 
@@ -309,10 +302,23 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Sh
         return x.view(B, K, shared.G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
 
     scores = (by_prompt(q) @ prompt_k.transpose(2, 3)).masked_fill(~shared.mask, float("-inf"))  # (B, K, G*r, P)
-    own = (q @ own_k[:, :, :W].transpose(2, 3)).masked_fill(~shared.own, float("-inf"))        # (B*G, K, r, W)
+    own = (q @ own_k[:, :, :W].transpose(2, 3)).masked_fill(~shared.filled, float("-inf"))       # (B*G, K, r, W)
     weights = torch.cat([by_row(scores), own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-    out = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v[:, :, :W]  # (B*G, K, r, D)
+    out = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v[:, :, :W]    # (B*G, K, r, D)
     return out.reshape(len(q), 1, K * r, D)
+
+
+def flash_decode_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scaling: float, shared: Shared,
+                           cache: list[Tensor]) -> Tensor:
+    """The same by two calls of a kernel: over the prompt and over the completion. Softmaxes over disjoint keys join by their
+    log-sum-exps: the prompt's share is e^p / (e^p + e^o) = sigmoid(p - o)."""
+    q, k, v, prompt_k, prompt_v, own_k, own_v = (x.transpose(1, 2) for x in (q, k, v, *cache))  # (., tokens, heads, D)
+    prompt, p = kernel(q.reshape(len(prompt_k), shared.G, *q.shape[2:]), prompt_k, prompt_v, softmax_scale=scaling,
+                       cache_seqlens=shared.mask.sum((1, 2, 3), dtype=torch.int32), return_softmax_lse=True)  # p: (B, H, G)
+    own, o = kernel(q, own_k, own_v, k, v, softmax_scale=scaling, cache_seqlens=shared.slot.expand(len(q)).int(),
+                    return_softmax_lse=True)                                               # (B*G, 1, H, D), (B*G, H, 1)
+    share = torch.sigmoid(p.transpose(1, 2).reshape(o.shape) - o).transpose(1, 2).unsqueeze(-1)
+    return (share * prompt.reshape(own.shape) + (1 - share) * own).to(v.dtype)
 
 
 def flash(q: Tensor) -> ModuleType | None:
@@ -354,7 +360,7 @@ def image_features(model: Qwen, prompts: Prompts) -> Tensor:
 
 
 @torch.no_grad()
-def look(model: Qwen, prompts: Prompts) -> Prompts:
+def with_features(model: Qwen, prompts: Prompts) -> Prompts:
     """The prompts with their features, for a vision tower that does not learn: every later pass reuses them."""
     with autocast():
         return prompts._replace(features=image_features(model, prompts))
@@ -370,9 +376,9 @@ def next_token_logits(model: Qwen, hidden: Tensor, temperature: float) -> Tensor
     """(N, E) -> (N, V) float32 logits of the distribution that is sampled *and* scored: divided by the temperature,
     without the vision tokens (a sampled image token has no image, and breaks the next forward pass)."""
     logits, c = model.lm_head(hidden).float() / temperature, model.config
-    for token in (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id):
-        logits[:, token].fill_(float("-inf"))  # one by one: a tensor of them, or an assignment, would come from the host
-    return logits
+    ids = torch.arange(logits.shape[1], device=logits.device)  # compared one by one: a list of them would come from the host
+    vision = [ids == i for i in (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)]
+    return logits.masked_fill_(torch.stack(vision).any(0), float("-inf"))
 
 
 def token_logprobs(model: Qwen, prompts: Prompts, completions: Tensor, mask: Tensor, temperature: float = 1.0,
@@ -387,15 +393,16 @@ def token_logprobs(model: Qwen, prompts: Prompts, completions: Tensor, mask: Ten
     with autocast():
         embeds = torch.cat([embed_prompts(model, prompts), embed(model, completions.flatten(1))], 1)
         start = last_positions(prompts) + 1                                              # (B,)
-        own = (start[:, None] + torch.arange(C, device=start.device)).repeat(1, G)       # (B, G*C)
-        positions = torch.cat([prompts.positions, own.expand(3, -1, -1)], 2)             # (3, B, P + G*C)
+        later = (start[:, None] + torch.arange(C, device=start.device)).repeat(1, G)     # (B, G*C)
+        positions = torch.cat([prompts.positions, later.expand(3, -1, -1)], 2)           # (3, B, P + G*C)
         hidden = decoder(model, embeds, positions, Shared("group", P, G, completion_mask(prompts, G, C)))
 
-        # token t of a completion is predicted by its token t-1, the first one by the last token of the prompt
-        before = torch.arange(P - 1, P + G * C - 1, device=start.device).view(G, C).repeat(B, 1, 1)
-        before[:, :, 0] = (prompts.lengths - 1)[:, None]
-        b, g, c = mask.nonzero(as_tuple=True)                                            # (N,) each
-        hidden, labels = hidden[b, before[b, g, c]], completions[b, g, c]                # (N, E), (N,)
+        # a row is [prompt, padding | c1, padding | .. | cG, padding]; token t of a completion is predicted from the place
+        # of its token t-1, the first one from the last token of the prompt
+        predictor = torch.arange(P - 1, P + G * C - 1, device=start.device).view(G, C).repeat(B, 1, 1)  # (B, G, C)
+        predictor[:, :, 0] = (prompts.lengths - 1)[:, None]
+        b, g, c = mask.nonzero(as_tuple=True)                                            # (M,) each
+        hidden, labels = hidden[b, predictor[b, g, c]], completions[b, g, c]             # (M, E), (M,)
 
         def score(h: Tensor, y: Tensor) -> Tensor:
             return next_token_logits(model, h, temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1)
@@ -405,12 +412,12 @@ def token_logprobs(model: Qwen, prompts: Prompts, completions: Tensor, mask: Ten
 
 def flops(model: Qwen, prompts: list[Prompts], tokens: Tensor) -> Tensor:
     """Floating point operations (B,) of a forward pass over groups with so many completion tokens (B,): two for each weight of
-    a matrix and token, or patch of an image. Attention itself is left out, some percent at these lengths. A backward pass
-    takes twice as many."""
+    a matrix and token, or patch of an image. Attention itself is left out, some percent at these lengths, and so is a vision
+    tower that was run once for all passes. A backward pass takes twice as many, with LoRA about as many."""
     modules = model.model.language_model.layers, model.lm_head, model.model.visual
     layers, head, vision = (sum(weight.numel() for weight in module.parameters()) for module in modules)
-    before = torch.tensor([layers * p.ids.shape[1] + vision * len(p.pixels) for p in prompts], device=tokens.device)
-    return 2 * (before + (layers + head) * tokens).double()
+    before = [layers * p.ids.shape[1] + vision * len(p.pixels) * (p.features is None) for p in prompts]
+    return 2 * (torch.tensor(before, device=tokens.device) + (layers + head) * tokens).double()
 
 
 class Policy(torch.nn.Module):

@@ -64,13 +64,13 @@ def spread(model: qwen.Qwen, mesh: DeviceMesh | None) -> tuple[qwen.Policy, torc
         return qwen.Policy(model), model
     policy = qwen.Policy(copy.deepcopy(model))
     policy = policy.to(qwen.device()) if mesh is None else shard(policy, mesh)
-    return policy, qwen.halve(model, vectors=True).to(qwen.device())
+    return policy, qwen.to_compute_dtype(model, vectors=True).to(qwen.device())
 
 
 def frozen(policy: qwen.Policy, sampler: torch.nn.Module, mesh: DeviceMesh | None) -> qwen.Policy:
     """A copy of the policy that does not learn: the reference. (A sharded policy cannot be copied, its sampler can.)"""
     model = copy.deepcopy(policy.model if mesh is None else sampler)
-    return shard(qwen.Policy(qwen.halve(model).requires_grad_(False)), mesh, reshard=True)
+    return shard(qwen.Policy(qwen.to_compute_dtype(model).requires_grad_(False)), mesh, reshard=True)
 
 
 def shard(policy: qwen.Policy, mesh: DeviceMesh | None, reshard: bool | None = None) -> qwen.Policy:
@@ -120,8 +120,8 @@ def total(value: Tensor) -> Tensor:
 
 
 def means(pairs: dict[str, tuple[Tensor | float, Tensor | float]]) -> dict[str, float]:
-    """{name: (sum, count)}, both of this rank -> {name: mean} over all ranks, 0 where there was nothing to count. One
-    exchange and one synchronisation with the GPU for all of them."""
+    """{name: (sum, count)}, this rank's shares of both -> {name: mean} over all ranks, 0 where there was nothing to count.
+    One exchange for all of them."""
     ours = torch.stack([torch.as_tensor(x, device=qwen.device()).double() for pair in pairs.values() for x in pair])
     sums, counts = total(ours).view(-1, 2).unbind(1)
     return dict(zip(pairs, torch.where(counts > 0, sums / counts, 0.0).tolist()))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data import Sample  # which builds on this module
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+PARTS = ("format", "accuracy", "length", "repetition")  # of a reward; each has a weight in the sum
 MAX_BOXES = 1000   # an answer of more brackets is noise; the bound keeps the matching quick
 MAX_TEXT = 10_000  # characters, more than any reference has; the bound keeps the comparison of texts quick
 
@@ -418,6 +419,7 @@ class Task(NamedTuple):
     instruction: str         # follows the question; {frame} is the side of the image in pixels
     reward: Callable         # (answer, Sample) -> [0, 1]
     scores: tuple[str, ...]  # functions of scoring/scores.py: (answers, Samples) -> {name: value}
+    boxes: bool = False      # the answer holds boxes: readers bring those of a reference to the frame, reports draw them
     extra: tuple[str, ...] = ()  # further parts of the reward
 
 
@@ -425,17 +427,18 @@ TASKS = {
     "cls": Task("Answer with one class.", recall_reward, ("accuracy",)),
     "mlc": Task("Answer with all classes that apply, separated by commas.", labels_recall_reward, ("multilabel",)),
     "det": Task("Answer with a box [x1,y1,x2,y2] for each, in pixels of {frame}x{frame}, or none.", detection_reward,
-                ("box_precision", "matched_boxes", "coco_ap")),
+                ("box_precision", "matched_boxes", "coco_ap"), boxes=True),
     "rcap": Task("Answer with a short phrase.", hybrid_reward, ("rouge", "meteor")),
     "ground": Task("Answer with sentences, a box [x1,y1,x2,y2] in pixels of {frame}x{frame} after each thing.", grounding_reward,
-                   ("box_precision", "rouge", "meteor")),
+                   ("box_precision", "rouge", "meteor"), boxes=True),
     "cap": Task("Answer with one sentence.", levenshtein_reward, ("rouge", "meteor")),
     "change": Task("Answer with one sentence on what changed.", hybrid_reward, ("rouge", "meteor")),
     "vqa": Task("Answer with one word.", jaccard_reward, ("accuracy_by_type",)),
-    "rec": Task('Answer as JSON, {"bbox_2d": [x1, y1, x2, y2]} in pixels of {frame}x{frame}.', iou_reward, ("box_accuracy",)),
+    "rec": Task('Answer as JSON, {"bbox_2d": [x1, y1, x2, y2]} in pixels of {frame}x{frame}.', iou_reward, ("box_accuracy",),
+                boxes=True),
     "ovd": Task('Answer as a JSON list of {"bbox_2d": [x1, y1, x2, y2], "label": name} in pixels of {frame}x{frame}, or None.',
-                count_penalised_ap_reward, ("coco_ap",)),
+                count_penalised_ap_reward, ("coco_ap",), boxes=True),
     "seg": Task('Answer as a JSON list of {"bbox_2d": [x1, y1, x2, y2], "keypoint1": [x, y], "keypoint2": [x, y]} in pixels of '
-                "{frame}x{frame}, both points on the thing, or None.", mask_reward, ("mask_iou",)),
-    "pair": Task("Answer with one letter.", choice_reward, ("choice_accuracy",), ("length", "repetition")),
+                "{frame}x{frame}, both points on the thing, or None.", mask_reward, ("mask_iou",), boxes=True),
+    "pair": Task("Answer with one letter.", choice_reward, ("choice_accuracy",), extra=("length", "repetition")),
 }

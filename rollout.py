@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,6 +29,13 @@ class Completions(NamedTuple):
     logprobs: Tensor  # (B, G, C) of the sampled tokens, as sampled; 0 elsewhere
     entropy: Tensor   # (B, G, C) of the distributions they were drawn from, in nats; 0 elsewhere
     stopped: Tensor   # (B, G) False where the completion was cut off at C tokens
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen, and which ones end a completion."""
+    stops: tuple[int, ...]
+    pad: int                    # stands after the stop token
+    temperature: float | None   # None: greedy
 
 
 @dataclass
@@ -61,7 +67,8 @@ class State:
 @torch.no_grad()
 def generate(model: Qwen, processor: Processor, prompts: Prompts, C: int, noise: Tensor | None, G: int = 1,
              temperature: float = 1.0) -> Completions:
-    """G completions of at most C tokens for each of B prompts.
+    """G completions of at most C tokens for each of B prompts: the prompts are computed (prefill) and a first token drawn;
+    then the last token goes through the model and the next one is drawn (decode), until all rows have stopped.
 
     noise   (N, C) uniform numbers in [0, 1): token t of a row is where its number falls in the cumulated distribution
             (inverse CDF). A row's tokens thus depend on its own numbers only, not on its neighbours, the batch or the
@@ -69,14 +76,14 @@ def generate(model: Qwen, processor: Processor, prompts: Prompts, C: int, noise:
     """
     was_training = model.training
     model.eval()  # the sampled distribution has no dropout
-    choice = stop_ids(processor), processor.tokenizer.pad_token_id, None if noise is None else temperature
+    sampling = Sampling(stop_ids(processor), processor.tokenizer.pad_token_id, None if noise is None else temperature)
     with qwen.autocast():
         state, hidden = prefill(model, prompts, C, noise, G)
-        draw(model, state, hidden, *choice)
-        state = (replay if fixed_shapes() else run)(model, state, choice)
+        draw(model, state, hidden, sampling)
+        state = (decode_in_place if fixed_shapes() else decode_shrinking)(model, state, sampling)
     model.train(was_training)
     longest = int(state.mask.sum(1).max())
-    tokens = state.tokens.masked_fill(~state.mask, choice[1])                            # rows that were dropped have none
+    tokens = state.tokens.masked_fill(~state.mask, sampling.pad)                         # rows that were dropped have none
     columns = (x[:, :longest].view(-1, G, longest).clone() for x in (tokens, state.mask, state.logprobs, state.entropy))
     return Completions(*columns, ~state.running.view(-1, G))
 
@@ -103,35 +110,36 @@ def prefill(model: Qwen, prompts: Prompts, C: int, noise: Tensor | None, G: int)
                  logprobs=zeros.clone(), entropy=zeros.clone()), hidden
 
 
-def draw(model: Qwen, state: State, hidden: Tensor, stops: tuple[int, ...], pad: int, temperature: float | None) -> None:
+def draw(model: Qwen, state: State, hidden: Tensor, sampling: Sampling) -> None:
     """Append a token to every row that has not stopped, given the hidden states (N, E) before it."""
-    dist = qwen.next_token_logits(model, hidden, temperature or 1.0).log_softmax(-1)     # (N, V)
-    token = dist.argmax(-1) if temperature is None else sample(dist, state.noise.index_select(1, state.t)[:, 0])
-    token = torch.where(state.running, token, pad)
+    greedy = sampling.temperature is None
+    dist = qwen.next_token_logits(model, hidden, sampling.temperature or 1.0).log_softmax(-1)  # (N, V)
+    token = dist.argmax(-1) if greedy else sample(dist, state.noise.index_select(1, state.t)[:, 0])
+    token = torch.where(state.running, token, sampling.pad)
     entropy = torch.special.entr(dist.exp()).sum(-1).where(state.running, 0.0)
     logprob = dist.gather(1, token[:, None])[:, 0].where(state.running, 0.0)
     for column, values in ((state.tokens, token), (state.mask, state.running), (state.logprobs, logprob), (state.entropy, entropy)):
         column.index_copy_(1, state.t, values[:, None])
     state.token.copy_(token)
-    for stop in stops:
+    for stop in sampling.stops:
         state.running &= token != stop
     state.t += 1
 
 
-def decode(model: Qwen, state: State, width: int, *choice) -> None:
+def decode(model: Qwen, state: State, width: int, sampling: Sampling) -> None:
     """One step: the last token goes through the model, its keys and values into the cache, and the next one is drawn.
 
     width   how many places of the completion are looked at, at least as many as are filled. Nothing here may synchronise with
             the host, and all that lasts is written in place.
     """
     slot = state.t - 1                                                                   # of the last token
-    state.shared.slot, state.shared.own = slot, torch.arange(width, device=slot.device) <= slot
+    state.shared.slot, state.shared.filled = slot, torch.arange(width, device=slot.device) <= slot
     positions = (state.start + slot).expand(3, 1, -1).transpose(1, 2)                    # (3, N, 1)
     hidden = qwen.decoder(model, qwen.embed(model, state.token[:, None]), positions, state.shared)
-    draw(model, state, hidden[:, 0], *choice)
+    draw(model, state, hidden[:, 0], sampling)
 
 
-def run(model: Qwen, state: State, choice: tuple) -> State:
+def decode_shrinking(model: Qwen, state: State, sampling: Sampling) -> State:
     """Decode until all rows have stopped or are full. Whenever half of the rows would do, the others are dropped."""
     C, full, rows = state.tokens.shape[1], state, None
     for t in range(1, C):
@@ -141,7 +149,7 @@ def run(model: Qwen, state: State, choice: tuple) -> State:
             settle(full, state, rows)
             prompts, some = fewer
             rows, state = some if rows is None else rows[some], state.take(prompts, some)
-        decode(model, state, min(C, t + 15 & ~15), *choice)                              # a multiple of 16
+        decode(model, state, min(C, (t + 15) // 16 * 16), sampling)                      # multiples of 16: few shapes
     settle(full, state, rows)
     return full
 
@@ -167,7 +175,7 @@ def settle(full: State, state: State, rows: Tensor | None) -> None:
 # The same with fixed shapes: captured as a CUDA graph, compiled, or both
 
 step = decode                                    # or compiled
-GRAPHS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {shapes: (State, what makes a step on it)}, the last three
+GRAPHS: dict = {}                                # model -> {shapes: (State, what makes a step on it)}, the last three
 CHECK = 16                                       # steps between two looks at whether all rows have stopped
 
 
@@ -181,14 +189,14 @@ def fixed_shapes() -> bool:
     return torch.cuda.is_available() or step is not decode
 
 
-def replay(model: Qwen, state: State, choice: tuple) -> State:
-    """As `run`, making all steps on one and the same state, into which this one is copied: a graph reads and writes the
+def decode_in_place(model: Qwen, state: State, sampling: Sampling) -> State:
+    """As decode_shrinking, making all steps on one and the same state, into which this one is copied: a graph reads and writes the
     addresses it was captured with. So the model's weights, too, have to be updated in place."""
     C, graphs = state.tokens.shape[1], GRAPHS.setdefault(model, {})
     if C == 1:
         return state
-    shapes = *choice, *(x.shape for x in state.tensors())
-    graphs[shapes] = graphs.pop(shapes, None) or capture(model, state, choice)           # the last used is the last
+    shapes = sampling, *(x.shape for x in state.tensors())
+    graphs[shapes] = graphs.pop(shapes, None) or capture(model, state, sampling)         # the last used is the last
     while len(graphs) > 3:
         del graphs[next(iter(graphs))]
     fixed, next_step = graphs[shapes]
@@ -201,10 +209,10 @@ def replay(model: Qwen, state: State, choice: tuple) -> State:
     return fixed
 
 
-def capture(model: Qwen, state: State, choice: tuple) -> tuple[State, Callable[[], None]]:
+def capture(model: Qwen, state: State, sampling: Sampling) -> tuple[State, Callable[[], None]]:
     """A copy of the state, and what makes a step on it."""
     state = copy.deepcopy(state)
-    one = partial(step, model, state, state.tokens.shape[1], *choice)
+    one = partial(step, model, state, state.tokens.shape[1], sampling)
     if not torch.cuda.is_available():
         return state, one
     side = torch.cuda.Stream()
@@ -221,7 +229,7 @@ def capture(model: Qwen, state: State, choice: tuple) -> tuple[State, Callable[[
     except RuntimeError as error:
         print(f"a decoding step cannot be captured as a CUDA graph, and runs slower: {first_line(error)}", file=sys.stderr)
         return state, one
-    state.shared.slot = state.shared.own = None                                          # they lie in the pool
+    state.shared.slot = state.shared.filled = None                                          # they lie in the pool
     return state, graph.replay
 
 

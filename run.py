@@ -37,7 +37,7 @@ import parallel
 from data import HELDOUT_SEED, BadInput, Sample, fingerprint, first_line
 from model import Policy
 
-# flags that change neither data nor loss
+# flags that change neither data nor loss, and so may change when a run is resumed
 FREE = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens", "gradient-checkpointing", "compile")
 warnings.filterwarnings("ignore", "torch.distributed is disabled")                   # one process is no mishap
 
@@ -46,7 +46,17 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")              
 # Flags
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a script's docstring as it is written, and the default of each flag."""
+    """Shows a script's docstring as it is written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def add_resume(flags: argparse._ArgumentGroup) -> None:
+    """The flag --resume, after all others, as its help names those that may have changed."""
+    free = [name for action in flags._actions for name in action.option_strings if name.removeprefix("--") in FREE]
+    flags.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one; of the flags "
+                       f"only {', '.join(free)} may have changed")
 
 
 def natural(text: str) -> int:
@@ -70,12 +80,17 @@ def start_or_resume(args: argparse.Namespace, settings: dict[str, str], fresh: d
     """Make `args.out`, and return the run's progress: `fresh`, or with `args.resume` that of the last checkpoint, whose
     settings must be the same. A new run removes what an earlier one left, or a later --resume would take its checkpoint for
     this run's."""
-    if not args.resume:
+    folder = last_checkpoint(args.out) if args.resume else None
+    if args.resume and not folder:
+        if (args.out / "model").exists():
+            raise BadInput(f"--resume: {args.out} holds a model but no checkpoint; choose another --out, or leave --resume out")
+        say(f"--resume: no checkpoint in {args.out} yet, the run begins")
+    if not folder:
         if Path(args.model).resolve().is_relative_to(args.out.resolve()):
             raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
         args.out.mkdir(parents=True, exist_ok=True)
     lock(args.out)
-    if not args.resume:
+    if not folder:
         if parallel.rank() == 0:
             for name in ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "adapter"):
                 shutil.rmtree(args.out / name, ignore_errors=True)
@@ -83,7 +98,7 @@ def start_or_resume(args: argparse.Namespace, settings: dict[str, str], fresh: d
                 (args.out / name).unlink(missing_ok=True)
         parallel.wait()
         return fresh
-    file = last_checkpoint(args.out) / "run.json"
+    file = folder / "run.json"
     try:
         saved = json.loads(file.read_text())
         changed = {name: f"--{name} was {saved['settings'].get(name)} and is now {value}"
@@ -123,12 +138,9 @@ def lock(out: Path) -> None:
             say(f"--out {out} cannot be locked ({error}): see that no other run writes there")
 
 
-def last_checkpoint(out: Path) -> Path:
-    """The newest whole checkpoint. Between the two renames of save_checkpoint it is the old one."""
-    for folder in (out / "checkpoint", out / "checkpoint.old"):
-        if folder.exists():
-            return folder
-    raise BadInput(f"--resume: no checkpoint in {out}")
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint, if there is one. Between the two renames of save_checkpoint it is the old one."""
+    return next((folder for folder in (out / "checkpoint", out / "checkpoint.old") if folder.exists()), None)
 
 
 def tensors_of(policy: Policy, optimizer: Optimizer, reference: Policy | None) -> dict:
@@ -218,8 +230,8 @@ def say(text: str) -> None:
 
 
 class Log:
-    """A file of JSON lines that the first rank writes. The first write cuts it back to n lines: what a killed run wrote after
-    its last checkpoint is written again."""
+    """A file of JSON lines that the first rank writes. The first write, and no earlier one, lest a --resume that is refused
+    spoil it, cuts it back to n lines: what a killed run wrote after its last checkpoint is written again."""
 
     def __init__(self, path: Path, n: int) -> None:
         self.path, self.n = path, n
@@ -227,7 +239,8 @@ class Log:
     def write(self, row: dict) -> None:
         if parallel.rank():
             return
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}  # no NaN in JSON
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON knows no NaN
+               for name, value in row.items()}
         try:
             if self.n is not None:
                 lines = self.path.read_text().splitlines(keepends=True) if self.n else []
@@ -244,24 +257,20 @@ class Log:
 # Guards
 
 class Guard:
-    """Steps the optimiser where loss and gradient are finite; else skips the step, counts it, and ends the run after ten in
-    a row."""
+    """Counts the steps whose loss or gradient is not finite, for the loop to skip, and ends the run after ten in a row."""
 
-    def __init__(self, optimizer: Optimizer, skipped: int = 0) -> None:
-        self.optimizer, self.skipped, self.in_a_row = optimizer, skipped, 0
+    def __init__(self, skipped: int = 0) -> None:
+        self.skipped, self.in_a_row = skipped, 0
 
-    def step(self, loss: torch.Tensor, norm: torch.Tensor, samples: Sequence[Sample]) -> None:
-        """`loss` is this rank's part, `norm` the whole gradient's, `samples` what they came from."""
-        if torch.isfinite(parallel.total(loss) + norm):
-            self.optimizer.step()
-            self.in_a_row = 0
-        else:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.optimizer.zero_grad()
+    def finite(self, loss: torch.Tensor, norm: torch.Tensor, samples: Sequence[Sample]) -> bool:
+        """`loss` is this rank's part, `norm` the whole gradient's, `samples` what they came from. The same on all ranks."""
+        finite = bool(torch.isfinite(parallel.total(loss) + norm))
+        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
         if self.in_a_row == 10:
             ids = chain(*parallel.gathered([s.id for s in samples]))
             raise BadInput(f"loss or gradient was not finite 10 times in a row; lower --lr, or look at the last samples: "
                            f"{', '.join(ids)}")
+        return finite
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,31 +11,25 @@ the end-of-turn token does. A completion is a group of one, so this is the log-p
 """
 
 import argparse
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as qwen
 import parallel
 import run
-from data import BadInput, Sample, ahead, batch, load, load_images, prompt, sloppy, target
-from evaluate import heldout_rewards
-from rewards import TAGS, TASKS
+from data import HELDOUT, BadInput, Sample, ahead, batch, load, prompt, sloppy, target, tasks_named
+from evaluate import encode, heldout_rewards
 from run import HelpFormatter, natural, positive
 from scoring.curves import plot_curves
+from tiny.scratch import scratch
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 parser.add_argument("--task", default="all", help="comma-separated tasks to mix, one named twice counts twice; or `all`")
 parser.add_argument("--out", type=Path, required=True, help="folder for model/, checkpoint/, metrics.jsonl, curves.png")
-parser.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint; "
-                    f"of the flags only --{', --'.join(run.FREE)} may have changed")
 flags = parser.add_argument_group("model and data")
 flags.add_argument("--model", default="tiny", help="`tiny`, a folder, a hub id; or `scratch`: tiny's architecture, random")
 flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that formats/ knows")
@@ -51,51 +45,21 @@ flags.add_argument("--micro-batch", type=positive, default=32, help="samples in 
 flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
 flags.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the real 3B model: 1e-5)")
 flags.add_argument("--warmup", type=natural, default=20, help="steps of linear warm-up; after them it decays linearly to 0")
-flags.add_argument("--weight-decay", type=float, default=0.01)
+flags.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
 flags.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
 flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
-flags.add_argument("--seed", type=natural, default=0)
+flags.add_argument("--seed", type=natural, default=0, help="of the order of the data, and of what is random")
 flags = parser.add_argument_group("output")
 flags.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
 flags.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion in the held-out scores")
-
-
-def scratch(corpus: list[str], frame: int = 112) -> tuple[Qwen2_5_VLForConditionalGeneration, qwen.Processor]:
-    """A new model of the same architecture with 1.5 M random weights, and a tokenizer learned from `corpus`.
-
-    Beside its size it differs from Qwen2.5-VL-3B in two things, both to shorten completions: a number of up to three
-    digits is one token (Qwen: one a digit), and so is each of the think and answer tags and of the pieces of JSON answers.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [*qwen.STOPS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=640, special_tokens=special, show_progress=False,
-                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_tokens([*TAGS, '{"bbox_2d": [', '], "label": "', '], "keypoint1": [', '], "keypoint2": [', ']}', '"}'])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=qwen.STOPS[0], pad_token=qwen.STOPS[1])
-    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
-    config = Qwen2_5_VLConfig(
-        text_config={"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-                         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 4096,
-                         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-                         "bos_token_id": None, "eos_token_id": ids[qwen.STOPS[0]], "pad_token_id": ids[qwen.STOPS[1]]},
-        vision_config={"depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
-                           "fullatt_block_indexes": [0, 2], "initializer_range": 0.08},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=qwen.ATTENTION)
-    with torch.no_grad():  # 1,176 pixels go into a patch: at the common scale its features, and then the image tokens',
-        model.model.visual.patch_embed.proj.weight *= 0.1  # would be twenty times the text's and drown all that
-        model.model.visual.merger.mlp[2].weight *= 0.1     # attention adds to them, positions first
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": frame**2, "longest_edge": frame**2})
-    return model, qwen.Processor(tokenizer, images, frame)
+run.add_resume(flags)
 
 
 def main() -> None:
     args = parser.parse_args()
-    tasks = list(TASKS) if args.task == "all" else args.task.split(",")
+    tasks = tasks_named(args.task)
+    if args.box_noise and "det" not in tasks:
+        raise BadInput(f"--box-noise {args.box_noise} moves the boxes of det, which is not among --task {args.task}")
     if args.batch % parallel.ranks():
         raise BadInput(f"--batch {args.batch} cannot be spread evenly over {parallel.ranks()} processes; take a multiple")
     mesh = parallel.start(args.shard_size)
@@ -108,7 +72,7 @@ def main() -> None:
     else:
         model, processor = qwen.load(args.model, args.image_size)
     data = [load(args.data, task, processor.frame, args.images, "train", args.seed, args.shots) for task in tasks]
-    heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:256] for task in tasks}
+    heldout = {task: load(args.data, task, processor.frame, args.images, "heldout")[:HELDOUT] for task in tasks}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = run.settings_of(args, data)
@@ -122,8 +86,7 @@ def main() -> None:
     if progress["step"]:
         run.load_checkpoint(args.out, policy, optimizer)
     log = run.Log(args.out / "metrics.jsonl", progress["step"])
-    guard = run.Guard(optimizer, progress["skipped"])
-    bar = tqdm(total=args.steps, initial=progress["step"], disable=parallel.rank() > 0 or not sys.stderr.isatty())
+    guard = run.Guard(progress["skipped"])
 
     def plan(step: int) -> list[Sample]:
         """This rank's samples of a step."""
@@ -134,11 +97,9 @@ def main() -> None:
         samples.sort(key=lambda s: (len(s.images), len(target(s))))  # like with like: less padding in a micro-batch
         return samples[parallel.rank() :: parallel.ranks()]
 
-    def encode(sample: Sample) -> qwen.Prompts:
-        return qwen.encode(processor, prompt(sample), load_images(sample))
-
     policy.train()
-    for step, samples, prompts in ahead(((step, plan(step)) for step in range(progress["step"], args.steps)), encode):
+    steps = ((step, plan(step)) for step in range(progress["step"], args.steps))
+    for step, samples, prompts in ahead(steps, partial(encode, processor)):
         began = time.perf_counter()
         targets = [torch.tensor(processor.tokenizer(target(s), add_special_tokens=False)["input_ids"]).to(qwen.device())
                    for s in samples]
@@ -154,23 +115,22 @@ def main() -> None:
         for param_group in optimizer.param_groups:
             param_group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm))
-        guard.step(loss, norm, samples)
+        if guard.finite(loss, norm, samples):
+            optimizer.step()
+        optimizer.zero_grad()
 
         seconds = time.perf_counter() - began
         row = {"step": step + 1, "task": args.task, "loss": parallel.total(loss).item(), "grad_norm": norm.item(),
                "lr": optimizer.param_groups[0]["lr"], "skipped": guard.skipped, "update_s": seconds, "tokens_per_s": T / seconds}
         log.write(row)
-        if not sys.stderr.isatty() and (step % 10 == 9 or step == progress["step"]):
+        if step % 10 == 9 or step == progress["step"]:
             run.say(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  {seconds:5.2f} s")
-        bar.set_postfix_str(f"loss {row['loss']:.4f}")
-        bar.update()
         stop, last = run.asked_to_stop(), step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or last or stop:
             run.save_checkpoint(args.out, settings, {"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
         if stop and not last:
             return run.say(f"stopped after step {step + 1}; to go on: {run.command()} --resume")
 
-    bar.close()
     parallel.refresh(sampler.to(qwen.device()), policy)
     for task in dict.fromkeys(tasks):
         scores = heldout_rewards(sampler, processor, heldout[task], args.max_new_tokens)

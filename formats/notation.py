@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data import BadInput, Sample, convert_box, plain_text
-from rewards import box_numbers, box_text, horizontal, json_text, parse_boxes
+from rewards import TASKS, box_numbers, box_text, horizontal, json_text, parse_boxes
 
 GRID = (100, 100)
 MOST_BOXES = 100  # that COCO counts; a tile of DOTA may have five hundred ships, an answer of thousands of tokens
@@ -179,12 +179,12 @@ def from_text(where: str, task: str, frame: int, images: Sequence, size: tuple[i
         noisy = boxes or grid_boxes(answer, frame)
         found = in_frame(noisy, frame, skipped) if noisy else pixel_boxes(answer, size, frame, where)
         empty = task == "det" and not noisy  # none is the right answer
-    elif task == "ground":
+    elif TASKS[task].boxes:
         answer, found = place_boxes(answer, size, frame, where, skipped)
     else:
         references = [plain_text(text) for text in references]
         answer = references[0]
-    if task in ("det", "rec", "ground", "rcap") and not found and not empty:
+    if (TASKS[task].boxes or task == "rcap") and not found and not empty:
         skipped["records without a box in the image left out"] += 1
         return
     if task == "rec" and len(found) > 1:

@@ -205,7 +205,8 @@ def read_conversation(where: str, record: dict, task: str, frame: int, folder: P
         size = size or first_size(images, where)
         think, answer = split_reasoning(answer)
         yield from from_text(where + (f", turn {i // 2}" if len(turns) > 2 else ""), task, frame, images, size, question,
-                             [answer], skipped, think=think, category=str(record.get("category") or ""))
+                             [answer], skipped, think=think, category=str(record.get("category") or ""),
+                             split=str(record.get("split") or ""))
 
 
 def read_earthdial(where: str, row: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
@@ -334,7 +335,7 @@ def read_mask(where: str, row: dict, task: str, frame: int, folder: Path, skippe
 
 
 RECORDS = (  # (keys of a record, what it is, the tasks it may serve, its reader); the first line that fits counts
-    ({"conversations"}, "a record of conversations", tuple(task for task in TASKS if task not in ("ovd", "seg")), read_conversation),
+    ({"conversations"}, "a record of conversations", tuple(t for t in TASKS if t not in ("ovd", "seg")), read_conversation),
     ({"problem", "mask"}, "a record of EarthReason", ("seg",), read_mask),
     ({"problem", "solution"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),
     ({"problem", "answer"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),

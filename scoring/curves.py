@@ -29,6 +29,8 @@ def plot_curves(runs: Sequence[Path], figures: Sequence[str], out: Path) -> None
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rows = [row | row.get("parts", {}) for row in rows]
         for axis, name in zip(axes[0], figures):
+            if not any(name in row for row in rows):
+                raise ValueError(f"{run / 'metrics.jsonl'} has no figure {name}; it has {', '.join(rows[0])}")
             values = [np.nan if row.get(name) is None else row[name] for row in rows]  # null: no finite number
             line = axis.plot(smooth(values), label=run.name)[0]
             axis.plot(values, alpha=.3, color=line.get_color())
@@ -41,8 +43,9 @@ def plot_curves(runs: Sequence[Path], figures: Sequence[str], out: Path) -> None
 
 
 def smooth(values: list[float], window: int = 10) -> list[float]:
-    """Mean over the last `window` values."""
-    return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
+    """Mean over the last `window` values, those that are no number left out."""
+    windows = [np.array(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+    return [float(w[np.isfinite(w)].mean()) if np.isfinite(w).any() else np.nan for w in windows]
 
 
 if __name__ == "__main__":

@@ -21,14 +21,18 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput, Sample, from_row, json_records, load_images
-from rewards import TAGS, extract_answer, format_reward, parse_boxes
+from rewards import TAGS, TASKS, extract_answer, format_reward, parse_boxes
 
-BOXED = {"det", "ground", "rec", "ovd", "seg"}  # tasks whose answers hold boxes
 RIGHT = 0.5                                     # mean accuracy from which a sample counts as right
 REFERENCE, PREDICTED = "#1f93ff", "#ff8a1f"     # of the boxes; unlike to the colour-blind too, and the second is dashed
 
 # A sample and its completions: "text" and "parts" {name: value}, in a group also "reward" and "advantage"
 Entry = tuple[Sample, list[dict]]
+
+
+def boxed(task: str) -> bool:
+    """Do its answers hold boxes? A file may name a task of another version of the project."""
+    return task in TASKS and TASKS[task].boxes
 
 
 def accuracy(entry: Entry) -> float:
@@ -78,7 +82,7 @@ def card(name: str, entry: Entry, problems: list[str]) -> str:
     """One sample. Its images are embedded once, as `name`-0, `name`-1.., and shown once for each set of boxes."""
     sample, completions = entry
     images = "".join(thumbnail(f"{name}-{i}", replace(sample, images=(x,)), problems) for i, x in enumerate(sample.images))
-    each = sample.task in BOXED and len(completions) > 1
+    each = boxed(sample.task) and len(completions) > 1
     once = "" if each else figures(name, sample, completions[0]["text"])
     answers = "".join(f'<section>{figures(name, sample, c["text"]) if each else ""}{answer(c)}</section>' for c in completions)
     verdict, kind = "right" if accuracy(entry) >= RIGHT else "wrong", "one" if len(completions) == 1 else "group"
@@ -104,7 +108,7 @@ def answer(completion: dict) -> str:
 def figures(name: str, sample: Sample, text: str) -> str:
     """The sample's images, or an empty frame, with the reference boxes and the boxes (seg: and points) of a completion."""
     result = extract_answer(text) or ""
-    found = parse_boxes(result) if sample.task in BOXED else None
+    found = parse_boxes(result) if boxed(sample.task) else None
     found = [] if found is None else [box for box in found if box[2] > box[0]]  # what is no box has no area
     points = re.findall(r"\[\s*(\d{1,6})\s*,\s*(\d{1,6})\s*\]", result, re.ASCII) if sample.task == "seg" else []
     dots = "".join(f'<path d="M{x} {y}h0"/>' for x, y in points)

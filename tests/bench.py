@@ -33,9 +33,9 @@ import model as qwen
 import parallel
 import rollout
 import sizing
-import train_sft
 from data import load, load_images, prompt, target
 from rewards import reward_parts
+from tiny.scratch import scratch
 
 PLAIN = {"text_config": "sdpa", "vision_config": "sdpa"}
 rollout.stop_ids = lambda processor: (-1,)  # no token of ours stops a completion; generate gets min_new_tokens
@@ -99,12 +99,13 @@ def build(size, px, G, B, C, vocabulary=None):
     torch.manual_seed(0)
     data = load("synthetic", "det", px)
     samples = [data[i] for i in range(200)]
-    model, processor = train_sft.scratch([prompt(s) + target(s) for s in samples], px)
+    model, processor = scratch([prompt(s) + target(s) for s in samples], px)
     if size != "tiny":
-        mid = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 16, "num_attention_heads": 10, "num_key_value_heads": 2,
-                   "vocab_size": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
+        mid = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 16, "num_attention_heads": 10,
+               "num_key_value_heads": 2, "vocab_size": 8192,
+               "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
         vision = {"depth": 8, "hidden_size": 320, "num_heads": 8, "intermediate_size": 860, "out_hidden_size": 640,
-                      "fullatt_block_indexes": [3, 7]}
+                  "fullatt_block_indexes": [3, 7]}
         config = sizing.shape(size) if size != "mid" else Qwen2_5_VLConfig(text_config=mid, vision_config=vision,
                                                                            tie_word_embeddings=True)
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
@@ -142,7 +143,8 @@ def one_step(side, optimizer):
         for text in group:
             reward_parts(text, sample)
     seconds |= {"rewards": tick(), "reference": 0.0, "update": 0.0}
-    advantage, mask = grpo.advantages(torch.rand(B, side.G, device=tokens.device)), torch.ones_like(tokens, dtype=torch.bool)
+    advantage = grpo.advantages(torch.rand(B, side.G, device=tokens.device), divide_by_std=False)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
     weights = grpo.token_weights(mask, "grpo", side.C)
     for b in range(B):
         with torch.no_grad():

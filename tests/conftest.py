@@ -28,12 +28,12 @@ def tiny():
     """(model, processor): random weights and a tokenizer learned from synthetic prompts and targets. Do not change it."""
     import torch
 
-    import train_sft
     from data import load, prompt, target
+    from tiny.scratch import scratch
 
     torch.manual_seed(0)
     samples = [*load("synthetic", "det", 112)[:150], *load("synthetic", "cls", 112)[:50]]
-    return train_sft.scratch([prompt(s) + target(s) for s in samples])
+    return scratch([prompt(s) + target(s) for s in samples])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

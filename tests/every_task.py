@@ -1,4 +1,5 @@
-"""Each task on the synthetic scenes, from SFT to the report, and what it did to the reward. A trial, not a test: about 2 minutes a task.
+"""Each task on the synthetic scenes, from SFT to the report, and what it did to the reward. A trial, not a test: some 2 minutes
+a task.
 
     python tests/every_task.py                 # all tasks, a Markdown table at the end
     python tests/every_task.py vqa seg         # some of them
@@ -11,10 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
 
-from conftest import ROOT
-from rewards import TASKS
+
+def tasks() -> list[str]:
+    sys.path.insert(0, str(ROOT))
+    from rewards import TASKS
+    return list(TASKS)
 
 
 def script(name: str, *args: object) -> str:
@@ -26,14 +30,16 @@ def script(name: str, *args: object) -> str:
 
 def main() -> None:
     rows = []
-    for task in sys.argv[1:] or TASKS:
+    for task in sys.argv[1:] or tasks():
         began, out = time.perf_counter(), Path(tempfile.mkdtemp())
-        script("train_sft.py", "--task", task, "--steps", 60, "--batch", 16, "--lr", 3e-4, "--max-new-tokens", 160, "--out", out / "sft")
+        script("train_sft.py", "--task", task, "--steps", 60, "--batch", 16, "--lr", 3e-4, "--max-new-tokens", 160,
+               "--out", out / "sft")
         said = script("train_grpo.py", "--task", task, "--model", out / "sft/model", "--steps", 40, "--prompts", 16, "--lr", 2e-4,
                       "--max-new-tokens", 160, "--out", out / "grpo")
         script("evaluate.py", "--task", task, "--model", out / "grpo/model", "--max-new-tokens", 160, "--out", out / "eval")
         assert (out / "eval/report.html").exists() and (out / "grpo/report.html").exists()
-        scores = {name: tuple(map(float, re.search(rf"^{name} +([\d.]+) +([\d.]+)$", said, re.MULTILINE).groups())) for name in ("sampled", "greedy")}
+        scores = {name: tuple(map(float, re.search(rf"^{name} +([\d.]+) +([\d.]+)$", said, re.MULTILINE).groups()))
+                  for name in ("sampled", "greedy")}
         rows.append((task, *scores["sampled"], *scores["greedy"], time.perf_counter() - began))
 
     print("| task | sampled | greedy | seconds |\n|---|---|---|---|")

@@ -27,10 +27,6 @@ def start(out: Path, ranks: int, *more: str) -> subprocess.Popen:
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def resume(out: Path) -> list[str]:
-    return ["--resume"] if any((out / name).exists() for name in ("checkpoint", "checkpoint.old")) else []
-
-
 def without_times(file: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in file.read_text().splitlines()]
 
@@ -45,7 +41,7 @@ def main() -> None:
     whole, broken = folder / "whole", folder / "broken"
     assert start(whole, args.ranks).wait() == 0
     for kill in range(args.times):
-        log, run = broken / "metrics.jsonl", start(broken, args.ranks, *resume(broken))
+        log, run = broken / "metrics.jsonl", start(broken, args.ranks, "--resume")
         before = log.stat().st_mtime_ns if log.exists() else 0
         while run.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
             time.sleep(0.01)          # until the run has begun to write
@@ -60,7 +56,7 @@ def main() -> None:
         writing += inside
         steps = len(log.read_text().splitlines())
         print(f"kill {kill + 1}: {steps} steps, {'inside' if inside else 'outside'} a checkpoint", flush=True)
-    last = start(broken, args.ranks, *resume(broken))
+    last = start(broken, args.ranks, "--resume")
     assert last.wait() == 0, last.stderr.read()
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_times(whole / name) == without_times(broken / name), name

@@ -520,24 +520,29 @@ def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     assert from_row(json.loads(json.dumps(as_row(sample)))) == sample
 
 
-def test_order_does_not_depend_on_the_folder(tmp_path):
-    """Else the same seed would meet other batches on another machine."""
-    answers = []
+def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
+    """Else the same seed would meet other batches on another machine, and a copy of the data would be tested on what the
+    original was trained on."""
+    answers, heldout = [], []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         for i in range(30):
             Image.new("RGB", (30, 30)).save(folder / f"{i}.png")
-        (folder / "captions.jsonl").write_text("\n".join(json.dumps({"image": f"{i}.png", "captions": [f"image {i}"]}) for i in range(30)))
+        records = [{"image": f"{i}.png", "captions": [f"image {i}"]} for i in range(30)]
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
         samples = read_source(str(folder / "captions.jsonl"), "cap", F, None)
         answers.append([s.answer for s in sorted(samples, key=data.record_hash)])
+        heldout.append([s.answer for s in load(str(folder / "captions.jsonl"), "cap", F, split="heldout")])
     assert answers[0] == answers[1] != sorted(answers[0])
+    assert heldout[0] == heldout[1] and 0 < len(heldout[0]) < 10
 
 
 def test_ahead_keeps_the_order_and_is_one_step_ahead():
     began = []
     def plan(step):
         return [(step, i) for i in range(3)]
-    for step, samples, encoded in ahead(((step, plan(step)) for step in range(2, 5)), lambda sample: began.append(sample) or sample):
+    steps = ((step, plan(step)) for step in range(2, 5))
+    for step, samples, encoded in ahead(steps, lambda sample: began.append(sample) or sample):
         assert samples == encoded == plan(step)
         assert len(began) >= 3 * (step - 1)
     assert sorted(began) == [(step, i) for step in (2, 3, 4) for i in range(3)]

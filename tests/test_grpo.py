@@ -57,7 +57,7 @@ def test_advantages_are_relative_to_the_group():
     rewards = np.random.default_rng(0).random((5, 8))
     centred = rewards - rewards.mean(1, keepdims=True)
     expected = centred / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
-    np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards)), expected, rtol=1e-12)
+    np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards), divide_by_std=True), expected, rtol=1e-12)
     np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards), divide_by_std=False), centred, rtol=1e-12)
 
 
@@ -83,7 +83,8 @@ def test_group_of_equal_rewards_gets_no_gradient_not_even_from_the_kl(loss):
     rewards[2] = 0.7
     mask = mask & grpo.learning_groups(rewards)[:, None, None]
     weights = grpo.token_weights(mask, loss, C_MAX)
-    total, sums = grpo.policy_loss(logprobs, old, reference, grpo.advantages(rewards), mask, weights, loss=loss, beta=1.0, **CLIP)
+    advantage = grpo.advantages(rewards, divide_by_std=True)
+    total, sums = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=1.0, **CLIP)
     total.backward()
     assert not logprobs.grad[2].any() and logprobs.grad[[0, 1, 3]].any()
     assert sums["kl"] == grpo.kl_k3(logprobs, reference)[mask].sum()

@@ -33,8 +33,9 @@ def minilm():
 def small_sam(tmp_path_factory):
     """Random weights in SAM 2.1's architecture, 128 pixels wide instead of 1024."""
     torch.manual_seed(0)
-    backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128], "blocks_per_stage": [1, 1, 2, 1],
-                    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 1, 2, 2], "global_attention_blocks": [3]}
+    backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128],
+                "blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128],
+                "num_attention_heads_per_stage": [1, 1, 2, 2], "global_attention_blocks": [3]}
     config = Sam2Config(
         vision_config={"backbone_config": backbone, "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 32,
                            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]},

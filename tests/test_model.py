@@ -357,7 +357,7 @@ def replayed(model, state, choice):
 
     def replay():
         with NoHost():
-            rollout.decode(model, state, state.tokens.shape[1], *choice)
+            rollout.decode(model, state, state.tokens.shape[1], choice)
         assert [x.data_ptr() for x in state.tensors()] == places
     return replay
 

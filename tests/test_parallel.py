@@ -95,7 +95,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_number(alone, tmp_pa
     launcher = subprocess.Popen(command(2, ROOT / "train_grpo.py", *flags), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in launcher.stdout:
         if line.startswith("step    2"):
-            worker = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False).stdout.split()[-1]
+            worker = subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split()[-1]
             os.kill(int(worker), number)
             break
     said, code = launcher.communicate(timeout=120)[0], launcher.returncode

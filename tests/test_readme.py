@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import sizing
 from conftest import ROOT
@@ -35,10 +37,9 @@ def commands(page):
     """The command lines of the page's indented blocks that start a script of this project, without shell around them."""
     text = re.sub(r"\\\n\s*", " ", page.read_text())                                    # continued lines
     for line in re.findall(r"^    (.+)$", text, re.MULTILINE):
-        for command in re.findall(r"(?:^|&& |do |srun )((?:python|torchrun) [^;&#]+)", line):
+        for command in re.findall(r"(?:^|&& |do |srun )((?:python (?!-c|-m pytest)|torchrun )[^;&#]+)", line):
             command = re.sub(r"\$\([^)]*\)|\$\w+| \.\.\.", "1", command).replace(".py1", ".py")
-            if "-m pytest" not in command:
-                yield pytest.param(shlex.split(command), id=command[:70])
+            yield pytest.param(shlex.split(command), id=command[:70])
 
 
 def flags_of(script):
@@ -95,7 +96,7 @@ def test_commands_parse(command, monkeypatch):
 def test_flags_in_the_text_exist():
     known = set().union(*map(flags_of, [*ROOT.glob("*.py"), *ROOT.glob("scoring/*.py"), *ROOT.glob("tests/*.py")]))
     known |= {f"--{part}-weight" for part in ("format", "accuracy", "length", "repetition")}
-    elsewhere = {"--shutdown-timeout", "--local-dir", "--repo-type", "--no-build-isolation", "--help"}  # torchrun's, hf's, pip's
+    elsewhere = {"--nproc-per-node", "--shutdown-timeout", "--no-build-isolation", "--help"}  # torchrun's, pip's
     prose = re.sub(r"^    .*$", "", README.read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known | elsewhere
 
@@ -103,6 +104,25 @@ def test_flags_in_the_text_exist():
 def test_sizing_table_is_what_its_command_prints():
     for row in sizing.table():
         assert row in README.read_text()
+
+
+def test_own_data_and_own_images_are_read_as_the_text_says(tmp_path, monkeypatch, capsys):
+    """The example record in a file, the line of Python that looks at it, and the lines that ask the model about an image."""
+    text = README.read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (200, 100)).save(tmp_path / "images/a.png")
+    Image.new("RGB", (200, 100)).save(tmp_path / "image.png")
+    record = json.loads(re.search(r'^    (\{"image": "a.png".*?\]\})$', text, re.MULTILINE | re.DOTALL)[1])
+    record["conversations"][1]["value"] = "[50,10,100,50]"
+    (tmp_path / "my.json").write_text(json.dumps([record]))
+    (tmp_path / "look.py").write_text(re.search(r'^    python -c "(.*)"$', text, re.MULTILINE)[1])
+    runpy.run_path(str(tmp_path / "look.py"))
+    assert capsys.readouterr().out.endswith("<answer>[112,45,224,224]</answer><|im_end|>\n")  # 448 / 200, 448 / 100
+    ask = re.search(r"```python\n(import model.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "ask.py").write_text(ask.replace("runs/grpo/model", "tiny"))
+    runpy.run_path(str(tmp_path / "ask.py"))
+    assert "<answer>" in capsys.readouterr().out
 
 
 def test_the_example_task_is_short_and_trains(tmp_path):

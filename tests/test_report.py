@@ -117,9 +117,9 @@ def test_turned_reference_box_is_drawn_turned_clockwise_about_its_centre(tmp_pat
 
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_a_perfect_answer_covers_its_reference(tmp_path, task):
-    scene = next(s for s in Scenes(task, 112, 3) if s.boxes or task not in report.BOXED)
+    scene = next(s for s in Scenes(task, 112, 3) if s.boxes or not TASKS[task].boxes)
     rects = Page(written(tmp_path, (scene, [completion(scene.answer, 1.0)]))).rects()
-    boxes = [np.round(horizontal(box)) for box in scene.boxes] if task in report.BOXED else []
+    boxes = [np.round(horizontal(box)) for box in scene.boxes] if TASKS[task].boxes else []
     corners = [(x, y, x + w, y + h) for x, y, w, h, _ in rects["predicted"]]
     assert len(corners) == len(boxes) and np.allclose(corners, boxes, atol=1)
 
@@ -180,7 +180,8 @@ def row(scene, text, **fields):
 
 
 def command(file):
-    return subprocess.run([sys.executable, "-m", "scoring.report", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "scoring.report", str(file)], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
 
 
 def test_predictions_become_a_page_beside_their_file(tmp_path):

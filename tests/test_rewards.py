@@ -538,7 +538,7 @@ def test_repetition_by_hand(written, penalty):
 
 
 def test_only_pair_has_further_terms():
-    for task in TASKS:
+    for task in RIGHT:
         more = {"length", "repetition"} if task == "pair" else set()
         assert set(reward_parts("", RIGHT[task][0])) == {"format", "accuracy"} | more
 
@@ -562,7 +562,11 @@ RIGHT = {
     "pair": (sample("pair", "B", choices=tuple("ABCD")), "B", "C"),
 }
 RIGHT["seg"][0].mask.paste(255, (10, 10, 20, 20))
-tasks = pytest.mark.parametrize("task", TASKS)
+tasks = pytest.mark.parametrize("task", RIGHT)
+
+
+def test_every_task_has_a_right_and_a_wrong_answer_here():
+    assert not TASKS.keys() - RIGHT.keys(), "add them to RIGHT: the tests below then hold for the new task too"
 
 
 @tasks
@@ -688,7 +692,8 @@ def test_average_precision_is_that_of_pycocotools(side, n):
 def test_equal_overlaps_go_to_the_last_reference_as_in_pycocotools(predicted, reference, at_60):
     above_60 = 51 / 101 / 2                                            # a miss, then one of two
     assert coco_ap(predicted, reference) == pytest.approx((3 * at_60 + 7 * above_60) / 10)
-    assert average_precision(*(np.array(boxes, float) for boxes in (predicted, reference))) == pytest.approx(coco_ap(predicted, reference))
+    ours = average_precision(*(np.array(boxes, float) for boxes in (predicted, reference)))
+    assert ours == pytest.approx(coco_ap(predicted, reference))
 
 
 def test_only_the_first_hundred_boxes_count():

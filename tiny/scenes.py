@@ -223,7 +223,8 @@ def ask_vqa(about: About) -> dict:
         ("comp", f"Are there more {kind}s than {other}s?", "yes" if count[kind] > count[other] else "no"),
         ("count", f"How many {kind}s are there?", str(count[kind])),
         ("rural_urban", "Is this a rural or an urban area?", "urban" if land == "city" else "rural"))[about.rng.integers(4)]
-    return {"question": question, "answer": answer, "think": f"{LAND[land][2]}: {about.seen}.", "category": subset, "subset": subset}
+    return {"question": question, "answer": answer, "think": f"{LAND[land][2]}: {about.seen}.", "category": subset,
+            "subset": subset}
 
 
 def ask_rec(about: About) -> dict:
@@ -252,7 +253,7 @@ def ask_seg(about: About) -> dict:
 def ask_pair(about: About) -> dict:
     """Which of four images from above shows the place seen from the ground? The others are scenes on other land."""
     view = about.view
-    right = int(np.random.default_rng([*view.seed, 2]).integers(4))
+    right = int(np.random.default_rng([*view.seed, 2]).integers(4))  # not about.rng: kind and colour do not matter here
     others = (scene(view.seed[0], 2**32 + 100 * view.seed[1] + i, view.frame) for i in range(100))  # no scene of a sample
     above = [draw(other) for other in islice((o for o in others if o.land != view.land), 3)]
     above.insert(right, draw(view))
