@@ -144,13 +144,14 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     source  `synthetic`, or a file or folder that formats/ knows
     frame   side of the square image that the model sees, in pixels
     images  folder that a file's image names are relative to; where the format keeps them by default
-    split   "all", or "train" / "heldout". Where the source has a "test" split, that is held out (and "val" is neither);
-            elsewhere a tenth of the images, chosen by a hash of their names
+    split   "all", or "train" / "heldout". Held out is the source's "test" split where it has one (and "val" is neither), else
+            its "val" split, else a tenth of the images, chosen by a hash of their file names
     seed    of the synthetic scenes; "heldout" takes a seed of its own
     shots   only so many of each category (few_shots)
     Raises BadInput, in one line, for anything in the source that a user has to mend.
     """
-    tasks_named(task)
+    if task not in TASKS:
+        raise BadInput(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if frame % PATCH or frame <= 0:
         raise BadInput(f"--image-size {frame} is not a multiple of {PATCH}, the side of a vision token in pixels")
     if source == "synthetic":
@@ -159,15 +160,14 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
         scenes = Scenes(task, frame, seed=HELDOUT_SEED, n=HELDOUT) if split == "heldout" else Scenes(task, frame, seed)
         return few_shots(scenes[:2000], shots) if shots else scenes  # a scene is drawn when it is looked at
     samples = read_source(source, task, frame, images)
-    published = has_test_split(samples)
+    published = heldout_split(samples)
     if split != "all" and published:
-        others = sum(s.split not in ("train", "test") for s in samples)
+        others = sum(s.split not in ("train", published) for s in samples)
         if others:
-            print(f"{source}: {others} samples of {task}, neither train nor test, are left aside", file=sys.stderr)
-        samples = [s for s in samples if s.split == ("test" if split == "heldout" else "train")]
+            print(f"{source}: {others} samples of {task}, neither train nor {published}, are left aside", file=sys.stderr)
+        samples = [s for s in samples if s.split == (published if split == "heldout" else "train")]
     elif split != "all":  # by image, not by record, and alike for every task of a file: no task trains on another's test
-        root = Path(images or source)
-        names = [image_name(s, root.parent if root.is_file() else root) for s in samples]
+        names = list(map(image_name, samples))
         held = {name for name in names if zlib.crc32(name.encode()) % 10 == 0}
         held = held or {min(names, key=lambda name: zlib.crc32(name.encode()))}
         samples = [s for s, name in zip(samples, names) if (name in held) == (split == "heldout")]
@@ -179,9 +179,10 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     return few_shots(samples, shots) if shots else samples
 
 
-def has_test_split(samples: Sequence[Sample]) -> bool:
-    """True where the source itself says which samples are for testing."""
-    return any(s.split == "test" for s in samples)
+def heldout_split(samples: Sequence[Sample]) -> str | None:
+    """The split that the source itself keeps for testing, if it has one."""
+    found = {sample.split for sample in samples}
+    return next((split for split in ("test", "val") if split in found), None)
 
 
 def record_hash(sample: Sample) -> tuple[int, str]:
@@ -251,11 +252,9 @@ class Scenes(Sequence):
         return Sample(**common | ask(self.task, view))
 
 
-def image_name(sample: Sample, root: Path) -> str:
-    """Name of the first image below `root`, with the last folder if there is one: the same wherever the images lie. Of an
-    image in a table a hash of its content."""
-    first = Path(getattr(sample.images[0], "filename", sample.images[0]))
-    return Path(*(first.relative_to(root) if first.is_relative_to(root) else first).parts[-2:]).as_posix()
+def image_name(sample: Sample) -> str:
+    """File name of the first image, the same in whatever folder it lies; of an image in a table a hash of its content."""
+    return Path(getattr(sample.images[0], "filename", sample.images[0])).name
 
 
 def as_row(sample: Sample) -> dict:

@@ -21,7 +21,7 @@ import model as qwen
 import parallel
 import rollout
 import run
-from data import BadInput, Sample, as_row, fingerprint, from_row, has_test_split, json_records, load, load_images, prompt
+from data import BadInput, Sample, as_row, fingerprint, from_row, heldout_split, json_records, load, load_images, prompt
 from rewards import TASKS, extract_answer, reward_parts
 from run import HelpFormatter, positive
 from scoring import published
@@ -66,7 +66,7 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     model, processor = qwen.load(args.model, args.image_size)
     qwen.to_compute_dtype(model, vectors=True).to(qwen.device())
     source = args.data, args.task, processor.frame, args.images
-    split = args.split or ("heldout" if args.data == "synthetic" or has_test_split(load(*source)) else "all")
+    split = args.split or ("heldout" if args.data == "synthetic" or heldout_split(load(*source)) else "all")
     samples = list(load(*source, split)[: args.limit])
     print(f"{len(samples)} samples of {args.task} from {args.data} ({split})"
           + "; of a file that a model was trained on take --split heldout" * (split == "all"))
@@ -114,7 +114,7 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--task", required=True, choices=TASKS, help="what was asked")
+    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl, scores.json, report.html")
     parser.add_argument("--benchmark", choices=published.BENCHMARKS, help="print the published rows of this table as well")
     source = parser.add_argument_group("what to score")
@@ -123,8 +123,8 @@ def main() -> None:
     source.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that formats/ knows")
     source.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
     source.add_argument("--split", choices=("all", "heldout", "train"),
-                        help="`heldout`: what training leaves out, the published test split or a tenth of the images; that is the "
-                        "default where the source has a test split, and for synthetic; elsewhere `all` is")
+                        help="`heldout`: what training leaves out, the source's test or val split or a tenth of the images; that "
+                        "is the default where the source has such a split, and for synthetic; elsewhere `all` is")
     source.add_argument("--limit", type=positive, help="only the first so many samples")
     source.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
     source.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and change: folder or hub id")
@@ -133,6 +133,8 @@ def main() -> None:
     decoding.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion (tiny: 160 for ground, ovd, seg)")
     decoding.add_argument("--batch", type=positive, default=32, help="prompts decoded together")
     args = parser.parse_args()
+    if args.task not in TASKS:
+        raise BadInput(f"unknown task {args.task!r}; choose from {', '.join(TASKS)}")
     benchmark_task = published.BENCHMARKS[args.benchmark][0] if args.benchmark else args.task
     if benchmark_task != args.task:
         raise BadInput(f"--benchmark {args.benchmark} is a table of task {benchmark_task}, not {args.task}")

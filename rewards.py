@@ -90,13 +90,13 @@ def parse_boxes(answer: str) -> np.ndarray | None:
 def read_box(text: str) -> tuple[float, float, float, float, float]:
     """x1, y1, x2, y2, theta of the inside of a bracket: four numbers are an upright box; what is no box, or has no area, is
     an empty one."""
-    values = _numbers(text)
+    values = read_numbers(text)
     good = len(values) in (4, 5) and values[2] > values[0] and values[3] > values[1]
     return (*values, 0.0)[:5] if good else (0.0,) * 5
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    """The at most 6 numbers of a list, () if one of them is none. Both bounds keep hostile text cheap."""
+def read_numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a comma-separated list, at most 6; () if one of them is none. Both bounds keep hostile text cheap."""
     values = text.split(",", 5) if len(text) < 200 else []
     good = all(re.fullmatch(r"\s*[+-]?\d{1,6}(\.\d{0,9})?\s*", v, re.ASCII) for v in values)
     return tuple(map(float, values)) if good else ()
@@ -357,7 +357,7 @@ def predicted_mask(answer: str, sample: Sample) -> np.ndarray | None:
         box = horizontal(read_box(fields.pop("bbox_2d", "")))
         x1, y1, x2, y2 = (round(min(max(v, 0), sample.frame)) for v in box)
         if x2 > x1 and y2 > y1:
-            points = [point for point in map(_numbers, fields.values()) if len(point) == 2]
+            points = [point for point in map(read_numbers, fields.values()) if len(point) == 2]
             inside = slice(y1, y2), slice(x1, x2)
             mask[inside] |= True if JUDGES["sam"] is None else JUDGES["sam"](sample, box, points)[inside]
     return mask
@@ -404,7 +404,7 @@ def reward_parts(completion: str, sample: Sample, used: float = 0.0) -> dict[str
     if not (isinstance(accuracy, Real) and math.isfinite(accuracy)):  # one NaN would be every weight's
         raise ValueError(f"{task.reward.__name__} of task {sample.task} returned {accuracy!r}, not a finite number, for "
                          f"sample {sample.id} and the answer {answer[:100]!r}")
-    parts = {"format": format_reward(completion), "accuracy": accuracy}
+    parts = {"format": format_reward(completion), "accuracy": float(accuracy)}
     if "length" in task.extra:
         parts["length"] = length_reward(parts["accuracy"] == 1, used)
     if "repetition" in task.extra:
@@ -419,8 +419,8 @@ class Task(NamedTuple):
     instruction: str         # follows the question; {frame} is the side of the image in pixels
     reward: Callable         # (answer, Sample) -> [0, 1]
     scores: tuple[str, ...]  # functions of scoring/scores.py: (answers, Samples) -> {name: value}
-    boxes: bool = False      # the answer holds boxes: readers bring those of a reference to the frame, reports draw them
     extra: tuple[str, ...] = ()  # further parts of the reward
+    boxes: bool = False      # the answer holds boxes: readers bring those of a reference to the frame, reports draw them
 
 
 TASKS = {

@@ -49,7 +49,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Shows a script's docstring as it is written, and the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def add_resume(flags: argparse._ArgumentGroup) -> None:
@@ -80,16 +80,15 @@ def start_or_resume(args: argparse.Namespace, settings: dict[str, str], fresh: d
     """Make `args.out`, and return the run's progress: `fresh`, or with `args.resume` that of the last checkpoint, whose
     settings must be the same. A new run removes what an earlier one left, or a later --resume would take its checkpoint for
     this run's."""
-    folder = last_checkpoint(args.out) if args.resume else None
+    if not args.resume and Path(args.model).resolve().is_relative_to(args.out.resolve()):
+        raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock(args.out)
+    folder = parallel.gathered(last_checkpoint(args.out) if args.resume else None)[0]  # as the first rank sees it
     if args.resume and not folder:
         if (args.out / "model").exists():
             raise BadInput(f"--resume: {args.out} holds a model but no checkpoint; choose another --out, or leave --resume out")
         say(f"--resume: no checkpoint in {args.out} yet, the run begins")
-    if not folder:
-        if Path(args.model).resolve().is_relative_to(args.out.resolve()):
-            raise BadInput(f"--model {args.model} lies in --out {args.out}, which a new run clears; choose another --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-    lock(args.out)
     if not folder:
         if parallel.rank() == 0:
             for name in ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "adapter"):

@@ -134,7 +134,7 @@ def main() -> None:
     metrics_log = run.Log(args.out / "metrics.jsonl", done)
     samples_log = run.Log(args.out / "samples.jsonl", done * args.group)
     run.finish_step_on_signal()
-    policy, sampler = parallel.spread(model, mesh)  # the one learns, the other generates; on a CPU they are one model
+    policy, sampler = parallel.spread(model, mesh)  # one learns, one generates; alone on a CPU they are one
 
     for stage in range(progress["stage"], len(tasks)):
         reference = optimizer = None                                                     # frees the last stage's memory
@@ -179,8 +179,8 @@ def main() -> None:
 
             # --- update: mu optimiser steps on the rollout, each in micro-batches of whole groups ---------------------
             update_began = time.perf_counter()
-            for weights in optimizer.param_groups:
-                weights["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
             longest = drawn.mask.sum(2).amax(1).tolist()                                 # tokens of each group's longest
             sizes = {b: (prompts[b].ids.shape[1], args.group * longest[b]) for b in learning.nonzero()[:, 0].tolist()}
             packed = pack(sizes, args.pack_tokens) if mask.any() else []                 # the groups of each micro-batch
@@ -217,8 +217,8 @@ def main() -> None:
 
             # --- what the ranks have measured, one line ---------------------------------------------------------------
             tokens, scored = drawn.mask.sum(), mask.sum()                                # sampled; with loss
-            work = qwen.flops(sampler, prompts, drawn.mask.sum((1, 2)))                  # (B,) of a forward pass: rollout,
-            work = work.sum() + work[learning].sum() * (3 * args.inner_steps + bool(args.beta))  # update, reference
+            update = ((2 if args.lora else 3) * args.inner_steps + bool(args.beta)) * (most > 0)  # in forward passes; rollout: 1
+            work = (qwen.flops(sampler, prompts, drawn.mask.sum((1, 2))) * (1 + learning * update)).sum()
             means = parallel.means({                                                     # name: (sum, count) on this rank
                 "reward": (rewards.sum(), rewards.numel()),
                 "reward_std": (rewards.std(1).sum(), len(rewards)),
@@ -267,7 +267,8 @@ def main() -> None:
                 + "\n".join(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before))
         if parallel.rank() == 0:
             plot_curves([args.out], FIGURES, args.out / "curves.png")
-            write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"), f"GRPO: {args.task}")
+            write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"),
+                         f"GRPO on {args.task}: groups sampled in training")
 
     model = parallel.collect(policy, sampler)
     if parallel.rank() == 0:

@@ -143,7 +143,7 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 
 def plain_thought(task: str, answer: str, n_boxes: int) -> str:
     """Reasoning for a source that has none: no more than what the reference itself says."""
-    if task in ("det", "rec", "ovd", "seg", "ground"):
+    if TASKS[task].boxes:
         return f"{n_boxes} to find." if n_boxes else "Nothing to find."
     return {"cls": f"The scene looks like {answer}.", "mlc": f"The scene shows {answer}.",
             "rcap": f"The region shows {answer}.", "pair": f"The same place as in {answer}.",
@@ -180,6 +180,7 @@ def from_text(where: str, task: str, frame: int, images: Sequence, size: tuple[i
         found = in_frame(noisy, frame, skipped) if noisy else pixel_boxes(answer, size, frame, where)
         empty = task == "det" and not noisy  # none is the right answer
     elif TASKS[task].boxes:
+        empty = task != "ground" and answer.strip().rstrip(".").lower() == "none"
         answer, found = place_boxes(answer, size, frame, where, skipped)
     else:
         references = [plain_text(text) for text in references]

@@ -37,6 +37,7 @@ from formats.notation import (
 from rewards import TASKS, box_numbers, json_text, reference_mask
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+SPLITS = {"": "", "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 STORED_IMAGES = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # columns of EarthDial's shards
 
 
@@ -191,8 +192,12 @@ def read_conversation(where: str, record: dict, task: str, frame: int, folder: P
     images, turns = images_of(where, record, folder), record["conversations"]
     if not isinstance(turns, list) or any(not isinstance(t, dict) or not isinstance(t.get("value"), str) for t in turns):
         raise BadInput(f"{where}: `conversations` is not a list of objects with a text `value`")
-    if len(turns) < 2 or len(turns) % 2:
-        raise BadInput(f"{where}: `conversations` has {len(turns)} turns, expected question and answer in pairs")
+    if len(turns) < 2 or len(turns) % 2 or any(t.get("from") in ("gpt", "assistant", "system") for t in turns[::2]):
+        raise BadInput(f"{where}: `conversations` has {len(turns)} turns, expected question and answer in pairs, `from` human and "
+                       "gpt in turn, without a system turn")
+    split = SPLITS.get(str(record.get("split") or "").lower())
+    if split is None:
+        raise BadInput(f"{where}: its `split` is {record['split']!r}, expected train, val or test")
     placeholders = turns[0]["value"].count("<image>")
     if placeholders and placeholders != len(images) and isinstance(images[0], Path):  # xBD's shards: one for two images
         raise BadInput(f"{where}: {placeholders} <image> marks for {len(images)} images")
@@ -200,13 +205,13 @@ def read_conversation(where: str, record: dict, task: str, frame: int, folder: P
     for i in range(0, len(turns), 2):
         question, answer = turns[i]["value"], turns[i + 1]["value"]
         if marked and task not in tasks_of(question, answer):
-            skipped["turns of other tasks left out"] += 1
+            skipped["turns with the mark of another task, such as [vqa], left out"] += 1
             continue
         size = size or first_size(images, where)
         think, answer = split_reasoning(answer)
         yield from from_text(where + (f", turn {i // 2}" if len(turns) > 2 else ""), task, frame, images, size, question,
                              [answer], skipped, think=think, category=str(record.get("category") or ""),
-                             split=str(record.get("split") or ""))
+                             split=split)
 
 
 def read_earthdial(where: str, row: dict, task: str, frame: int, folder: Path, skipped: Counter) -> Iterator[Sample]:

@@ -29,7 +29,7 @@ def plot_curves(runs: Sequence[Path], figures: Sequence[str], out: Path) -> None
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rows = [row | row.get("parts", {}) for row in rows]
         for axis, name in zip(axes[0], figures):
-            if not any(name in row for row in rows):
+            if rows and not any(name in row for row in rows):
                 raise ValueError(f"{run / 'metrics.jsonl'} has no figure {name}; it has {', '.join(rows[0])}")
             values = [np.nan if row.get(name) is None else row[name] for row in rows]  # null: no finite number
             line = axis.plot(smooth(values), label=run.name)[0]

@@ -162,6 +162,7 @@ def test_resume_of_what_has_no_checkpoint_yet_begins(tmp_path, monkeypatch, caps
     args = SimpleNamespace(out=tmp_path / "out", resume=True, model="tiny")
     assert run.start_or_resume(args, {}, {"step": 0}) == {"step": 0}
     assert "the run begins" in capsys.readouterr().out
+    os.close(run.locks.pop())
     (tmp_path / "out/model").mkdir()
     with pytest.raises(BadInput, match="a model but no checkpoint"):
         run.start_or_resume(args, {}, {"step": 0})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data import BadInput, Sample, few_shots, load_images
+from data import BadInput, Sample, few_shots, load, load_images
 from formats import notation
 from formats.notation import label_list, place_boxes, tasks_of, turned_box
 from formats.readers import read
@@ -180,7 +180,32 @@ def test_each_task_takes_its_turns_of_geochats_mix(folder, task, question, answe
     skipped = Counter()
     sample, = samples_of(write(folder / "geochat.json", chat(*GEOCHAT)), task, skipped=skipped)
     assert (sample.question, sample.answer) == (question, answer)
-    assert skipped == {"turns of other tasks left out": 5} and (sample.id.endswith(", turn 0") == (task in ("det", "rec")))
+    assert skipped == {"turns with the mark of another task, such as [vqa], left out": 5}
+    assert (sample.id.endswith(", turn 0") == (task in ("det", "rec")))
+
+
+def split_records(folder, *splits):
+    return write(folder / "mine.json", *({"image": "a.png", "split": split, "conversations": [
+        {"from": "human", "value": "Which?"}, {"from": "gpt", "value": f"number {i}"}]} for i, split in enumerate(splits)))
+
+
+@pytest.mark.parametrize("splits, heldout", [
+    (("train", "Test", "train", "val"), {"number 1"}), (("train", "validation", "train"), {"number 1"})])
+def test_own_split_is_kept_however_it_is_spelt(folder, splits, heldout):
+    """A split that was not understood was once held out by hash instead, and its test records trained on."""
+    source = str(split_records(folder, *splits))
+    assert {s.answer for s in load(source, "vqa", F, split="heldout")} == heldout
+    assert {s.answer for s in load(source, "vqa", F, split="train")} == {
+        f"number {i}" for i, split in enumerate(splits) if split == "train"}
+
+
+def test_own_split_of_another_name_and_turns_in_another_order_are_refused(folder):
+    with pytest.raises(BadInput, match="record 1: its `split` is 'dev', expected train, val or test"):
+        load(str(split_records(folder, "train", "dev")), "vqa", F)
+    for roles in (("gpt", "human"), ("system", "human")):
+        turns = [{"from": role, "value": "2"} for role in roles]
+        with pytest.raises(BadInput, match="`from` human and gpt in turn, without a system turn"):
+            load(str(write(folder / "mine.json", {"image": "a.png", "conversations": turns})), "vqa", F)
 
 
 def test_vrsbench_train(folder):

@@ -138,7 +138,7 @@ def test_the_example_task_is_short_and_trains(tmp_path):
             file.write("\n\n" + code)
     small = {"train_sft.py": "--steps 2 --batch 4 --max-new-tokens 8", "evaluate.py": "--limit 4 --max-new-tokens 8",
              "train_grpo.py": "--steps 2 --prompts 2 --group 2 --max-new-tokens 8"}
-    lines = re.findall(r"^    (?:python|torchrun) (\S+\.py) (.*)$", section, re.MULTILINE)
+    lines = re.findall(r"^    (?:python|torchrun) (\S+\.py) (--task where .*)$", section, re.MULTILINE)
     assert {name for name, _ in lines} == set(small)
     for name, args in lines:
         subprocess.run([sys.executable, name, *shlex.split(args), *small[name].split()], cwd=project, check=True)

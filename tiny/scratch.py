@@ -27,12 +27,12 @@ def scratch(corpus: list[str], frame: int = 112) -> tuple[qwen.Qwen, qwen.Proces
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     config = Qwen2_5_VLConfig(
         text_config={"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-                         "num_attention_heads": 4, "num_key_value_heads": 2,
-                     "initializer_range": 0.08, "max_position_embeddings": 4096,
-                         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-                         "bos_token_id": None, "eos_token_id": ids[qwen.STOPS[0]], "pad_token_id": ids[qwen.STOPS[1]]},
+                     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08,
+                     "max_position_embeddings": 4096,
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+                     "bos_token_id": None, "eos_token_id": ids[qwen.STOPS[0]], "pad_token_id": ids[qwen.STOPS[1]]},
         vision_config={"depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
-                           "fullatt_block_indexes": [0, 2], "initializer_range": 0.08},
+                       "fullatt_block_indexes": [0, 2], "initializer_range": 0.08},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
     model = qwen.Qwen._from_config(config, attn_implementation=qwen.ATTENTION)
