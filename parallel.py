@@ -4,8 +4,8 @@ A group stays whole on its rank. Every rank makes the same number of forward and
 gathers weights from all; a rank that has fewer groups to learn from passes over one again with weights of zero.
 
 A sharded model cannot generate quickly, as every token would gather every layer; so each rank also holds a whole copy for
-the rollouts, which is overwritten with the new weights after each step. So does a single GPU, where casting float32 weights
-for each token would read twice as much.
+the rollouts, which is overwritten with the new weights after each step. So does a single GPU without LoRA, where casting
+float32 weights for each token would read twice as much.
 """
 
 import copy

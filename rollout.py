@@ -1,8 +1,8 @@
 """Rollout: G completions for each of B prompts. The prompts are computed once, all completions then grow token by token.
 
-No top-p, no top-k: the sampled distribution is the one that `model.token_logprobs` scores. A decoding step
-reads and writes buffers that stay where they are, so on a GPU it is captured once as a CUDA graph and replayed: one launch a
-token instead of some thousand, and no synchronisation. On a CPU the rows that have stopped are dropped as soon as they are half.
+No top-p, no top-k: the sampled distribution is the one that `model.token_logprobs` scores. A decoding step reads and writes
+buffers that stay where they are, so on a GPU it is captured once as a CUDA graph and replayed: one launch a token instead of
+some thousand, and no synchronisation. On a CPU the rows that have stopped are dropped once they are half of all.
 
 Shapes: N = B*G rows, C tokens at most, V vocabulary, E hidden size.
 """

@@ -39,7 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     moments, folder, writing = random.Random(args.seed), Path(tempfile.mkdtemp()), 0
     whole, broken = folder / "whole", folder / "broken"
-    assert start(whole, args.ranks).wait() == 0
+    first = start(whole, args.ranks)
+    assert first.wait() == 0, first.stderr.read()
     for kill in range(args.times):
         log, run = broken / "metrics.jsonl", start(broken, args.ranks, "--resume")
         before = log.stat().st_mtime_ns if log.exists() else 0
