@@ -1,4 +1,4 @@
-"""Stage 2, GRPO: sample answers, reward them, and make the better ones of each group more likely. Task after task.
+"""GRPO, after SFT: sample answers, reward them, and make the better ones of each group more likely. Task after task.
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-aware accuracy reward, advantages relative to the group,
 a clipped ratio, a KL penalty to a frozen reference, one task per stage. Unlike there: the ratio is the token's (the paper
@@ -8,8 +8,8 @@ group's prompt is computed once for all its completions, and groups whose reward
 
     torchrun train_grpo.py --task det                          # the embedded default: minutes on a laptop
     python train_grpo.py --task cls,det --out runs/staged      # stages: det starts from, and is held near, the end of cls
-    torchrun train_grpo.py --task det --model runs/sft-3b/model --data GeoChat_Instruct.json --lr 1e-6 --beta 0.04 \\
-        --divide-by-std --prompts 16 --group 8 --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
+    torchrun --nproc-per-node 8 train_grpo.py --task det --model runs/sft-3b/model --data GeoChat_Instruct.json --lr 1e-6 \\
+        --beta 0.04 --divide-by-std --prompts 16 --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
 
 Writes metrics.jsonl (a line a step), samples.jsonl and its page report.html, curves.png, model/ and checkpoint/ to --out.
 """

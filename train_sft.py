@@ -1,4 +1,4 @@
-"""Stage 1, supervised fine-tuning: the model learns to write <think>reasoning</think> <answer>answer</answer>.
+"""Supervised fine-tuning, before GRPO: the model learns to write <think>reasoning</think> <answer>answer</answer>.
 
 Plain next-token cross-entropy on the completion, L = -1/T sum_t log pi(y_t | image, question, y_<t), over all T
 completion tokens of a step (the paper sums over tokens; a mean only rescales the learning rate). Prompts carry no loss,
@@ -6,8 +6,8 @@ the end-of-turn token does. A completion is a group of one, so this is the log-p
 
     python train_sft.py --task det,cls --model scratch --out runs/sft        # from random weights; tiny/README.md
     python train_sft.py --task det --data refer.jsonl --images images/ --out runs/sft
-    python train_sft.py --task det --model Qwen/Qwen2.5-VL-3B-Instruct --data GeoChat_Instruct.json --lr 1e-5 \\
-        --batch 128 --micro-batch 4 --steps 1000 --out runs/sft-3b
+    torchrun --nproc-per-node 8 train_sft.py --task det --model Qwen/Qwen2.5-VL-3B-Instruct --data GeoChat_Instruct.json \\
+        --lr 1e-5 --batch 128 --micro-batch 4 --steps 1000 --max-new-tokens 256 --gradient-checkpointing --out runs/sft-3b
 """
 
 import argparse

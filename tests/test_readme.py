@@ -1,4 +1,5 @@
-"""The README is true: links lead somewhere, code links stand on their line, commands parse, the example task trains.
+"""The README is true: links lead somewhere, code links stand on their line, commands parse (those of the scripts' docstrings
+too), the example task trains.
 
     python tests/test_readme.py        # after lines have moved: writes the right line numbers into the code links
 """
@@ -20,6 +21,7 @@ from conftest import ROOT
 
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "tiny/README.md")
+SCRIPTS = [ROOT / f"{name}.py" for name in ("train_sft", "train_grpo", "evaluate", "tests/bench", "tests/kill", "tests/sizing")]
 CODE_LINK = re.compile(r"\[`([^`]+)`\]\(([\w/]+\.py)(?:#L\d+)?\)")
 
 
@@ -35,7 +37,7 @@ def anchored(text):
 
 def commands(page):
     """The command lines of the page's indented blocks that start a script of this project, without shell around them."""
-    text = re.sub(r"\\\n\s*", " ", page.read_text())                                    # continued lines
+    text = re.sub(r"\\+\n\s*", " ", page.read_text())                                   # continued lines
     for line in re.findall(r"^    (.+)$", text, re.MULTILINE):
         for command in re.findall(r"(?:^|&& |do |srun )((?:python (?!-c|-m pytest)|torchrun )[^;&#]+)", line):
             command = re.sub(r"\$\([^)]*\)|\$\w+| \.\.\.", "1", command).replace(".py1", ".py")
@@ -66,7 +68,7 @@ def test_every_file_and_task_is_named():
     assert not [task for task in TASKS if f"| `{task}` |" not in text]
 
 
-@pytest.mark.parametrize("command", [command for page in PAGES for command in commands(page)])
+@pytest.mark.parametrize("command", [command for page in (*PAGES, *SCRIPTS) for command in commands(page)])
 def test_commands_parse(command, monkeypatch):
     """By the scripts' own parsers, and torchrun's by torchrun's."""
     from rewards import TASKS
