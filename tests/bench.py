@@ -38,7 +38,6 @@ from rewards import reward_parts
 from tiny.scratch import scratch
 
 PLAIN = {"text_config": "sdpa", "vision_config": "sdpa"}
-rollout.stop_ids = lambda processor: (-1,)  # no token of ours stops a completion; generate gets min_new_tokens
 
 
 class Ours:
@@ -277,6 +276,7 @@ def main():
     parser.add_argument("--ours", action="store_true", help="without the plain side")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
+    rollout.stop_ids = lambda _: (-1,)  # no token of ours stops a completion; generate gets min_new_tokens
     if args.device == "cpu":
         torch.cuda.is_available = lambda: False
     elif not torch.cuda.is_available():
