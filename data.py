@@ -131,10 +131,14 @@ def sloppy(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 
 def tasks_named(text: str) -> list[str]:
     """The tasks of a comma-separated list, or of `all`."""
-    tasks = list(TASKS) if text == "all" else text.split(",")
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise BadInput(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
-    return tasks
+    return list(TASKS) if text == "all" else [known_task(task) for task in text.split(",")]
+
+
+def known_task(task: str) -> str:
+    """The task itself. Raises BadInput for one that TASKS has not."""
+    if task not in TASKS:
+        raise BadInput(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    return task
 
 
 def load(source: str, task: str, frame: int, images: str | None = None, split: str = "all", seed: int = 0,
@@ -150,8 +154,7 @@ def load(source: str, task: str, frame: int, images: str | None = None, split: s
     shots   only so many of each category (few_shots)
     Raises BadInput, in one line, for anything in the source that a user has to mend.
     """
-    if task not in TASKS:
-        raise BadInput(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    known_task(task)
     if frame % PATCH or frame <= 0:
         raise BadInput(f"--image-size {frame} is not a multiple of {PATCH}, the side of a vision token in pixels")
     if source == "synthetic":

@@ -21,7 +21,7 @@ import model as qwen
 import parallel
 import rollout
 import run
-from data import BadInput, Sample, as_row, fingerprint, from_row, heldout_split, json_records, load, load_images, prompt
+from data import BadInput, Sample, as_row, fingerprint, from_row, heldout_split, json_records, known_task, load, load_images, prompt
 from rewards import TASKS, extract_answer, reward_parts
 from run import HelpFormatter, positive
 from scoring import published
@@ -133,8 +133,7 @@ def main() -> None:
     decoding.add_argument("--max-new-tokens", type=positive, default=96, help="longest completion (tiny: 160 for ground, ovd, seg)")
     decoding.add_argument("--batch", type=positive, default=32, help="prompts decoded together")
     args = parser.parse_args()
-    if args.task not in TASKS:
-        raise BadInput(f"unknown task {args.task!r}; choose from {', '.join(TASKS)}")
+    known_task(args.task)
     benchmark_task = published.BENCHMARKS[args.benchmark][0] if args.benchmark else args.task
     if benchmark_task != args.task:
         raise BadInput(f"--benchmark {args.benchmark} is a table of task {benchmark_task}, not {args.task}")

@@ -80,11 +80,16 @@ def parse_boxes(answer: str) -> np.ndarray | None:
     such as Qwen's JSON, is ignored.
     """
     lists = re.findall(r"\[([^\[\]]*)\]", answer)
-    if answer.strip().rstrip(".").lower() == "none" or (len(lists) == 1 and not lists[0].strip()):
+    if says_none(answer) or (len(lists) == 1 and not lists[0].strip()):
         return np.zeros((0, 4))
     if not 0 < len(lists) <= MAX_BOXES:
         return None
     return np.array([horizontal(read_box(text)) for text in lists])
+
+
+def says_none(answer: str) -> bool:
+    """`none`, as a model may write it."""
+    return answer.strip().rstrip(".").lower() == "none"
 
 
 def read_box(text: str) -> tuple[float, float, float, float, float]:

@@ -127,7 +127,7 @@ locks: list[int] = []  # open files, as long as the process lives
 def lock(out: Path) -> None:
     """See that one run at a time writes to a folder: workers outlive a torchrun that is killed, and a --resume beside them
     would spoil both."""
-    if parallel.rank() == 0 and out.exists():
+    if parallel.rank() == 0:
         locks.append(os.open(out / ".lock", os.O_CREAT | os.O_RDWR))
         try:
             fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)

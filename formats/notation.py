@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data import BadInput, Sample, convert_box, plain_text
-from rewards import TASKS, box_numbers, box_text, horizontal, json_text, parse_boxes
+from rewards import TASKS, box_numbers, box_text, horizontal, json_text, parse_boxes, says_none
 
 GRID = (100, 100)
 MOST_BOXES = 100  # that COCO counts; a tile of DOTA may have five hundred ships, an answer of thousands of tokens
@@ -180,7 +180,7 @@ def from_text(where: str, task: str, frame: int, images: Sequence, size: tuple[i
         found = in_frame(noisy, frame, skipped) if noisy else pixel_boxes(answer, size, frame, where)
         empty = task == "det" and not noisy  # none is the right answer
     elif TASKS[task].boxes:
-        empty = task != "ground" and answer.strip().rstrip(".").lower() == "none"
+        empty = task != "ground" and says_none(answer)
         answer, found = place_boxes(answer, size, frame, where, skipped)
     else:
         references = [plain_text(text) for text in references]

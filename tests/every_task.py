@@ -12,13 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rewards import TASKS
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def tasks() -> list[str]:
-    sys.path.insert(0, str(ROOT))
-    from rewards import TASKS
-    return list(TASKS)
 
 
 def script(name: str, *args: object) -> str:
@@ -30,7 +28,7 @@ def script(name: str, *args: object) -> str:
 
 def main() -> None:
     rows = []
-    for task in sys.argv[1:] or tasks():
+    for task in sys.argv[1:] or TASKS:
         began, out = time.perf_counter(), Path(tempfile.mkdtemp())
         script("train_sft.py", "--task", task, "--steps", 60, "--batch", 16, "--lr", 3e-4, "--max-new-tokens", 160,
                "--out", out / "sft")

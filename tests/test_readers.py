@@ -185,8 +185,7 @@ def test_each_task_takes_its_turns_of_geochats_mix(folder, task, question, answe
 
 
 def split_records(folder, *splits):
-    return write(folder / "mine.json", *({"image": "a.png", "split": split, "conversations": [
-        {"from": "human", "value": "Which?"}, {"from": "gpt", "value": f"number {i}"}]} for i, split in enumerate(splits)))
+    return write(folder / "mine.json", *(chat("Which?", f"number {i}") | {"split": split} for i, split in enumerate(splits)))
 
 
 @pytest.mark.parametrize("splits, heldout", [

@@ -96,8 +96,9 @@ def test_commands_parse(command, monkeypatch):
 
 
 def test_flags_in_the_text_exist():
+    from rewards import PARTS
     known = set().union(*map(flags_of, [*ROOT.glob("*.py"), *ROOT.glob("scoring/*.py"), *ROOT.glob("tests/*.py")]))
-    known |= {f"--{part}-weight" for part in ("format", "accuracy", "length", "repetition")}
+    known |= {f"--{part}-weight" for part in PARTS}
     elsewhere = {"--nproc-per-node", "--shutdown-timeout", "--no-build-isolation", "--help"}  # torchrun's, pip's
     prose = re.sub(r"^    .*$", "", README.read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known | elsewhere
