@@ -10,6 +10,7 @@ compared bit for bit with those of a run that was left alone.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,7 +25,8 @@ FLAGS = "--task cls,det --steps 50 --prompts 4 --group 4 --max-new-tokens 48 --l
 def start(out: Path, ranks: int, *more: str) -> subprocess.Popen:
     launcher = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] * (ranks > 1)
     return subprocess.Popen([*launcher, ROOT / "train_grpo.py", *FLAGS.split(), "--out", out, *more], start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # several threads round differently from run to run
 
 
 def without_times(file: Path) -> list[dict]:
