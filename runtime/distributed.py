@@ -1,0 +1,204 @@
+"""Several processes under plain torchrun: each step's groups divided among the ranks, and the model
+sharded by FSDP2.
+
+A group stays whole on its rank. FSDP gathers weights from all ranks in each forward and backward
+pass, so every rank has to run equally many; a rank with fewer micro-batches adds dummy passes whose
+tokens carry no loss.
+
+A sharded model generates slowly, because every token would gather every layer. So each rank also
+holds a whole copy, the sampling model, which is overwritten with the new weights after each step.
+A single GPU without LoRA has one too: without it, each token would cast the float32 weights again.
+"""
+
+import copy
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from runtime.errors import UserError
+
+
+def rank() -> int:
+    """This process's number; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # With its number: plain "cuda" is the first GPU in every thread but the main one.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 on a GPU, float32 on a CPU. The weights that learn are always float32."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def autocast() -> torch.autocast:
+    """Context in which matrix products run in compute_dtype. Casts are not cached: a pass uses each
+    weight once, so the cache would be a second copy of the model (and CUDA graphs forbid it)."""
+    enabled = compute_dtype() != torch.float32
+    return torch.autocast(device().type, compute_dtype(), enabled=enabled, cache_enabled=False)
+
+
+def init_distributed(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | None:
+    """Join the processes that torchrun started -> the mesh to shard over; None for one process.
+
+    shard_size  ranks that share one copy of the model; None for all, a mesh (shards,). Fewer give a
+                mesh (copies, shards), hybrid sharding: weights are gathered within a node only.
+    minutes     how long a rank waits for a dead one before it fails
+    Raises UserError if the number of processes is no multiple of shard_size.
+    """
+    size = shard_size or world_size()
+    if world_size() % size:
+        raise UserError(f"--shard-size {size}: {world_size()} processes are no multiple of it")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if world_size() == 1:
+        return None
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    shape = (world_size() // size, size)
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("copies", "shards"))
+    return mesh if size < world_size() else mesh["shards"]
+
+
+def destroy() -> None:
+    """Destroy the process group after a successful run. After an error this would wait forever."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# The model on all ranks. A `policy` is a module that wraps .model; its .fsdp_units() are the
+# submodules that are gathered one at a time.
+
+def to_compute_dtype(module: Module, vectors: bool = False) -> Module:
+    """Cast a frozen module's matrices, in place, to what its forward pass computes with.
+
+    Vectors (norms, biases) stay float32, as autocast leaves them, so log-probs do not change. FSDP
+    casts them too; `vectors` does so in the whole copy of a sharded model. Buffers are not cast.
+    """
+    for weight in module.parameters():
+        if vectors or weight.dim() > 1:
+            weight.data = weight.data.to(compute_dtype())
+    return module
+
+
+def build_policy_and_sampler(policy: Module, mesh: DeviceMesh | None) -> tuple[Module, Module]:
+    """A policy on the CPU -> (the policy that learns, sharded; the whole model that generates).
+
+    They share their weights where one process has nothing to cast: on a CPU, and with LoRA, whose
+    frozen matrices are in compute_dtype already. No GPU ever holds the whole model in float32,
+    because sharding moves one unit at a time.
+    """
+    sampling_model = policy.model  # the original: peft's view of it saves the adapters
+    if mesh is None and any(w.dtype == compute_dtype() for w in policy.parameters()):
+        return policy.to(device()), sampling_model
+    policy = copy.deepcopy(policy)
+    policy = policy.to(device()) if mesh is None else apply_fsdp(policy, mesh)
+    return policy, to_compute_dtype(sampling_model, vectors=True).to(device())
+
+
+def make_ref_model(policy: Module, sampling_model: Module, mesh: DeviceMesh | None) -> Module:
+    """A frozen copy of the policy: the reference model of the KL penalty."""
+    # A sharded policy cannot be copied; its sampling model has the same weights.
+    model = copy.deepcopy(policy.model if mesh is None else sampling_model)
+    ref_model = type(policy)(to_compute_dtype(model).requires_grad_(False))  # not sharded yet
+    return apply_fsdp(ref_model, mesh, reshard=True)
+
+
+def apply_fsdp(policy: Module, mesh: DeviceMesh | None, reshard: bool | None = None) -> Module:
+    """Shard the policy over the mesh, in place; without a mesh there is nothing to do.
+
+    Each of policy.fsdp_units() is one unit, and the rest, with the tied embeddings, is another. On
+    a GPU the weights and the sums of gradients are float32, the compute is bf16. `reshard` frees
+    the rest, too, after its forward pass: right where no backward pass follows.
+    """
+    if mesh is None:
+        return policy
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
+    for unit in (*policy.fsdp_units(), policy):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+        unit.set_gradient_divide_factor(1.0)           # the ranks' losses are parts of one sum
+        unit.set_force_sum_reduction_for_comms(True)   # gloo can only sum
+    return policy
+
+
+@torch.no_grad()
+def sync_sampler(sampling_model: Module, policy: Module) -> None:
+    """Copy the policy's weights into the sampling model in place, one tensor at a time."""
+    if sampling_model is policy.model:
+        return
+    for weight, shard in zip(sampling_model.parameters(), policy.model.parameters(), strict=True):
+        weight.copy_(full_tensor(shard.to(weight.dtype)))
+
+
+def gather_full_model(policy: Module, sampling_model: Module) -> Module:
+    """The trained weights as a whole model in float32 on the CPU. Overwrites `sampling_model`."""
+    # Float32, because bf16 would round; on every rank, or the gathered shards would differ in size.
+    sampling_model.cpu().float()
+    sync_sampler(sampling_model, policy)
+    return sampling_model
+
+
+# --------------------------------------------------------------------------------------------------
+# Collectives; with one process each returns what it was given
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks; the argument is not changed."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(value: int) -> int:
+    """Maximum over all ranks."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device())
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def all_reduce_means(pairs: dict[str, tuple[Tensor | float, Tensor | float]]) -> dict[str, float]:
+    """{name: (this rank's sum, its count)} -> {name: mean over all ranks}, 0 where the count is 0.
+    One all-reduce for all of them."""
+    local = [torch.as_tensor(x, device=device()).double() for pair in pairs.values() for x in pair]
+    sums, counts = all_reduce_sum(torch.stack(local)).view(-1, 2).unbind(1)
+    return dict(zip(pairs, torch.where(counts > 0, sums / counts, 0.0).tolist()))
+
+
+def all_gather_object(value: object) -> list:
+    """The values of all ranks, in the order of the ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole value of a tensor that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()

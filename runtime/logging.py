@@ -1,0 +1,115 @@
+"""What a run prints and logs, and the guard against losses that are not finite.
+
+A line is logged after its step, a checkpoint is saved every --save-every steps: after a crash the
+logs are ahead. A resumed run cuts them back to its checkpoint and writes the same lines again.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.distributed import all_gather_object, all_reduce_sum, rank
+from runtime.errors import UserError
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+def print0(text: str) -> None:
+    """Print on the first rank."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+class JsonlLog:
+    """A file of JSON lines that the first rank writes. The first write cuts it back to its first
+    `keep_lines`; no earlier moment does, so that a --resume that is refused changes nothing."""
+
+    def __init__(self, path: Path, keep_lines: int) -> None:
+        self.path = path
+        self.keep_lines = keep_lines
+        self.is_cut_back = False
+
+    def write(self, row: dict) -> None:
+        """Append a row, whose NaN and infinities become null. Raises UserError if it cannot."""
+        if rank() != 0:
+            return
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in row.items()}
+        try:
+            if not self.is_cut_back:
+                lines = self.path.read_text().splitlines(keepends=True) if self.keep_lines else []
+                partial = self.path.with_suffix(".partial")
+                partial.write_text("".join(lines[: self.keep_lines]))
+                partial.replace(self.path)
+                self.is_cut_back = True
+            with open(self.path, "a") as file:
+                print(json.dumps(row), file=file)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}); --resume continues from the "
+                            "last checkpoint") from error
+
+
+class MetricsLog:
+    """The one place where each step's metrics go: out/metrics.jsonl, and with `tensorboard` the
+    numbers to out/tensorboard. The steps of an earlier run after `steps_done` are discarded.
+
+    A fork adds wandb here in two lines, `wandb.init(dir=out)` at the end of __init__ and
+    `wandb.log(row, row["step"])` at the end of write, both on the first rank only.
+    """
+
+    def __init__(self, out: Path, steps_done: int, tensorboard: bool = False) -> None:
+        self.jsonl = JsonlLog(out / "metrics.jsonl", steps_done)
+        self.tensorboard = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
+            if rank() == 0:
+                self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=steps_done + 1)
+
+    def write(self, row: dict) -> None:
+        """`row` has numbers, texts and dicts of numbers by name; row["step"] counts from 1."""
+        self.jsonl.write(row)
+        if self.tensorboard:
+            for name, value in flatten(row):
+                if name != "step" and isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, row["step"])
+            self.tensorboard.flush()  # a killed run loses no step
+
+
+def flatten(row: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """{"parts": {"accuracy": 1.0}} -> pairs such as ("parts/accuracy", 1.0)."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+class NonFiniteGuard:
+    """Tells the loop which optimiser steps to skip: those whose loss or gradient is not finite, as
+    one NaN would stay in Adam's moments forever. `.skipped` counts them."""
+
+    def __init__(self, skipped: int = 0) -> None:
+        self.skipped = skipped
+        self.skipped_in_a_row = 0
+
+    def all_finite(self, loss: Tensor, grad_norm: Tensor, sample_ids: Sequence[str]) -> bool:
+        """`loss` is this rank's part, `grad_norm` the whole gradient's, `sample_ids` what they came
+        from. The same on all ranks. Raises UserError after too many skipped steps in a row."""
+        if torch.isfinite(all_reduce_sum(loss) + grad_norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            all_ids = ", ".join(chain(*all_gather_object(sample_ids)))
+            raise UserError(f"loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a "
+                            f"row; lower --lr, or look at the last samples: {all_ids}")
+        return False
