@@ -1,0 +1,147 @@
+"""A `Sample`, what every task learns from, and its prompt.
+
+Qwen2.5-VL speaks absolute pixels of the image that it is given. So an image is resized once, here,
+to a square of side `image_size`, and every box is converted to pixels of that resized image when
+its file is read. Prompts, answers, rewards and pictures then need no conversion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from boxes import format_boxes, obb_to_hbb
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    id: str                 # file and record, named in errors and logs
+    task: str               # a key of INSTRUCTIONS and of rewards.TASKS
+    images: tuple           # paths or PIL images, in the order in which they precede the question
+    question: str           # plain text; format_prompt adds the task's instruction
+    gt_answer: str          # the right answer as the model should write it
+    image_size: int         # side in pixels of the square image that the model sees
+    gt_boxes: tuple = ()    # (x1, y1, x2, y2, theta): pixels of the resized image, degrees
+    think: str = ""         # reasoning that SFT imitates
+    gt_texts: tuple = ()    # all right texts, where there are several captions
+    choices: tuple = ()     # what to choose from: the label vocabulary of mlc, the letters of pair
+    category: str = ""      # class of the object or scene: --shots draws evenly from these
+    subset: str = ""        # row of the benchmark's table: object size, question type, uniqueness
+    split: str = ""         # "train", "val" or "test" where the source says so
+    gt_mask: object = None  # seg: image or path, non-zero on the target
+
+
+# --------------------------------------------------------------------------------------------------
+# The prompt, in Qwen's chat layout. The embedded `tiny` was trained on these very words.
+
+SYSTEM = ("Read the image. Reason in <think></think>, then give only the result in "
+          "<answer></answer>.")
+
+INSTRUCTIONS = {  # task -> what follows the question
+    "cls": "Answer with one class.",
+    "mlc": "Answer with all classes that apply, separated by commas.",
+    "det": "Answer with a box [x1,y1,x2,y2] for each, in pixels of {image_size}x{image_size}, "
+           "or none.",
+    "rcap": "Answer with a short phrase.",
+    "ground": "Answer with sentences, a box [x1,y1,x2,y2] in pixels of {image_size}x{image_size} "
+              "after each thing.",
+    "cap": "Answer with one sentence.",
+    "change": "Answer with one sentence on what changed.",
+    "vqa": "Answer with one word.",
+    "rec": 'Answer as JSON, {"bbox_2d": [x1, y1, x2, y2]} in pixels of {image_size}x{image_size}.',
+    "ovd": 'Answer as a JSON list of {"bbox_2d": [x1, y1, x2, y2], "label": name} in pixels of '
+           "{image_size}x{image_size}, or None.",
+    "seg": 'Answer as a JSON list of {"bbox_2d": [x1, y1, x2, y2], "keypoint1": [x, y], '
+           '"keypoint2": [x, y]} in pixels of {image_size}x{image_size}, both points on the thing, '
+           "or None.",
+    "pair": "Answer with one letter.",
+}
+BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
+
+
+def format_prompt(sample: Sample) -> str:
+    """The chat up to where the model continues, with one `<|image_pad|>` for each image
+    (model.encode repeats it once per image token)."""
+    images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.images)
+    instruction = INSTRUCTIONS[sample.task].replace("{image_size}", str(sample.image_size))
+    return (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+            f"<|im_start|>user\n{images}{sample.question} {instruction}<|im_end|>\n"
+            f"<|im_start|>assistant\n")
+
+
+def format_target(sample: Sample) -> str:
+    """The completion that SFT imitates. It includes the end-of-turn token: a model that never sees
+    it never learns to stop."""
+    return f"<think>{sample.think}</think>\n<answer>{sample.gt_answer}</answer><|im_end|>"
+
+
+def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
+    """The sample with its target answer as a hasty annotator would draw it: Gaussian noise on the
+    box edges, its std in pixels of the resized image. `gt_boxes`, which the reward reads, stay
+    exact."""
+    noise = np.random.default_rng(seed).normal(0, pixels, (len(sample.gt_boxes), 4))
+    noisy = [np.add(obb_to_hbb(box), n) for box, n in zip(sample.gt_boxes, noise)]
+    return replace(sample, gt_answer=format_boxes(noisy, sample.image_size))
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+def load_images(sample: Sample) -> list[Image.Image]:
+    """The sample's images as RGB, resized to image_size x image_size. Raises UserError for one
+    that cannot be read."""
+    size = (sample.image_size, sample.image_size)
+    images = []
+    for source in sample.images:
+        try:
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
+                raise UserError(f"{sample.id}: image {source} has {image.mode} pixels; convert it "
+                                "to 8 bits per band first")
+            images.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
+            raise UserError(f"{sample.id}: image {source} cannot be read ({error}); replace it or "
+                            "remove the record")
+    return images
+
+
+def read_image_size(path: Path, source: str) -> tuple[int, int]:
+    """(width, height) from the file's header. Raises UserError if it is missing, no image, or one
+    pixel thin. `source` names the record."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except FileNotFoundError:
+        raise UserError(f"{source}: image {path} does not exist; --images names the folder that "
+                        "image names are relative to")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source}: image {path} cannot be read ({error}); replace it or remove "
+                        "the record")
+    if min(size) < 2:
+        raise UserError(f"{source}: image {path} is {size[0]} x {size[1]} pixels, too thin to show "
+                        "anything")
+    return size
+
+
+# --------------------------------------------------------------------------------------------------
+# The ground truth in the form that rewards and scores compare with
+
+def gt_hbbs(sample: Sample) -> np.ndarray:
+    """The sample's boxes as upright boxes (m, 4), pixels of the resized image."""
+    return np.array([obb_to_hbb(box) for box in sample.gt_boxes]).reshape(-1, 4)
+
+
+def gt_texts_of(sample: Sample) -> Sequence[str]:
+    """All texts that are right: several captions, or the one answer."""
+    return sample.gt_texts or (sample.gt_answer,)
+
+
+def load_gt_mask(sample: Sample) -> np.ndarray:
+    """The sample's mask (image_size, image_size), True on the target."""
+    mask = sample.gt_mask
+    image = mask if isinstance(mask, Image.Image) else Image.open(mask)
+    size = (sample.image_size, sample.image_size)
+    return np.asarray(image.convert("L").resize(size, Image.Resampling.NEAREST)) > 0
