@@ -1,283 +1,386 @@
-"""GRPO, after SFT: sample answers, reward them, and make the better ones of each group more likely. Task after task.
+"""GRPO, the stage after SFT: sample completions, reward them, make the better ones of each group
+more likely. One task after the other.
 
-As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-aware accuracy reward, advantages relative to the group,
-a clipped ratio, a KL penalty to a frozen reference, one task per stage. Unlike there: the ratio is the token's (the paper
-prints the sequence's, of which --loss gspo is the length-normalised form), advantages are not divided by the group's std
-unless --divide-by-std says so (IoU rewards of a group often differ by a hair, and the division would blow that up), a
-group's prompt is computed once for all its completions, and groups whose rewards are all equal are left out altogether.
+As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-specific accuracy reward, advantages
+relative to the group, a clipped ratio, a KL penalty to a frozen reference model, one stage per
+task. Different from it:
 
-    torchrun train_grpo.py --task det                          # the embedded default: minutes on a laptop
-    python train_grpo.py --task cls,det --out runs/staged      # stages: det starts from, and is held near, the end of cls
-    torchrun --nproc-per-node 8 train_grpo.py --task det --model runs/sft-3b/model --data GeoChat_Instruct.json --lr 1e-6 \\
-        --beta 0.04 --divide-by-std --prompts 16 --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
+- The ratio is that of the token. The paper prints the sequence's; --loss gspo is that one,
+  normalised by length.
+- Advantages are not divided by the group's std unless --divide-by-std says so. IoU rewards of a
+  group often differ by very little, and the division would inflate that.
+- A group's prompt is computed once for all its completions.
+- Groups whose rewards are all equal are left out.
 
-Writes metrics.jsonl (a line a step), samples.jsonl and its page report.html, curves.png, model/ and checkpoint/ to --out.
+    torchrun train_grpo.py --task det                    # the embedded default: minutes on a laptop
+    python train_grpo.py --task cls,det --out runs/staged   # det starts from the end of cls
+    torchrun --nproc-per-node 8 train_grpo.py --task det --model runs/sft-3b/model \\
+        --data GeoChat_Instruct.json --lr 1e-6 --beta 0.04 --divide-by-std --prompts 16 \\
+        --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
+
+Writes to --out: metrics.jsonl (a line per step), samples.jsonl (completions of one group per step)
+and its page report.html, curves.png, model/ and checkpoint/.
 """
 
 import argparse
 import time
-from collections import Counter
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 import grpo
-import model as qwen
-import parallel
-import rollout
-import run
-from data import HELDOUT, BadInput, ahead, as_row, batch, load, tasks_named
-from evaluate import encode, heldout_rewards
-from rewards import PARTS, reward_parts
-from run import HelpFormatter, natural, positive
-from scoring.curves import FIGURES, plot_curves
-from scoring.judges import load_judges
-from scoring.report import read_entries, write_report
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-parser.add_argument("--task", default="det", help="comma-separated tasks, one stage each in this order; or `all`")
-parser.add_argument("--out", type=Path, default=Path("runs/grpo"), help="folder that the run writes to, over an earlier run in it")
-flags = parser.add_argument_group("model and data")
-flags.add_argument("--model", default="tiny", help="`tiny`, a folder in Hugging Face format, or a hub id")
-flags.add_argument("--data", default="synthetic", help="`synthetic`, or a file or folder that formats/ knows")
-flags.add_argument("--images", help="folder that the file's image names are relative to (default: the file's own)")
-flags.add_argument("--shots", type=positive, help="train on so many samples of each category only")
-flags.add_argument("--image-size", type=positive, help="side of the frame in pixels (default: the checkpoint's, else 448)")
-flags = parser.add_argument_group("rollout")
-flags.add_argument("--steps", type=positive, default=200, help="rollouts of each stage, --inner-steps optimiser steps on each")
-flags.add_argument("--prompts", type=positive, default=32, help="B: prompts in a step")
-flags.add_argument("--group", type=int, default=8, help="G: completions for each prompt, at least 2")
-flags.add_argument("--max-new-tokens", type=positive, default=96, help="C: longest completion (tiny: 160 for ground, ovd, seg)")
-flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and, alike, of the log-probs")
-flags.add_argument("--seed", type=natural, default=0, help="of the order of the data, and of what is random")
-flags.add_argument("--compile", action="store_true", help="torch.compile a decoding step: 15 seconds of warm-up for each shape")
-flags = parser.add_argument_group("reward")
-for part in PARTS:
-    flags.add_argument(f"--{part}-weight", type=float, default=1.0, help=f"weight of the {part} reward in the sum"
-                       + " (task pair)" * (part in ("length", "repetition")))
-flags.add_argument("--sbert", help="for rcap and change: sentence-transformers/all-MiniLM-L6-v2, or a folder")
-flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: folder or hub id")
-flags = parser.add_argument_group("objective")
-flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo", help="how tokens are weighted and ratios taken, see grpo.py; "
-                   "with one inner step gspo is grpo")
-flags.add_argument("--divide-by-std", action="store_true", help="advantages over the group's std (as GRPO, not Dr. GRPO)")
-flags.add_argument("--inner-steps", type=positive, default=1, help="mu: optimiser steps on each rollout")
-flags.add_argument("--clip-low", type=float, default=0.2, help="the ratio, which is 1 with one inner step, is clipped at "
-                   "1 - this (GSPO: 3e-4)")
-flags.add_argument("--clip-high", type=float, default=0.2, help="and above at 1 + this (DAPO: 0.28, GSPO: 4e-4)")
-flags.add_argument("--beta", type=float, default=0.001, help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
-flags.add_argument("--mask-truncated", action="store_true", help="no loss on completions cut off at --max-new-tokens")
-flags = parser.add_argument_group("optimisation")
-flags.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (all weights of the real 3B model: 1e-6)")
-flags.add_argument("--warmup", type=natural, default=5, help="steps of linear warm-up; after them it decays linearly to 0")
-flags.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
-flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
-flags.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, less memory")
-flags.add_argument("--lora", type=positive, help="rank of LoRA adapters in the language model, all that learns then")
-flags.add_argument("--freeze", choices=["vision"], help="the vision tower does not learn; its features are computed once a prompt")
-flags.add_argument("--shard-size", type=positive, help="processes that share one copy of the model (default: all of them)")
-flags.add_argument("--pack-tokens", type=positive, default=2048, help="tokens in a forward pass of the update: as many groups "
-                   "as fit, at least one")
-flags = parser.add_argument_group("output")
-flags.add_argument("--save-every", type=positive, default=50, help="steps between checkpoints")
-flags.add_argument("--eval-every", type=positive, default=50, help="steps between held-out scores")
-run.add_resume(flags)
+from data import HELD_OUT_SAMPLES, fingerprint, get_batch, load_samples, parse_tasks, prefetch
+from metrics.held_out import held_out_rewards
+from metrics.plots import METRICS, plot_curves
+from metrics.report import read_entries, write_report
+from metrics.training import (
+    log_completions,
+    print_held_out,
+    print_step,
+    step_metrics,
+    step_speed,
+)
+from model import (
+    Policy,
+    add_adapters,
+    collate,
+    encode,
+    load_model,
+    save_model,
+    with_image_embeds,
+    without_adapters,
+)
+from reward_models import load_reward_models
+from rewards import REWARD_PARTS, score_completion
+from rollout import Sampler, uniforms
+from runtime.checkpoint import Run, run_config
+from runtime.command_line import (
+    HelpFormatter,
+    add_resume_flag,
+    linear_warmup_decay,
+    non_negative_int,
+    positive_int,
+    run_main,
+)
+from runtime.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    build_policy_and_sampler,
+    full_tensor,
+    gather_full_model,
+    init_distributed,
+    make_ref_model,
+    rank,
+    sync_sampler,
+    world_size,
+)
+from runtime.errors import UserError
+from runtime.logging import JsonlLog, MetricsLog, NonFiniteGuard, print0
 
 
-def pack(sizes: dict[int, tuple[int, int]], room: int) -> list[list[int]]:
-    """Groups and their tokens (prompt, all completions) -> the groups of each forward pass, like with like: as many as fit
-    in `room` when padded to the longest prompt and the longest completions among them."""
-    def padded(groups: list[int]) -> int:
-        return len(groups) * (max(sizes[g][0] for g in groups) + max(sizes[g][1] for g in groups))
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--task", default="det",
+                        help="comma-separated tasks, one stage each in this order; or `all`")
+    parser.add_argument("--out", type=Path, default=Path("runs/grpo"),
+                        help="folder that the run writes to; overwrites an existing run")
+    flags = parser.add_argument_group("model and data")
+    flags.add_argument("--model", default="tiny",
+                       help="`tiny`, a folder in Hugging Face format, or a hub id")
+    flags.add_argument("--data", default="synthetic",
+                       help="`synthetic`, or a file or folder that readers/ knows")
+    flags.add_argument("--images",
+                       help="folder that image names are relative to (default: the file's own)")
+    flags.add_argument("--shots", type=positive_int,
+                       help="train on at most this many samples of each category")
+    flags.add_argument("--image-size", type=positive_int,
+                       help="side in pixels that images are resized to (default: the checkpoint's, "
+                            "else 448)")
+    flags = parser.add_argument_group("rollout")
+    flags.add_argument("--steps", type=positive_int, default=200,
+                       help="rollouts per stage, with --inner-steps optimiser steps on each")
+    flags.add_argument("--prompts", type=positive_int, default=32,
+                       help="B: prompts per step, over all processes")
+    flags.add_argument("--group", type=int, default=8, help="G: completions per prompt, at least 2")
+    flags.add_argument("--max-new-tokens", type=positive_int, default=96,
+                       help="C: longest completion (tiny: 160 for ground, ovd, seg)")
+    flags.add_argument("--temperature", type=float, default=1.0,
+                       help="of sampling, and of the log-probs that are trained on")
+    flags.add_argument("--seed", type=non_negative_int, default=0,
+                       help="seed of the data order and of sampling")
+    flags.add_argument("--compile", action="store_true",
+                       help="torch.compile a decoding step: 15 seconds of warm-up for each shape")
+    flags = parser.add_argument_group("reward")
+    for name, part in REWARD_PARTS.items():
+        only = f" (task {', '.join(part.tasks)})" if part.tasks else ""
+        flags.add_argument(f"--{name}-weight", type=float, default=1.0,
+                           help=f"weight of the {name} reward in the sum{only}")
+    flags.add_argument("--sbert",
+                       help="for rcap and change: a folder, or a hub id such as "
+                            "sentence-transformers/all-MiniLM-L6-v2")
+    flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+    flags = parser.add_argument_group("objective")
+    flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo",
+                       help="token weights and ratio, see grpo.py; with one inner step gspo is "
+                            "grpo")
+    flags.add_argument("--divide-by-std", action="store_true",
+                       help="divide advantages by the group's std (GRPO; Dr. GRPO does not)")
+    flags.add_argument("--inner-steps", type=positive_int, default=1,
+                       help="mu: optimiser steps on each rollout")
+    flags.add_argument("--clip-low", type=float, default=0.2,
+                       help="the ratio, which is 1 with one inner step, is clipped at 1 - this "
+                            "(GSPO: 3e-4)")
+    flags.add_argument("--clip-high", type=float, default=0.2,
+                       help="and at 1 + this (DAPO: 0.28, GSPO: 4e-4)")
+    flags.add_argument("--beta", type=float, default=0.001,
+                       help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
+    flags.add_argument("--mask-truncated", action="store_true",
+                       help="no loss on completions that are cut off at --max-new-tokens")
+    flags = parser.add_argument_group("optimisation")
+    flags.add_argument("--lr", type=float, default=2e-4,
+                       help="peak learning rate (all weights of the real 3B model: 1e-6)")
+    flags.add_argument("--warmup", type=non_negative_int, default=5,
+                       help="steps of linear warm-up, followed by linear decay to 0")
+    flags.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
+    flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
+    flags.add_argument("--gradient-checkpointing", action="store_true",
+                       help="recompute activations: slower, less memory")
+    flags.add_argument("--lora", type=positive_int,
+                       help="train LoRA adapters of this rank in the language model, nothing else")
+    flags.add_argument("--freeze", choices=["vision"],
+                       help="do not train the vision tower; each image is encoded once per step")
+    flags.add_argument("--shard-size", type=positive_int,
+                       help="processes that share one copy of the model (default: all of them)")
+    flags.add_argument("--pack-tokens", type=positive_int, default=2048,
+                       help="tokens per forward pass of the update: as many groups as fit, at "
+                            "least 1")
+    flags = parser.add_argument_group("output")
+    flags.add_argument("--save-every", type=positive_int, default=50,
+                       help="steps between checkpoints")
+    flags.add_argument("--eval-every", type=positive_int, default=50,
+                       help="steps between held-out scores")
+    flags.add_argument("--tensorboard", action="store_true",
+                       help="write each step's metrics to OUT/tensorboard as well")
+    add_resume_flag(flags)
+    return parser.parse_args()
 
-    passes = []
-    for group in sorted(sizes, key=lambda g: sum(sizes[g]), reverse=True):
-        if passes and padded([*passes[-1], group]) <= room:
-            passes[-1].append(group)
-        else:
-            passes.append([group])
-    return passes
+
+def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
+    """Raises UserError for flags that cannot work, before anything is loaded."""
+    if args.group < 2:
+        raise UserError(f"--group {args.group}: an advantage is relative to the group's mean, so a "
+                        "group needs at least 2")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: greedy completions of a group are all "
+                        "the same; it has to be positive")
+    if args.prompts % world_size():
+        raise UserError(f"--prompts {args.prompts} cannot be divided evenly among {world_size()} "
+                        "processes; take a multiple")
+    if args.lora and len(tasks) > 1:
+        raise UserError("--lora has one stage, whose reference is the model without adapters; run "
+                        "the tasks one by one, each from the last one's model/")
 
 
 def main() -> None:
-    args = parser.parse_args()
-    tasks = tasks_named(args.task)
-    if args.group < 2:
-        raise BadInput(f"--group {args.group}: an advantage is relative to the group's mean, so a group needs at least 2")
-    if args.temperature <= 0:
-        raise BadInput(f"--temperature {args.temperature}: greedy completions of a group are all the same; it has to be positive")
-    if args.prompts % parallel.ranks():
-        raise BadInput(f"--prompts {args.prompts} cannot be spread evenly over {parallel.ranks()} processes; take a multiple")
-    if args.lora and len(tasks) > 1:
-        raise BadInput("--lora has one stage, whose reference is the model without adapters; run the tasks one by one, each "
-                       "from the last one's model/")
-    mesh = parallel.start(args.shard_size)
-    if args.compile:
-        rollout.compile()
-    mine = range(parallel.rank(), args.prompts, parallel.ranks())                        # this rank's prompts of a step
+    args = parse_args()
+    tasks = parse_tasks(args.task)
+    check_args(args, tasks)
+    mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
-    model, processor = qwen.load(args.model, args.image_size)
-    adapters = qwen.add_adapters(model, args.lora) if args.lora else None
+    model, processor = load_model(args.model, args.image_size)
+    adapters = add_adapters(model, args.lora) if args.lora else None
     if args.freeze:
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    data = [load(args.data, task, processor.frame, args.images, "train", args.seed, args.shots) for task in tasks]
-    heldout = [load(args.data, task, processor.frame, args.images, "heldout")[:HELDOUT] for task in tasks]
-    load_judges(tasks, args.sbert, args.sam)
-    part_weights = {name: getattr(args, f"{name}_weight") for name in PARTS}
-    settings = run.settings_of(args, data)
-    progress = run.start_or_resume(args, settings, {"stage": 0, "step": 0, "before": None, "skipped": 0})
-    done = progress["stage"] * args.steps + progress["step"]
-    metrics_log = run.Log(args.out / "metrics.jsonl", done)
-    samples_log = run.Log(args.out / "samples.jsonl", done * args.group)
-    run.finish_step_on_signal()
-    policy, sampler = parallel.spread(model, mesh)  # one learns, one generates; alone on a CPU they are one
+    size = processor.image_size
+    data = [load_samples(args.data, task, size, args.images, "train", args.seed, args.shots)
+            for task in tasks]
+    held_out = [load_samples(args.data, task, size, args.images, "heldout")[:HELD_OUT_SAMPLES]
+                for task in tasks]
+    reward_models = load_reward_models(tasks, args.sbert, args.sam)
+    part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
+
+    run = Run(args, run_config(args, [fingerprint(samples) for samples in data]),
+              {"stage": 0, "step": 0, "before": None, "skipped": 0})
+    progress = run.progress
+    steps_done = progress["stage"] * args.steps + progress["step"]
+    metrics_log = MetricsLog(args.out, steps_done, args.tensorboard)
+    completions_log = JsonlLog(args.out / "samples.jsonl", steps_done * args.group)
+    run.install_signal_handlers()
+    # One model learns, one generates. On one CPU, and with LoRA on one GPU, they are the same.
+    policy, sampling_model = build_policy_and_sampler(Policy(model), mesh)
+    sampler = Sampler(sampling_model, processor, args.compile)
+    local_prompts = range(rank(), args.prompts, world_size())   # this rank's prompts of each step
 
     for stage in range(progress["stage"], len(tasks)):
-        reference = optimizer = None                                                     # frees the last stage's memory
-        if args.beta and not adapters:                                                   # with them: the policy without
-            reference = parallel.frozen(policy, sampler, mesh)
-        optimizer = torch.optim.AdamW([w for w in policy.parameters() if w.requires_grad], lr=args.lr, betas=(0.9, 0.99),
-                                      weight_decay=args.weight_decay, fused=torch.cuda.is_available())
-        guard = run.Guard(progress["skipped"])
+        ref_model = optimizer = None                            # frees the last stage's memory
+        if args.beta and not adapters:                          # with LoRA it is the policy without
+            ref_model = make_ref_model(policy, sampling_model, mesh)
+        trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99),
+                                      weight_decay=args.weight_decay,
+                                      fused=torch.cuda.is_available())
+        guard = NonFiniteGuard(progress["skipped"])
         if progress["step"]:
-            run.load_checkpoint(args.out, policy, optimizer, reference)
-            parallel.refresh(sampler, policy)
-        heldout_scores = partial(heldout_rewards, sampler, processor, heldout[stage], args.max_new_tokens, args.temperature)
-        before = progress["before"] or heldout_scores()                                  # a resumed stage keeps its own
+            run.load_checkpoint(policy, optimizer, ref_model)
+            sync_sampler(sampling_model, policy)
+        score_held_out = partial(held_out_rewards, sampler, held_out[stage], args.max_new_tokens,
+                                 args.temperature, **reward_models)
+        before = progress["before"] or score_held_out()         # a resumed stage keeps its own
         after = None
         policy.train()
 
-        steps = ((step, batch(data[stage], step, args.prompts, args.seed + stage)[parallel.rank() :: parallel.ranks()])
+        steps = ((step, get_batch(data[stage], step, args.prompts, args.seed + stage))
                  for step in range(progress["step"], args.steps))
-        for step, samples, prompts in ahead(steps, partial(encode, processor)):          # this rank's part of B
-            # --- rollout: B prompts, G completions each ---------------------------------------------------------------
-            began = time.perf_counter()
+        local_steps = ((step, samples[rank() :: world_size()]) for step, samples in steps)
+        for step, samples, prompts in prefetch(local_steps, partial(encode, processor)):
+            beta = args.beta                                    # a schedule of beta goes here
+            lr = linear_warmup_decay(step, args.steps, args.lr, args.warmup)
+
+            # --- rollout: G completions for each prompt -----------------------------------------
+            # From here on B counts this rank's prompts, and C the longest completion.
+            t0 = time.perf_counter()
             if args.freeze or args.lora:
-                prompts = [qwen.with_features(sampler, p) for p in prompts]
-            noise = rollout.noise((args.seed, stage, step), mine, args.group, args.max_new_tokens)
-            drawn = rollout.generate(sampler, processor, qwen.collate(prompts), args.max_new_tokens, noise, args.group,
-                                     args.temperature)
-            texts = rollout.texts(processor, drawn)
-            rollout_s = time.perf_counter() - began
+                prompts = [with_image_embeds(sampling_model, prompt) for prompt in prompts]
+            numbers = uniforms((args.seed, stage, step), local_prompts, args.group,
+                               args.max_new_tokens)
+            rollout = sampler.generate(collate(prompts), args.max_new_tokens, args.group,
+                                       args.temperature, numbers)
+            texts = sampler.decode_texts(rollout)                               # B x G
+            lengths = rollout.mask.sum(2)                                       # (B, G)
+            t1 = time.perf_counter()
 
-            # --- rewards and advantages, (B, G) -----------------------------------------------------------------------
-            used = (drawn.mask.sum(2) / args.max_new_tokens).tolist()                    # share of C: pair's length reward
-            parts = [[reward_parts(text, sample, share) for text, share in zip(group, shares)]
-                     for sample, group, shares in zip(samples, texts, used)]             # B x G x {name: value}
-            rewards = torch.tensor([[sum(part_weights[name] * value for name, value in p.items()) for p in group]
-                                    for group in parts], device=qwen.device())           # (B, G)
-            advantages = grpo.advantages(rewards, args.divide_by_std)
-            learning = grpo.learning_groups(rewards)                                     # (B,)
-            mask = drawn.mask & learning[:, None, None]                                  # (B, G, C): tokens with loss
+            # --- rewards ------------------------------------------------------------------------
+            length_fractions = (lengths / args.max_new_tokens).tolist()
+            part_dicts = [[score_completion(text, sample, fraction, **reward_models)
+                           for text, fraction in zip(group_texts, fractions)]
+                          for sample, group_texts, fractions
+                          in zip(samples, texts, length_fractions)]             # B x G x {part: r}
+            reward_parts = {name: torch.tensor([[parts[name] for parts in group_parts]
+                                                for group_parts in part_dicts],
+                                               dtype=torch.float64, device=lengths.device)
+                            for name in part_dicts[0][0]}                       # {part: (B, G)}
+            rewards = sum(part_weights[name] * reward_parts[name] for name in reward_parts).float()
+
+            # --- advantages ---------------------------------------------------------------------
+            advantages, keep = grpo.compute_advantages(                         # (B, G, 1), (B,)
+                rewards, reward_parts, rollout.mask, args.divide_by_std, all_reduce_sum)
+            loss_mask = rollout.mask & keep[:, None, None]                      # (B, G, C)
             if args.mask_truncated:
-                mask &= drawn.stopped[:, :, None]
-            token_weights = grpo.token_weights(mask, args.loss, args.max_new_tokens, parallel.total)
+                loss_mask &= rollout.stopped[:, :, None]
+            token_weights = grpo.token_weights(loss_mask, args.loss, args.max_new_tokens,
+                                               all_reduce_sum)                  # (B, G, C)
 
-            # --- update: mu optimiser steps on the rollout, each in micro-batches of whole groups ---------------------
-            update_began = time.perf_counter()
+            # --- update: mu optimiser steps on the rollout, in micro-batches of whole groups ----
+            t2 = time.perf_counter()
+            max_lens = lengths.amax(1).tolist()                                 # B
+            sizes = {b: (prompts[b].input_ids.shape[1], args.group * max_lens[b])
+                     for b in keep.nonzero()[:, 0].tolist()}
+            micro_batches = pack_groups(sizes, args.pack_tokens) if loss_mask.any() else []
+            num_micro_batches = all_reduce_max(len(micro_batches))
+            old_logprobs, ref_logprobs = [], []                                 # by micro-batch
+            stats, logprob_diffs, losses, grad_norms = [], [], [], []
             for param_group in optimizer.param_groups:
-                param_group["lr"] = run.learning_rate(step, args.steps, args.lr, args.warmup)
-            longest = drawn.mask.sum(2).amax(1).tolist()                                 # tokens of each group's longest
-            sizes = {b: (prompts[b].ids.shape[1], args.group * longest[b]) for b in learning.nonzero()[:, 0].tolist()}
-            packed = pack(sizes, args.pack_tokens) if mask.any() else []                 # the groups of each micro-batch
-            most = parallel.largest(len(packed))                                         # of any rank
-            old, ref = {}, {}                                                            # log-probs by micro-batch
-            totals = Counter()                                                           # its update() adds up tensors
-            for inner in range(args.inner_steps if most else 0):  # none: there is no loss, and Adam alone would drift
-                inner_loss = torch.zeros((), device=mask.device)
-                for i in range(most):
-                    extra = i >= len(packed)       # another rank has more, and FSDP needs all ranks in each: group 0 again,
-                    groups = [0] if extra else packed[i]                                 # with no token that carries loss
-                    here = groups, slice(None), slice(max(longest[b] for b in groups))   # (B, G, C) -> (b, G, their C)
-                    live = mask[here] & (not extra)
-                    inputs = qwen.collate([prompts[b] for b in groups]), drawn.tokens[here], live, args.temperature
-                    logprobs = policy(*inputs)                                           # model.token_logprobs, (b, G, C)
-                    if inner == 0:                 # pi_old is scored, as drawn.logprobs may have been rounded to bf16
-                        old[i], ref[i] = logprobs.detach(), None
-                        totals["gap"] += (old[i] - drawn.logprobs[here]).abs()[live].sum()
+                param_group["lr"] = lr
+            # Without any loss there is no optimiser step: Adam's momentum alone would drift.
+            for inner_step in range(args.inner_steps if num_micro_batches else 0):
+                losses.append(torch.zeros((), device=lengths.device))
+                for i in range(num_micro_batches):
+                    # Under FSDP every rank must run equally many forward and backward passes. A
+                    # rank with fewer micro-batches runs group 0 again, without loss.
+                    is_dummy = i >= len(micro_batches)
+                    groups = [0] if is_dummy else micro_batches[i]              # b of the B prompts
+                    max_len = max(max_lens[b] for b in groups)
+                    tokens = rollout.tokens[groups, :, :max_len]                # (b, G, C)
+                    mask = loss_mask[groups, :, :max_len]
+                    if is_dummy:
+                        mask = torch.zeros_like(mask)
+                    inputs = collate([prompts[b] for b in groups]), tokens, mask, args.temperature
+                    logprobs = policy(*inputs)                                  # (b, G, C)
+                    if inner_step == 0:
+                        # pi_old is scored again, since rollout.logprobs may be rounded to bf16
+                        old_logprobs.append(logprobs.detach())
+                        diff = (old_logprobs[i] - rollout.logprobs[groups, :, :max_len]).abs()
+                        logprob_diffs.append(diff[mask].sum())
+                        ref_logprobs.append(None)
                         if args.beta:
-                            with torch.no_grad(), qwen.without_adapters(policy):
-                                ref[i] = (reference or policy)(*inputs)
+                            with torch.no_grad(), without_adapters(policy):
+                                ref_logprobs[i] = (ref_model or policy)(*inputs)
                     loss, sums = grpo.policy_loss(
-                        logprobs, old[i], ref[i], advantages[groups], live, token_weights[here],
-                        loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta)
+                        logprobs, old_logprobs[i], ref_logprobs[i],
+                        advantages[groups, :, :max_len], mask, token_weights[groups, :, :max_len],
+                        loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=beta)
                     loss.backward()
-                    inner_loss += loss.detach()
-                    totals.update(sums)
-                norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm))
-                if guard.finite(inner_loss, norm, samples):
+                    losses[-1] += loss.detach()
+                    stats.append(sums)
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm)
+                grad_norms.append(full_tensor(grad_norm))
+                if guard.all_finite(losses[-1], grad_norms[-1], [s.id for s in samples]):
                     optimizer.step()
                 optimizer.zero_grad()
-                totals.update(loss=inner_loss, norm=norm)
-            parallel.refresh(sampler, policy)
+            sync_sampler(sampling_model, policy)
+            t3 = time.perf_counter()
 
-            # --- what the ranks have measured, one line ---------------------------------------------------------------
-            tokens, scored = drawn.mask.sum(), mask.sum()                                # sampled; with loss
-            update = ((2 if args.lora else 3) * args.inner_steps + bool(args.beta)) * (most > 0)  # in forward passes; rollout: 1
-            work = (qwen.flops(sampler, prompts, drawn.mask.sum((1, 2))) * (1 + learning * update)).sum()
-            means = parallel.means({                                                     # name: (sum, count) on this rank
-                "reward": (rewards.sum(), rewards.numel()),
-                "reward_std": (rewards.std(1).sum(), len(rewards)),
-                "kl": (totals["kl"], scored * args.inner_steps),
-                "entropy": (drawn.entropy.sum(), tokens),
-                "clip_frac": (totals["clipped"], scored * args.inner_steps),
-                "sampling_gap": (totals["gap"], scored),                                 # |log-prob scored - as sampled|
-                "len_mean": (tokens, rewards.numel()),
-                "truncated_frac": ((~drawn.stopped).sum(), rewards.numel()),
-                "zero_std_frac": ((~learning).sum(), len(rewards)),
-                "loss": (totals["loss"], args.inner_steps / parallel.ranks()),           # each rank holds a part of it
-                "grad_norm": (totals["norm"], args.inner_steps)})
-            part_means = parallel.means({
-                name: (sum(p[name] for group in parts for p in group), rewards.numel()) for name in parts[0][0]})
-            work = parallel.total(work).item()
-            now, last = time.perf_counter(), step + 1 == args.steps
-            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage], **means, "parts": part_means,
-                   "lr": run.learning_rate(step, args.steps, args.lr, args.warmup), "skipped": guard.skipped,
-                   "rollout_s": rollout_s, "update_s": now - update_began, "flops_per_s": work / (now - began),
-                   "tokens_per_s": means["len_mean"] * args.prompts * args.group / (now - began)}
-            if (step + 1) % args.eval_every == 0 or last:
-                row["heldout"] = after = heldout_scores()
+            # --- metrics, log, checkpoint -------------------------------------------------------
+            is_last = step + 1 == args.steps
+            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
+                   **step_metrics(rollout, rewards, reward_parts, loss_mask, stats, logprob_diffs,
+                                  losses, grad_norms),
+                   "lr": lr, "skipped": guard.skipped, "rollout_s": t1 - t0, "update_s": t3 - t2,
+                   **step_speed(args, sampling_model, prompts, lengths, keep, len(losses), t3 - t0)}
+            if (step + 1) % args.eval_every == 0 or is_last:
+                row["heldout"] = after = score_held_out()
             metrics_log.write(row)
-            shown, completions = step % args.prompts, []                                 # samples.jsonl keeps a group a step
-            if shown in mine:
-                b = mine.index(shown)
-                completions = [{"step": row["step"], "stage": stage, **as_row(samples[b]), "completion": text, "parts": part,
-                                "reward": reward, "advantage": advantage} for text, part, reward, advantage
-                               in zip(texts[b], parts[b], rewards[b].tolist(), advantages[b].tolist())]
-            for completion in chain(*parallel.gathered(completions)):
-                samples_log.write(completion)
-            run.say(f"step {row['step']:4d} {tasks[stage]:6s} reward {row['reward']:.3f}  accuracy "
-                    f"{part_means['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  len "
-                    f"{row['len_mean']:4.1f}  grad {row['grad_norm']:5.2f}  {now - began:.2f} s")
-            stop = run.asked_to_stop()
-            if (step + 1) % args.save_every == 0 or last or stop:
-                progress = {"stage": stage, "step": step + 1, "before": before, "skipped": guard.skipped}
-                run.save_checkpoint(args.out, settings, progress, policy, optimizer, reference)
-            if stop and not (last and stage + 1 == len(tasks)):
-                return run.say(f"stopped after step {row['step']}; to go on: {run.command()} --resume")
+            shown = step % args.prompts                                         # one group per step
+            b = local_prompts.index(shown) if shown in local_prompts else None
+            log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages,
+                            b)
+            print_step(row, t3 - t0)
+            stop = run.should_stop()
+            if (step + 1) % args.save_every == 0 or is_last or stop:
+                progress = {"stage": stage, "step": step + 1, "before": before,
+                            "skipped": guard.skipped}
+                run.save_checkpoint(progress, policy, optimizer, ref_model)
+            if stop and not (is_last and stage + 1 == len(tasks)):
+                return print0(f"stopped after step {row['step']}; to continue: "
+                              f"{run.resume_command()} --resume")
 
-        after = after or heldout_scores()                                                # resumed behind the last step
-        progress |= {"step": 0, "before": None}                                          # of the next stage
-        run.say(f"\n{tasks[stage]}: mean accuracy reward over {len(heldout[stage])} held-out samples\n"
-                f"{'':12s}{'before':>8s}{'after':>8s}\n"
-                + "\n".join(f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before))
-        if parallel.rank() == 0:
-            plot_curves([args.out], FIGURES, args.out / "curves.png")
+        after = after or score_held_out()                       # resumed after the last step
+        progress = progress | {"step": 0, "before": None}       # of the next stage
+        print_held_out(tasks[stage], len(held_out[stage]), before, after)
+        if rank() == 0:
+            plot_curves([args.out], METRICS, args.out / "curves.png")
             write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"),
                          f"GRPO on {args.task}: groups sampled in training")
 
-    model = parallel.collect(policy, sampler)
-    if parallel.rank() == 0:
+    model = gather_full_model(policy, sampling_model)
+    if rank() == 0:
         if adapters:
             adapters.save_pretrained(args.out / "adapter")
             model = adapters.merge_and_unload()
-        qwen.save(model, processor, args.out / "model")
-    run.say(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
+        save_model(model, processor, args.out / "model")
+    print0(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
+
+
+def pack_groups(sizes: dict[int, tuple[int, int]], max_tokens: int) -> list[list[int]]:
+    """Groups, {group: (prompt tokens, completion tokens)}, -> the groups of each micro-batch.
+
+    Groups of similar size go together, as many as fit in `max_tokens` when padded to the longest
+    prompt and the longest completions among them, at least one.
+    """
+    def padded_tokens(groups: list[int]) -> int:
+        return len(groups) * (max(sizes[g][0] for g in groups) + max(sizes[g][1] for g in groups))
+
+    micro_batches = []
+    for group in sorted(sizes, key=lambda g: sum(sizes[g]), reverse=True):
+        if micro_batches and padded_tokens([*micro_batches[-1], group]) <= max_tokens:
+            micro_batches[-1].append(group)
+        else:
+            micro_batches.append([group])
+    return micro_batches
 
 
 if __name__ == "__main__":
-    run.script(main)
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Around the method: benchmark scores, published results, held-out rewards, report page, plots."""

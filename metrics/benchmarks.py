@@ -1,0 +1,302 @@
+"""Scores of a whole set. rewards.TASKS names the scorers of each task.
+
+    scorer(answers, samples, **reward_models) -> {name: value}, values in [0, 1]
+
+An answer is the text in <answer>, or None. What the tables of EarthDial and GeoVLM-R1 print is
+computed as in EarthDial's released scripts, which reproduces the published numbers, under a name
+that says what it is. Next to it is what the table's heading promises.
+"""
+
+import importlib
+import io
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from types import ModuleType
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from boxes import iou_matrix, obb_to_hbb, parse_box, parse_boxes
+from rewards import (
+    Sam,
+    exact_match_reward,
+    iou_reward,
+    multiple_choice_reward,
+    parse_labels,
+    predicted_mask,
+)
+from runtime.errors import UserError, first_line
+from sample import Sample, gt_hbbs, gt_texts_of, load_gt_mask
+
+Answers = Sequence[str | None]
+Samples = Sequence[Sample]
+Scores = dict[str, float]
+
+
+def mean(values: Iterable[float]) -> float:
+    """0 if there are none."""
+    values = list(values)
+    return float(np.mean(values)) if values else 0.0
+
+
+def precision_recall_f1(hits: int, n_pred: int, n_gt: int) -> Scores:
+    """0 where the denominator is 0."""
+    return {"precision": float(hits / max(n_pred, 1)), "recall": float(hits / max(n_gt, 1)),
+            "f1": float(2 * hits / max(n_pred + n_gt, 1))}
+
+
+def import_package(module: str, package: str) -> ModuleType:
+    """A module that only some scores need. Raises UserError that names its package if missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"a score of this task needs a package ({error}): pip install {package}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Labels
+
+def accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """`accuracy`: share of right labels; `token_recall`: what the tables print as accuracy."""
+    right = mean(exact_match_reward(a or "", s) for a, s in zip(answers, samples))
+    return {"accuracy": right, **token_recall(answers, samples)}
+
+
+def multilabel(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """Precision, recall and F1 over all labels of the set; `token_recall` as for accuracy."""
+    hits = n_pred = n_gt = 0
+    for answer, sample in zip(answers, samples):
+        predicted = parse_labels(answer or "", sample.choices)
+        target = parse_labels(sample.gt_answer, sample.choices)
+        hits += len(predicted & target)
+        n_pred += len(predicted)
+        n_gt += len(target)
+    return precision_recall_f1(hits, n_pred, n_gt) | token_recall(answers, samples)
+
+
+def token_recall(answers: Answers, samples: Samples) -> Scores:
+    """|set(target) & set(answer)| / len(target), in Treebank tokens of the texts without blanks.
+
+    One label is one token. In a list each comma is a token too, and the set keeps only one of them:
+    three labels, all right, score 4 / 5.
+    """
+    recalls = []
+    for answer, sample in zip(answers, samples):
+        predicted = treebank_tokens((answer or "").lower().replace(" ", ""))
+        target = treebank_tokens(sample.gt_answer.lower().replace(" ", ""))
+        recalls.append(len(set(predicted) & set(target)) / max(len(target), 1))
+    return {"token_recall": mean(recalls)}
+
+
+def accuracy_by_type(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """Share of right answers for each question type; `average` is over all questions except counts,
+    as in the tables."""
+    right = [(s.subset, exact_match_reward(a or "", s)) for a, s in zip(answers, samples)]
+    types = sorted({subset for subset, _ in right} - {""})
+    scores = {name: mean(value for subset, value in right if subset == name) for name in types}
+    return scores | {"average": mean(value for subset, value in right if subset != "count")}
+
+
+def choice_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """Share of right letters; `chance`: what blind guessing reaches, the mean of 1/k."""
+    return {"accuracy": mean(multiple_choice_reward(a or "", s) for a, s in zip(answers, samples)),
+            "chance": mean(1 / len(s.choices) for s in samples)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Boxes: x1, y1, x2, y2 in pixels of the resized image, theta in degrees. Target boxes count as
+# published, not clipped to the image.
+
+def parse_oriented_boxes(answer: str | None) -> np.ndarray:
+    """The boxes of an answer, (n, 5); four numbers are an upright box. A bracket that is no box, or
+    has no area, was predicted, so it counts: as an empty box that overlaps nothing."""
+    brackets = re.findall(r"\[([^\[\]]*)\]", answer or "")
+    return np.array([parse_box(text) for text in brackets if text.strip()]).reshape(-1, 5)
+
+
+def polygons(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (n, 5), theta clockwise on the screen -> shapely polygons (n,), empty without area."""
+    shapely = import_package("shapely", "shapely")
+    center = (boxes[:, :2] + boxes[:, 2:4]) / 2                                     # (n, 2)
+    half = (boxes[:, 2:4] - boxes[:, :2]) / 2                                       # (n, 2)
+    cos, sin = np.cos(np.radians(boxes[:, 4])), np.sin(np.radians(boxes[:, 4]))
+    rotation = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)               # (n, 2, 2)
+    corners = half[:, None] * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])        # (n, 4, 2)
+    shapes = shapely.polygons(corners @ rotation + center[:, None])  # row vectors, y down
+    shapes[~shapely.is_valid(shapes)] = shapely.Polygon()
+    return shapes
+
+
+def box_ious(answer: str | None, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """IoU of each box of the answer with each target box, twice (n, m): of the oriented boxes, and
+    of their upright envelopes."""
+    shapely = import_package("shapely", "shapely")
+    predicted = parse_oriented_boxes(answer)
+    target = np.array(sample.gt_boxes, float).reshape(-1, 5)
+    a, b = polygons(predicted)[:, None], polygons(target)[None]
+    intersection = shapely.area(shapely.intersection(a, b))
+    oriented = intersection / np.maximum(shapely.area(a) + shapely.area(b) - intersection, 1e-9)
+    envelopes = np.array([obb_to_hbb(box) for box in predicted]).reshape(-1, 4)
+    return oriented, iou_matrix(envelopes, gt_hbbs(sample))
+
+
+def box_precision(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """What the tables print as mAP: the share of predicted boxes that overlap *any* target box with
+    an IoU of t or more. Two boxes on one object are two hits, and a missed object costs nothing.
+
+    At 0.5 also by object size and by one or several targets (no target counts as several, as in
+    EarthDial's scorer). `upright_precision`: the same for the envelopes.
+    """
+    hits, boxes = Counter(), Counter()
+    for answer, sample in zip(answers, samples):
+        suffixes = ["", "_single" if len(sample.gt_boxes) == 1 else "_multiple"]
+        if sample.subset:
+            suffixes.append(f"_{sample.subset}")
+        thresholds = {f"@0.5{suffix}": 0.5 for suffix in suffixes} | {"@0.25": 0.25}
+        for name, ious in zip(("box_precision", "upright_precision"), box_ious(answer, sample)):
+            best = ious.max(1, initial=0)
+            for key, threshold in thresholds.items():
+                hits[name + key] += int((best >= threshold).sum())
+                boxes[name + key] += len(best)
+    return {key: hits[key] / max(boxes[key], 1) for key in sorted(boxes)}
+
+
+def matched_boxes(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """Precision, recall and F1 over all boxes of the set. Hits are the largest number of pairs with
+    an IoU of 0.5 or more that one-to-one matching can make."""
+    counts = {"matched": np.zeros(3, int), "upright_matched": np.zeros(3, int)}
+    for answer, sample in zip(answers, samples):
+        for name, ious in zip(counts, box_ious(answer, sample)):
+            is_close = ious >= 0.5
+            hits = is_close[linear_sum_assignment(is_close, maximize=True)].sum()
+            counts[name] += (hits, *is_close.shape)  # hits, predicted, target boxes
+    return {f"{name}_{key}": value for name, count in counts.items()
+            for key, value in precision_recall_f1(*count).items()}
+
+
+def coco_ap(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """COCO's AP (IoU 0.5 to 0.95) and AP50 of the upright boxes, by pycocotools.
+
+    A sample is an image, its category the class asked for. All boxes have the same confidence, so
+    they rank in the order of the set. Where there is no target every box is false. A category
+    without any target in the set has no AP and is left out of the mean (0 if there is no other).
+    """
+    cocoeval = import_package("pycocotools.cocoeval", "pycocotools")
+    parsed = [parse_boxes(answer or "") for answer in answers]
+    boxes = [np.zeros((0, 4)) if boxes is None else boxes for boxes in parsed]
+    gt_boxes = [gt_hbbs(sample) for sample in samples]
+    with redirect_stdout(io.StringIO()):
+        coco = cocoeval.COCOeval(coco_index(gt_boxes, samples), coco_index(boxes, samples), "bbox")
+        coco.evaluate()
+        coco.accumulate()
+        coco.summarize()
+    ap, ap50 = coco.stats[:2]  # -1: there is no target
+    return {"ap": max(float(ap), 0.0), "ap50": max(float(ap50), 0.0)}
+
+
+def coco_index(boxes_of_samples: Sequence[np.ndarray], samples: Samples) -> object:
+    """pycocotools' index of the upright boxes (n, 4) of each sample."""
+    categories = sorted({sample.category for sample in samples})
+    category_ids = {name: i for i, name in enumerate(categories, 1)}
+    annotations = []
+    for i, boxes in enumerate(boxes_of_samples):
+        for x1, y1, x2, y2 in boxes.tolist():
+            annotations.append({
+                "id": len(annotations) + 1,  # from 1: pycocotools reads 0 as "no match"
+                "image_id": i, "category_id": category_ids[samples[i].category], "iscrowd": 0,
+                "score": 1.0, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+    index = import_package("pycocotools.coco", "pycocotools").COCO()
+    index.dataset = {"images": [{"id": i} for i in range(len(samples))],
+                     "categories": [{"id": i} for i in category_ids.values()],
+                     "annotations": annotations}
+    index.createIndex()
+    return index
+
+
+def box_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """Share of samples whose one box has an IoU of more than t: all, and by unique and non-unique
+    objects. An answer of several boxes is wrong."""
+    ious = [(s.subset, iou_reward(a or "", s)) for a, s in zip(answers, samples)]
+    scores = {f"accuracy@{t}": mean(iou > t for _, iou in ious) for t in (0.5, 0.7)}
+    for name in sorted({subset for subset, _ in ious} - {""}):
+        for t in (0.5, 0.7):
+            scores[f"accuracy@{t}_{name}"] = mean(iou > t for subset, iou in ious if subset == name)
+    return scores
+
+
+def mask_iou(answers: Answers, samples: Samples, sam: Sam | None = None, **_: object) -> Scores:
+    """`giou`: the mean IoU of the masks; `ciou`: all intersections over all unions.
+
+    As in Geo-R1's released evaluation two empty masks have an IoU of 0, though that answer is right
+    (LISA counts 1). An answer without a mask has an empty one.
+    """
+    areas = np.zeros((len(samples), 2))  # intersection, union
+    for i, (answer, sample) in enumerate(zip(answers, samples)):
+        target = load_gt_mask(sample)
+        mask = predicted_mask(answer or "", sample, sam)
+        if mask is None:
+            mask = np.zeros_like(target)
+        areas[i] = (mask & target).sum(), (mask | target).sum()
+    intersections, unions = areas.T
+    return {"giou": mean(intersections / unions.clip(1)),
+            "ciou": float(intersections.sum() / unions.sum().clip(1))}
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
+
+def treebank_tokens(text: str) -> list[str]:
+    """Words and punctuation as nltk's word_tokenize splits them, without the sentence model that it
+    downloads: here a sentence ends at . ! ? before a blank. Only there is a full stop a token."""
+    tokenizer = import_package("nltk.tokenize", "nltk").NLTKWordTokenizer()
+    return [token for sentence in re.split(r"(?<=[.!?])\s+", text)
+            for token in tokenizer.tokenize(sentence)]
+
+
+def earthdial_tokens(text: str, task: str) -> list[str]:
+    """What EarthDial's scorers compare: Treebank tokens of captions, else the words between blanks;
+    a grounding description without its tags and boxes."""
+    if task in ("cap", "change"):
+        return treebank_tokens(text)
+    if task == "ground":
+        text = re.sub(r"</?(?:ref|box)>|\[[\[\]\d\s,.-]*\]", "", text)
+    return text.split()
+
+
+def rouge(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """F1 of ROUGE-1 and ROUGE-L (Lin 2004) with stemmed words; the mean over several reference
+    texts, as in EarthDial's scorer."""
+    names = ("rouge1", "rougeL")
+    rouge_score = import_package("rouge_score.rouge_scorer", "rouge-score")
+    scorer = rouge_score.RougeScorer(list(names), use_stemmer=True)
+    values = {name: [] for name in names}  # of each sample
+    for answer, sample in zip(answers, samples):
+        answer = " ".join(earthdial_tokens(answer or "", sample.task))
+        references = [" ".join(earthdial_tokens(t, sample.task)) for t in gt_texts_of(sample)]
+        scores = [scorer.score(reference, answer) for reference in references]
+        for name in names:
+            values[name].append(mean(score[name].fmeasure for score in scores))
+    return {name: mean(values[name]) for name in names}
+
+
+def meteor(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """METEOR of the best reference text, by nltk. It needs WordNet for synonyms: without it there
+    is no score, and a line on stderr."""
+    meteor_score = import_package("nltk.translate.meteor_score", "nltk").meteor_score
+    try:
+        import_package("nltk.corpus", "nltk").wordnet.ensure_loaded()
+    except (LookupError, OSError, ValueError) as error:
+        missing = isinstance(error, LookupError)
+        reason = "is missing" if missing else f"cannot be read ({first_line(error)})"
+        print(f"no METEOR: WordNet {reason}; run `python -m nltk.downloader wordnet`, or copy the "
+              "files of Debian's wordnet-base and wordnet-sense-index, and a `lexnames`, to "
+              "corpora/wordnet in a folder that NLTK_DATA names", file=sys.stderr)
+        return {}
+    values = []
+    for answer, sample in zip(answers, samples):
+        references = [earthdial_tokens(text, sample.task) for text in gt_texts_of(sample)]
+        values.append(meteor_score(references, earthdial_tokens(answer or "", sample.task)))
+    return {"meteor": mean(values)}

@@ -1,0 +1,53 @@
+"""Mean rewards of a model on held-out samples, as the training scripts report them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+
+from rewards import REWARD_PARTS, Sam, Sbert, score_completion
+from rollout import Sampler, predict
+from runtime.distributed import all_gather_object, rank, world_size
+from sample import Sample
+
+DRAWS = 4  # sampled completions for each sample
+
+
+def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens: int,
+                     temperature: float = 1.0, batch_size: int = 32,
+                     **reward_models: Sbert | Sam | None) -> dict[str, float]:
+    """Means over held-out samples of one task. The ranks share the work and get the same result.
+
+    `sampled` is the accuracy reward of sampled completions, what GRPO optimises; `greedy` that of
+    greedy ones; `format` the format reward of the sampled ones. Each further part of
+    rewards.REWARD_PARTS that is not train_only follows, of the sampled ones.
+    """
+    greedy, sampled = [], []  # the reward parts of each completion
+    for start in range(rank() * batch_size, len(samples), world_size() * batch_size):
+        batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+        texts = predict(sampler, batch, max_new_tokens)
+        greedy += score_all(texts, batch, reward_models)
+        texts = predict(sampler, batch, max_new_tokens, DRAWS, temperature, first=start)
+        sampled += score_all(texts, batch, reward_models)
+    greedy, sampled = mean_parts(greedy), mean_parts(sampled)
+    return {"sampled": sampled.pop("accuracy"), "greedy": greedy["accuracy"],
+            "format": sampled.pop("format"), **sampled}
+
+
+def score_all(texts: Sequence[Sequence[str]], samples: Sequence[Sample],
+              reward_models: Mapping[str, Sbert | Sam | None]) -> list[dict[str, float]]:
+    """The reward parts of every completion; `texts` has the completions of each sample."""
+    return [score_completion(text, sample, **reward_models)
+            for sample, group in zip(samples, texts) for text in group]
+
+
+def mean_parts(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each reward part over all ranks' completions."""
+    parts = list(chain(*all_gather_object(parts)))
+    means = {}
+    for name, part in REWARD_PARTS.items():
+        # Sorted, so that the sum rounds the same on any number of ranks
+        values = sorted(p[name] for p in parts if name in p)
+        if values and not part.train_only:
+            means[name] = float(np.mean(values))
+    return means

@@ -1,0 +1,252 @@
+"""What has been published: the rows of the papers' tables, and EarthDial's released answers.
+
+Sources: GeoVLM-R1 (arXiv 2509.25026, tables of its project page; all its benchmarks), Geo-R1
+few-shot (arXiv 2509.21976, table 2) and Geo-R1 cross-view (arXiv 2510.00072). The tables call token
+recall accuracy and box precision mAP@0.5; here the columns have the names of benchmarks.py.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from boxes import format_boxes
+from readers.box_formats import plain_text
+from readers.json_records import iter_json_records
+from runtime.errors import UserError
+from sample import Sample
+
+TEXT = ("rouge1", "rougeL", "meteor")
+BOX_PRECISION = tuple(f"box_precision@0.5_{subset}"
+                      for subset in ("small", "medium", "large", "single", "multiple"))
+BOX_ACCURACY = tuple(f"accuracy@{t}{subset}"
+                     for subset in ("_unique", "_non-unique", "") for t in (0.5, 0.7))
+
+
+def parse_table(task: str, scores: tuple[str, ...], text: str) -> dict[str, tuple]:
+    """A table as printed: a line of benchmarks, then a line for each model; columns are separated
+    by two or more blanks, the scores in a cell by slashes."""
+    (_, *benchmarks), *lines = (re.split(r"\s{2,}", line.rstrip())
+                                for line in text.strip("\n").split("\n"))
+    rows = {benchmark: {} for benchmark in benchmarks}
+    for model, *cells in lines:
+        for benchmark, cell in zip(benchmarks, cells, strict=True):
+            if cell != "-":
+                rows[benchmark][model] = tuple(map(float, cell.split("/")))
+    return {benchmark: (task, scores, rows[benchmark]) for benchmark in benchmarks}
+
+
+# benchmark -> (task, names of its scores, {model: values in percent})
+BENCHMARKS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[float, ...]]]] = {
+    **parse_table("cls", ("token_recall",), """
+               aid    ucm    whu19  fmow
+GPT-4o         74.73  88.76  91.14  21.43
+Qwen2.5-VL-3B  58.27  60.86  78.21  34.36
+GeoChat        72.03  84.43  80.09  59.20
+EarthDial      88.76  92.42  96.21  70.03
+GeoVLM-R1      88.46  97.81  97.91  76.93"""),
+    **parse_table("mlc", ("token_recall",), """
+               bigearthnet
+GPT-4o         49.00
+Qwen2.5-VL-3B  24.75
+GeoChat        20.35
+EarthDial      73.03
+GeoVLM-R1      80.91"""),  # EarthDial's own paper says 68.82
+    **parse_table("cls", ("token_recall",), """
+               xbd-region1  xbd-region2  xbd-image1  xbd-image2  xbd-image3
+GPT-4o         51.68        71.62        67.95       75.45       70.41
+Qwen2.5-VL-3B  71.19        59.69        51.44       56.16       41.26
+GeoChat        25.30        57.65        53.32       52.19       49.51
+EarthDial      53.70        83.09        96.37       82.85       54.01
+GeoVLM-R1      81.36        83.55        98.93       86.39       68.60"""),
+    **parse_table("det", BOX_PRECISION, """
+              geochat-det                    nwpu-det
+GeoChat       2.9/13.6/21.7/16/4.3           2.5/3.2/14.7/13.23/1.9
+EarthDial     11.43/31.76/39.07/34.29/13.41  11.66/14.21/23.12/25.37/8.9
+GeoVLM-R1     36.02/54.72/55.03/57.1/35.04   34.44/48.76/64.91/55.97/41.45"""),
+    **parse_table("det", ("box_precision@0.5", "box_precision@0.25"), """
+              xbd-det      xbd-refer
+GPT-4o        .2/2.15      -
+GeoChat       1.15/7.2     .2/3.09
+EarthDial     7.6/21.11    5.1/13.09
+GeoVLM-R1     38.15/48.13  24.52/34.52"""),
+    **parse_table("rcap", TEXT, """
+              geochat-rcap       nwpu-rcap
+GPT-4o        9.41/7.6/8.02      17.68/11.81/9.63
+GeoChat       72.77/72.74/61.9   62.02/62.02/53.31
+EarthDial     73.38/73.34/62.72  72.14/72.14/60.01
+GeoVLM-R1     75.92/75.9/66.43   72.10/72.10/55.49"""),
+    **parse_table("ground", ("box_precision@0.5", "box_precision@0.25", *TEXT), """
+              nwpu-ground
+GPT-4o        .7/6.1/14.72/10.82/9.41
+GeoChat       2.2/15.27/21.46/20.74/21.38
+EarthDial     17.07/41.00/27.05/26.35/23.12
+GeoVLM-R1     38.74/61.45/31.31/30.08/26.10"""),
+    **parse_table("change", TEXT, """
+               dubai-cc           levir-mci          muds               sysu               xbd-caption
+GPT-4o         8.81/7.45/18.68    10.33/8.4/22.05    14.18/11.02/20.92  16.48/12.32/17.49  14.21/10.35/19.52
+Qwen2.5-VL-3B  14.41/13.62/27.59  12.27/10.11/26.11  12.13/9.30/18.22   13.61/10.34/16.06  11.98/8.12/19.94
+GeoChat        14.21/14.19/28.91  17.15/35.42/12.35  12.28/12.23/15.98  13.45/12.02/13.96  14.18/10.67/12.20
+EarthDial      31.94/30.66/55.83  33.78/30.47/74.80  28.16/24.03/33.56  18.03/17.42/14.98  87.26/87.26/88.53
+GeoVLM-R1      36.60/34.15/61.22  37.85/34.02/73.56  34.07/27.65/45.94  19.64/18.46/15.45  92.26/92.26/93.37"""),
+    # On LEVIR-MCI the table prints a ROUGE-L above the ROUGE-1 for GeoChat.
+    **parse_table("cap", TEXT, """
+               nwpu-captions      rsicd              rsitmd
+GPT-4o         19.43/14.86/28.16  20.53/15.59/26.03  18.31/14.22/24.83
+Qwen2.5-VL-3B  18.82/14.72/26.79  21.37/16.42/26.53  18.79/15.02/25.05
+GeoChat        14.86/12.54/15.21  13.48/11.59/12.39  13.41/11.50/12.33
+EarthDial      45.84/39.96/80.61  33.77/27.61/56.18  26.74/21.72/34.06
+GeoVLM-R1      46.94/40.96/82.00  34.64/28.63/56.54  30.62/25.39/39.07"""),
+    **parse_table("vqa", ("presence", "comp", "rural_urban", "average"), """
+               rsvqa-lr
+Qwen2.5-VL-3B  59.59/75.04/63/68.40
+GeoChat        91.09/90.33/94/90.70
+EarthDial      92.58/92.75/94/92.70
+GeoVLM-R1      91.81/93.20/96/92.66"""),
+    **parse_table("vqa", ("presence", "comp", "average"), """
+               rsvqa-hr
+Qwen2.5-VL-3B  59.89/72.26/66.81
+GeoChat        58.45/83.19/72.30
+EarthDial      58.89/83.11/72.45
+GeoVLM-R1      66.38/82.26/75.27"""),
+    **parse_table("rec", BOX_ACCURACY, """
+                           vrsbench
+GeoChat, 36313 samples     57.40/22.60/44.50/18.00/49.80/19.90
+Qwen2.5-VL-3B              43.10/25.10/33.46/18.01/37.48/20.97
+Qwen2.5-VL-3B, thinking    46.18/26.90/35.22/18.87/39.79/22.22
+SFT, 36313 samples         66.54/36.77/60.32/36.30/62.91/36.50
+SFT, 1 shot                34.32/18.87/31.62/16.35/32.75/17.40
+SFT, 5 shots               36.98/16.61/33.94/17.17/35.21/16.94
+SFT, 10 shots              41.81/18.59/35.78/17.20/38.29/17.78
+Geo-R1 (GRPO), 1 shot      52.17/31.18/41.21/23.04/45.78/26.43
+Geo-R1 (DAPO), 1 shot      51.72/31.68/42.13/24.50/46.13/27.50
+Geo-R1 (GRPO), 5 shots     54.11/31.35/42.98/23.98/47.62/27.06
+Geo-R1 (DAPO), 5 shots     55.73/32.19/44.19/24.86/49.00/27.92
+Geo-R1 (GRPO), 10 shots    57.27/35.61/45.81/27.03/50.59/30.61
+Geo-R1 (DAPO), 10 shots    59.49/37.11/47.91/28.07/52.74/31.84"""),
+    **parse_table("pair", ("accuracy",), """
+               cross-view
+Qwen2.5-VL-7B  19.0
+Geo-SFT        23.1
+Geo-R1-Zero    78.1
+Geo-R1         82.4"""),
+}
+
+
+def table(benchmark: str, scores: dict[str, float]) -> str:
+    """The published rows of a benchmark and one of `scores` (values in [0, 1]), in percent."""
+    _, names, rows = BENCHMARKS[benchmark]
+    this_run = tuple(100 * scores[name] if name in scores else None for name in names)
+    lines = [(benchmark, *names)]
+    for model, values in (rows | {"this run": this_run}).items():
+        lines.append((model, *("-" if value is None else f"{value:.2f}" for value in values)))
+    first, *widths = (max(map(len, column)) for column in zip(*lines))
+    return "\n".join("  ".join([model.ljust(first), *map(str.rjust, cells, widths)])
+                     for model, *cells in lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# EarthDial's released answers
+
+# The first of these keys that a record has -> (key of its target, key of its subset, its tasks)
+RESULTS = {
+    "gt_bbox": ("gt_bbox", "size_group", ("det",)),
+    "obj_ids": ("groundtruth", None, ("ground",)),
+    "vqa_type": ("annotation", "vqa_type", ("vqa",)),
+    "task_type": ("annotation", None, ("rcap",)),
+    "annotation": ("annotation", None, ("cls", "mlc")),
+    "caption0": ("caption0", None, ("cap", "change", "cls", "det")),
+}
+ORIENTED_BOX = re.compile(r"(\[\s*\d+(?:\s*,\s*\d+){3}\s*,\s*)-?(\d+)\s*\]")  # group 2: theta
+LABEL_COMMA = re.compile(r",(?!\s*(?:with significant|dunes|sands))\s*")  # not within a label
+
+
+def read_earthdial_results(path: Path, task: str) -> tuple[list[Sample], list[str]]:
+    """Samples (without images, boxes on the 0-100 grid) and answers of a result file that EarthDial
+    released, in its original layout.
+
+    What EarthDial's scorers leave out is left out, and counted on stderr. Raises UserError for a
+    record that cannot be scored.
+    """
+    samples, answers, left_out = [], [], Counter()
+    for source, row in iter_json_records(path):
+        kind = result_kind(row, source, task)
+        key, subset, _ = RESULTS[kind]
+        texts = [row[key].strip()]
+        boxes, choices = (), ()
+        if task in ("det", "ground"):
+            boxes = parse_gt_boxes(row[kind], source, left_out)
+        if task == "ground" and len(boxes) >= 50:
+            left_out["descriptions of 50 boxes or more"] += 1
+            continue
+        if task == "det":
+            texts = [format_boxes(boxes, 100)]
+        elif kind == "caption0":
+            texts = [text for i in range(5) for text in captions(row.get(f"caption{i}"), source)]
+        if task == "mlc":
+            listed = re.search(r"\?\s*(.+?)\.\s*Answer", row["question"])
+            choices = tuple(LABEL_COMMA.split(listed[1])) if listed else ()
+        if not any(texts):
+            raise UserError(f"{source}: `{key}` is empty: nothing to score the answer against")
+        samples.append(Sample(
+            source, task, (), plain_text(row["question"]), texts[0], 100, boxes, choices=choices,
+            gt_texts=tuple(texts) if len(texts) > 1 else (), subset=row[subset] if subset else ""))
+        answers.append(turn_clockwise(row["answer"], task, kind))
+    if not samples:
+        raise UserError(f"{path}: no results")
+    if left_out:
+        notes = ", ".join(f"{n} {what}" for what, n in left_out.items())
+        print(f"{path}: left out as by EarthDial's scorers: {notes}", file=sys.stderr)
+    return samples, answers
+
+
+def result_kind(row: object, source: str, task: str) -> str:
+    """Which key of RESULTS the record has. Raises UserError if there is none, if it is not of this
+    task, or if a field is missing."""
+    kind = next((key for key in RESULTS if isinstance(row, dict) and key in row), None)
+    if kind is None:
+        raise UserError(f"{source}: no result of EarthDial's, it has none of the keys "
+                        f"{', '.join(RESULTS)}")
+    key, subset, tasks = RESULTS[kind]
+    if task not in tasks:
+        raise UserError(f"{source}: a result with `{kind}` is scored with --task "
+                        f"{' or '.join(tasks)}, not {task}")
+    for name in ("question", "answer", kind, key, subset or key):
+        if not isinstance(row.get(name), str):
+            raise UserError(f"{source}: `{name}` is missing or no text")
+    return kind
+
+
+def turn_clockwise(answer: str, task: str, kind: str) -> str:
+    """The answer with each theta negated: EarthDial's scorers ignore its sign and turn a box
+    counter-clockwise on the screen, a Sample clockwise. xBD's scorer takes each for 0."""
+    if task == "det" and kind == "caption0":
+        return ORIENTED_BOX.sub(r"\g<1>0]", answer)
+    return ORIENTED_BOX.sub(r"\1-\2]", answer) if task in ("det", "ground") else answer
+
+
+def parse_gt_boxes(text: str, source: str, left_out: Counter) -> tuple:
+    """The boxes of a target such as `[[x1, y1, x2, y2, theta]][[..]]`, theta negated. EarthDial's
+    parser knows neither a minus sign nor a point, so its scores are without boxes that begin
+    outside the image."""
+    boxes = [inner for inner in re.findall(r"\[([^\[\]]*)\]", text) if inner.strip()]
+    for box in boxes or [text.strip("[] ")]:
+        if box and not re.fullmatch(r"\s*-?[\d.]+(\s*,\s*-?[\d.]+){4}\s*", box):
+            raise UserError(f"{source}: the target {box[:60]!r} is no box of five numbers")
+    kept = [box for box in boxes if "-" not in box and "." not in box]
+    if len(kept) < len(boxes):
+        left_out["boxes with a minus sign or a point"] += len(boxes) - len(kept)
+    numbers = [tuple(map(float, box.split(","))) for box in kept]
+    return tuple((x1, y1, x2, y2, 0 - theta) for x1, y1, x2, y2, theta in numbers)
+
+
+def captions(text: object, source: str) -> list[str]:
+    """The captions in one field: none, one, or a JSON list as in SYSU's. (EarthDial's scorer took
+    the METEOR of SYSU's raw field, with brackets and quotes.)"""
+    try:
+        texts = json.loads(text) if text and text.startswith("[") else [text or ""]
+        return [t.strip() for t in texts if t.strip()]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{source}: the caption {str(text)[:60]!r} is neither a text nor a JSON "
+                        f"list of texts ({error})")
