@@ -1,1 +1,1 @@
-"""The embedded default: a small checkpoint (README.md), and the scenes it was trained on (scenes.py)."""
+"""The embedded default: the checkpoint, its architecture from scratch, and the scenes."""

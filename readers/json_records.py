@@ -1,0 +1,506 @@
+"""Records of JSON files, EarthDial shards and parquet -> Samples. The format is detected from the
+keys of a record.
+
+A format is one reader and one line of the table RECORDS at the end.
+"""
+
+import io
+import json
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from boxes import clip_and_round, convert_box, format_json
+from readers.box_formats import (
+    BOX_RUN,
+    CLOSED_QUESTION,
+    GRID,
+    NUMBER,
+    TASK_MARK,
+    bounding_box,
+    make_sample,
+    min_area_rect,
+    parse_grid_boxes,
+    phrase_to_question,
+    plain_text,
+    sample_from_text,
+    sample_per_class,
+    split_reasoning,
+    tasks_of_question,
+)
+from runtime.errors import UserError, first_line
+from sample import INSTRUCTIONS, Sample, load_gt_mask, read_image_size
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's
+SPLITS = {"": "", "train": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "test"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+@contextmanager
+def user_error_on(expected: str, source: str) -> Iterator[None]:
+    """Turns an error in reading into a UserError of one line: `source` is not `expected`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
+        raise UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it") from error
+
+
+def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """("file:record", value) of each record of a JSON array or of JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})")
+
+    def parse(text: str, place: str) -> object:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+            if not place and isinstance(error, json.JSONDecodeError):
+                place = f"line {error.lineno}"
+            raise UserError(f"{path}: {place or 'array'}: not valid JSON ({error})")
+
+    if text.lstrip().startswith("["):
+        for i, value in enumerate(parse(text, "")):
+            yield f"{path}: record {i}", value
+    else:
+        for i, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028 too
+            if line.strip():
+                yield f"{path}: line {i}", parse(line, f"line {i}")
+
+
+def read_json(path: Path) -> list[tuple[str, object]]:
+    """("file:record", value) of each record of a JSON array or of JSON lines.
+
+    A file whose first line is `{`, as of LEVIR-CC and many COCO files, holds one object.
+    """
+    with user_error_on("a JSON document", str(path)), path.open("rb") as file:
+        if file.readline().strip() == b"{":
+            return [(str(path), json.loads(path.read_text(encoding="utf-8")))]
+    return list(iter_json_records(path))
+
+
+def iter_table_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file: row", row) of an EarthDial shard (`datasets.save_to_disk`) or of parquet. Images are
+    {"bytes", "path"}."""
+    try:
+        import datasets
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: to read it, pip install datasets")
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    splits = {file.name.split("-")[0] for file in files}
+    splits = splits or {file.parent.name for file in path.glob("*/dataset_info.json")}
+    if len(splits) > 1 or splits and not files:
+        raise UserError(f"{path}: holds the splits {', '.join(sorted(splits))}; "
+                        "name the file or folder of one of them")
+    with user_error_on("a table that datasets can read", str(path)):
+        tables = [parquet.read_table(file) for file in files]
+        tables = tables or [datasets.load_from_disk(str(path)).with_format("arrow")[:]]
+    batches = (batch for table in tables for batch in table.to_batches(1000))
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for i, row in enumerate(rows):
+        source = f"{path}: row {i}"
+        if "conversations" in row:
+            with user_error_on("a row of a shard, with its `conversations` as JSON", source):
+                row["conversations"] = json.loads(row["conversations"])
+        yield source, row
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+def image_of_cell(cell: dict) -> Image.Image:
+    """An image of a table, not decoded yet. Its `filename` is a hash of its content."""
+    image = Image.open(io.BytesIO(cell["bytes"]))
+    image.filename = f"{zlib.crc32(cell['bytes']):08x}"
+    return image
+
+
+def images_of(source: str, record: dict, folder: Path) -> tuple:
+    """The record's images in order: paths below the folder, or PIL images of a table."""
+    names = [record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
+    names = names or record.get("image") or record.get("images")
+    names = names if isinstance(names, list) else [names]
+    valid = [isinstance(name, str) or isinstance(name, dict) and "bytes" in name for name in names]
+    if not names or not all(valid):
+        raise UserError(f"{source}: `image` is neither a file name nor a list of file names")
+    return tuple(folder / n if isinstance(n, str) else image_of_cell(n) for n in names)
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """folder / name. If the name has no extension or a wrong one (GeoChat-Bench's aid.jsonl), the
+    image of the same stem."""
+    stem = name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
+    paths = [folder / name, *(folder / f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES)]
+    return next((path for path in paths if path.is_file()), folder / name)
+
+
+def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
+    """(width, height) of the first image. Reads the headers of all, to find a missing one early."""
+    sizes = [image.size if isinstance(image, Image.Image) else read_image_size(image, source)
+             for image in images]
+    return sizes[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# From a file to its records
+
+def read_records(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+    """Samples of a JSON array or document, JSON lines, an EarthDial shard or parquet."""
+    folder = images or path.parent
+    is_table = path.is_dir() or path.suffix == ".parquet"
+    records = list(iter_table_rows(path)) if is_table else read_json(path)
+    if len(records) == 1 and isinstance(records[0][1], dict) and not format_of(records[0][1]):
+        source, document = records[0]
+        with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
+            records = list(records_of_document(path, document, skipped))
+    options = {
+        read_conversation: {"marked": any(has_task_mark(record) for _, record in records)},
+        read_benchmark: {"rsvqa_answers": cache(lambda: read_rsvqa_answers(folder))},  # read once
+    }
+    for source, record in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{source}: expected an object, found {type(record).__name__}")
+        if not format_of(record):
+            raise UserError(f"{source}: no known format has the keys {', '.join(record)}")
+        _, name, tasks, reader = format_of(record)
+        if task not in tasks:
+            raise UserError(f"{source}: {name} serves {', '.join(tasks)}, not {task}")
+        with user_error_on(name, source):
+            yield from reader(source, record, task, image_size, folder, skipped,
+                              **options.get(reader, {}))
+
+
+def format_of(record: dict) -> tuple | None:
+    """The line of RECORDS for a record."""
+    return next((line for line in RECORDS if line[0] <= record.keys()), None)
+
+
+def has_task_mark(record: object) -> bool:
+    """Whether a turn of a conversation begins with GeoChat's mark of a task."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    return isinstance(turns, list) and any(
+        TASK_MARK.match(str(turn.get("value"))) for turn in turns if isinstance(turn, dict))
+
+
+def records_of_document(path: Path, document: dict, skipped: Counter) -> Iterator[tuple[str, dict]]:
+    """The records of a document that keeps them in several lists, joined by their ids."""
+    if "questions" in document:  # RSVQA
+        answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
+        active = [q for q in document["questions"] if q.get("active", True)]
+        if len(active) < len(document["questions"]):
+            inactive = len(document["questions"]) - len(active)
+            skipped["questions of other splits left out"] += inactive
+        for q in active:
+            answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
+            yield f"{path}: question {q['id']}", q | answer
+    elif "annotations" in document:  # COCO
+        names = {c["id"]: c["name"] for c in document["categories"]}
+        objects = defaultdict(list)
+        for a in document["annotations"]:
+            objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))
+        for image in document["images"]:
+            yield f"{path}: image {image['id']}", image | {"objects": objects[image["id"]]}
+    elif "images" in document:  # Karpathy
+        for i, image in enumerate(document["images"]):
+            yield f"{path}: image {i}", image
+    elif all(isinstance(rows, list) for rows in document.values()):  # NWPU-Captions
+        for name, rows in document.items():
+            for i, row in enumerate(rows):
+                yield f"{path}: {name} {i}", row | {"category": name}
+    else:
+        raise UserError(f"{path}: no known format has the keys {', '.join(document)}")
+
+
+def read_rsvqa_answers(path: Path) -> dict:
+    """question id -> answer, from an answers JSON of RSVQA or from the only one in a folder."""
+    files = sorted(path.glob("*answers*.json")) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise UserError(f"{path}: holds {len(files)} files *answers*.json, "
+                        "expected RSVQA's one for these questions")
+    with user_error_on("answers of RSVQA", str(files[0])):
+        (_, document), = read_json(files[0])
+        return {a["question_id"]: a["answer"] for a in document["answers"] if a.get("active", True)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Readers: (source, record, task, image_size, folder of the images, skipped) -> Samples
+
+def read_conversation(source: str, record: dict, task: str, image_size: int, folder: Path,
+                      skipped: Counter, marked: bool) -> Iterator[Sample]:
+    """2U1, VLM-R1, GeoChat_Instruct, VRSBench_train and EarthDial's training shards: `image` (one
+    name or several, or image columns) and `conversations`, in turn human and gpt.
+
+    marked  GeoChat mixes tasks in one file and marks the turns: only those of the task are taken,
+            and the others are counted. In other files every turn belongs to the task.
+    """
+    images, turns = images_of(source, record, folder), record["conversations"]
+    if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        raise UserError(f"{source}: `conversations` is not a list of objects with a text `value`")
+    wrong_role = any(turn.get("from") in ("gpt", "assistant", "system") for turn in turns[::2])
+    if len(turns) < 2 or len(turns) % 2 or wrong_role:
+        raise UserError(
+            f"{source}: `conversations` has {len(turns)} turns, expected question and answer in "
+            "pairs, `from` human and gpt in turn, without a system turn")
+    split = SPLITS.get(str(record.get("split") or "").lower())
+    if split is None:
+        raise UserError(f"{source}: its `split` is {record['split']!r}, "
+                        "expected train, val or test")
+    n_marks = turns[0]["value"].count("<image>")
+    # Images of a table are not checked: xBD's shards have one <image> mark for two of them.
+    if n_marks and n_marks != len(images) and isinstance(images[0], Path):
+        raise UserError(f"{source}: {n_marks} <image> marks for {len(images)} images")
+
+    category = str(record.get("category") or "")
+    size = None
+    for i in range(0, len(turns), 2):
+        question, target = turns[i]["value"], turns[i + 1]["value"]
+        if marked and task not in tasks_of_question(question, target):
+            skipped["turns with the mark of another task, such as [vqa], left out"] += 1
+            continue
+        size = size or first_image_size(images, source)
+        think, gt_answer = split_reasoning(target)
+        turn_source = f"{source}, turn {i // 2}" if len(turns) > 2 else source
+        yield from sample_from_text(
+            turn_source, task, image_size, images, size, question, [gt_answer], skipped, think=think,
+            category=category, split=split)
+
+
+def read_earthdial(source: str, row: dict, task: str, image_size: int, folder: Path,
+                   skipped: Counter) -> Iterator[Sample]:
+    """EarthDial's evaluation rows, of its shards or as JSON: `question`, target texts under one of
+    the keys below, and `size_group` or `ttype`. Values may be JSON-quoted.
+
+    Boxes are `[[x1, y1, x2, y2, theta]]...` on the 0-100 grid. theta is read as clockwise on the
+    screen, as in GeoChat, where these boxes come from. EarthDial's scorer rotates the other way.
+    """
+    keys = ("gt_bbox", "groundtruth", "annotation", "groundtruth0", "caption0")
+    key = next((key for key in keys if key in row), None)
+    if not key or not isinstance(row["question"], str):
+        raise UserError(f"{source}: a row of EarthDial needs a text as `question` and a target "
+                        "such as `groundtruth`")
+
+    def unquoted(key: str) -> str:
+        return str(row.get(key) or "").strip('"')
+
+    question = row["question"].strip('"')
+    others = [unquoted(f"{key[:-1]}{i}") for i in range(1, 5)]  # caption1 .. caption4
+    gt_texts = [unquoted(key), *filter(None, others)]
+    if gt_texts[0].startswith('["'):  # SYSU's lists
+        gt_texts = json.loads(gt_texts[0])
+    tasks = ("cls", "mlc", "cap", "change", "vqa")
+    if key == "gt_bbox":
+        tasks = ("det", "rec")
+    elif TASK_MARK.match(question):
+        tasks = tasks_of_question(question, gt_texts[0])
+    if task not in tasks:
+        raise UserError(f"{source}: a row with `{key}` and this question serves "
+                        f"{', '.join(tasks)}, not {task}")
+
+    images, boxes = images_of(source, row, folder), []
+    if task in ("det", "rec"):
+        brackets = re.findall(r"\[([^\[\]]+)\]", gt_texts[0])
+        boxes = [[float(v) for v in re.findall(NUMBER, text)] for text in brackets]
+        if not boxes or any(len(values) != 5 for values in boxes):
+            raise UserError(f"{source}: `{key}` {row[key]!r} holds no boxes of five numbers")
+        boxes = [convert_box(box, GRID, (image_size, image_size)) for box in boxes]
+        before, tag, _ = question.partition("<ref>")
+        if tag and not plain_text(before):  # NWPU: a phrase, not a question
+            question = phrase_to_question(task, plain_text(question))
+    subset = "" if task == "ground" else unquoted("size_group")
+    if task == "vqa":
+        subset = unquoted("ttype") or unquoted("vqa_type")
+    size = first_image_size(images, source)
+    yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, skipped,
+                                boxes, subset=subset, category=unquoted("category"))
+
+
+def read_benchmark(source: str, row: dict, task: str, image_size: int, folder: Path,
+                   skipped: Counter, rsvqa_answers: Callable[[], dict]) -> Iterator[Sample]:
+    """GeoChat-Bench and VRSBench_EVAL_*: `image_id` or `image`, `question` or `text`, and
+    `ground_truth`: polygons in pixels, a box of the grid, or a text.
+
+    `obj_corner`, in fractions of the image's sides, is preferred to a box of the grid. lrben and
+    hrben have no ground truth: RSVQA's answers JSON has to be in the images' folder.
+    grounding_description has no boxes, so it serves cap.
+    """
+    question = str(row.get("question") or row.get("text") or "Describe the image.")
+    truth = row.get("ground_truth", row.get("description"))
+    has_boxes = isinstance(truth, list) or bool(parse_grid_boxes(str(truth), image_size))
+    if has_boxes:
+        tasks = ("det", "rec")
+    elif BOX_RUN.search(question):
+        tasks = ("rcap",)
+    elif truth is not None and ("description" in row or "caption" in str(row.get("type"))):
+        tasks = ("cap",)
+    elif truth is not None and "type" not in row and CLOSED_QUESTION.search(question):
+        tasks = ("cls",)
+    else:
+        tasks = ("vqa",)
+    if task not in tasks:
+        raise UserError(f"{source}: this row of a benchmark serves {', '.join(tasks)}, not {task}")
+
+    images = (find_image(folder, str(row.get("image_id") or row["image"])),)
+    size, boxes = first_image_size(images, source), []
+    if has_boxes:
+        polygons = []  # (4, 2) each, in fractions of the image's sides
+        if isinstance(truth, list):
+            polygons = [np.reshape(polygon, (4, 2)) / size for polygon in truth]
+        if row.get("obj_corner"):
+            polygons = [np.reshape(row["obj_corner"], (4, 2))]
+        to_box = min_area_rect if task == "det" else bounding_box
+        boxes = [to_box(polygon * image_size) for polygon in polygons]
+    if truth is None:
+        truth = rsvqa_answers()[row["question_id"]]
+    gt_answer = str(truth)
+    if task == "cls":
+        gt_answer = gt_answer.removesuffix("gt")  # aid.jsonl has MediumResidentialgt
+    if "unique" in row:
+        subset = "unique" if row["unique"] else "non-unique"
+    else:
+        subset = row.get("size_group")
+        if task == "vqa":
+            subset = subset or row.get("category") or row.get("type")
+    if has_boxes or task == "rcap":
+        question = phrase_to_question(task, question)
+    category = str(row.get("obj_cls") or "")
+    yield from sample_from_text(source, task, image_size, images, size, question, [gt_answer],
+                                skipped, boxes, subset=str(subset or ""), category=category)
+
+
+def read_rsvqa(source: str, row: dict, task: str, image_size: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+    """RSVQA: a question with its answer; images in Images*/<img_id>.png, .tif or .jpg."""
+    inner = next((path for path in sorted(folder.glob("Images*")) if path.is_dir()), folder)
+    images = (find_image(inner, f"{row['img_id']}.png"),)
+    size = first_image_size(images, source)
+    gt_texts = [str(row["answer"])]
+    yield from sample_from_text(source, task, image_size, images, size, row["question"], gt_texts,
+                                skipped, subset=row["type"], category=row["type"])
+
+
+def read_few_shot(source: str, row: dict, task: str, image_size: int, folder: Path,
+                  skipped: Counter) -> Iterator[Sample]:
+    """Geo-R1's VRSBench-FS, parquet or JSON: `problem`, and `answer` or `solution` as x1, y1, x2,
+    y2 in pixels."""
+    images = images_of(source, row, folder)
+    values = [float(v) for v in row.get("solution") or row["answer"]]
+    size = first_image_size(images, source)
+    box = convert_box(values[:4], size, (image_size, image_size))
+    subset = ""
+    if "is_unique" in row:
+        is_unique = str(row["is_unique"]).lower() in ("true", "1", "unique")
+        subset = "unique" if is_unique else "non-unique"
+    category = str(row.get("category") or "")
+    yield from sample_from_text(source, task, image_size, images, size, row["problem"], [""],
+                                skipped, [box], subset=subset, category=category)
+
+
+def read_captions(source: str, row: dict, task: str, image_size: int, folder: Path,
+                  skipped: Counter) -> Iterator[Sample]:
+    """Several captions of an image or a change: `sentences` in Karpathy's layout (RSICD, RSITMD,
+    UCM), with `changeflag` in LEVIR-CC (images/<filepath>/{A,B}), `raw`, `raw_1` .. in
+    NWPU-Captions, `captions` in RSICD's captions on AID."""
+    name = row.get("filename") or row["image"]
+    serves = "change" if "changeflag" in row else "cap"
+    if task != serves:
+        raise UserError(f"{source}: these captions serve {serves}, not {task}")
+    gt_texts = [row[key] for key in row if key.startswith("raw")] or row.get("captions")
+    gt_texts = gt_texts or [sentence["raw"] for sentence in row["sentences"]]
+    if task == "change":
+        images = tuple(folder / "images" / row["filepath"] / date / name for date in "AB")
+        question = "What has changed from the first image to the second?"
+        category = "change" if row["changeflag"] else "no change"
+    else:
+        category = row.get("category") or Path(name).parent.name
+        question = "Describe the image."
+        image = folder / category / name
+        images = (image if image.is_file() else folder / name,)
+    size = first_image_size(images, source)
+    yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, skipped,
+                                category=category, split=str(row.get("split") or ""))
+
+
+def read_coco(source: str, row: dict, task: str, image_size: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+    """NWPU-FS and other COCO JSON: an image with its `objects`, x, y, width, height in pixels."""
+    image = folder / row["file_name"]
+    size = read_image_size(image, source)
+    objects = [(label, convert_box((x, y, x + w, y + h), size, (image_size, image_size)))
+               for label, (x, y, w, h) in row["objects"]]
+    yield from sample_per_class(source, task, image_size, (image,), objects, skipped)
+
+
+def read_mask(source: str, row: dict, task: str, image_size: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+    """EarthReason in Geo-R1's form: `problem` (one or several) and `mask`, non-zero on the target.
+
+    The answer has a box and two points for each connected piece of at least 1% of the mask.
+    """
+    images, mask = images_of(source, row, folder), row["mask"]
+    mask = image_of_cell(mask) if isinstance(mask, dict) else folder / mask
+    first_image_size((*images, mask), source)
+    gt_mask = load_gt_mask(Sample(source, task, images, "", "", image_size, gt_mask=mask))
+    pieces, _ = ndimage.label(gt_mask)  # (image_size, image_size): 0, or the number of the piece
+    gt_boxes, instances = [], []
+    for i, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
+        piece = pieces[rows, columns] == i
+        if piece.sum() < gt_mask.sum() / 100:
+            continue
+        box = (columns.start, rows.start, columns.stop, rows.stop, 0)
+        point1, point2 = ([columns.start + x, rows.start + y] for x, y in inner_points(piece))
+        gt_boxes.append(box)
+        instances.append({"bbox_2d": clip_and_round(box, image_size),
+                          "keypoint1": point1, "keypoint2": point2})
+    problems = row["problem"] if isinstance(row["problem"], list) else [row["problem"]]
+    category = str(row.get("category") or "")
+    for i, problem in enumerate(problems):
+        problem_source = f"{source}, question {i}" if len(problems) > 1 else source
+        yield make_sample(problem_source, task, image_size, images, problem, format_json(instances),
+                          gt_boxes, gt_mask=mask, category=category)
+
+
+def inner_points(piece: np.ndarray) -> list[tuple[int, int]]:
+    """Two points (x, y) of a mask (H, W): its innermost pixel, and the innermost of the pixels that
+    are at least as far from it as its edge is (the same pixel if there are none)."""
+    depth = ndimage.distance_transform_edt(np.pad(piece, 1))  # distance to the edge
+    y1, x1 = y2, x2 = np.unravel_index(depth.argmax(), depth.shape)
+    y, x = np.indices(depth.shape)
+    outer_depth = np.where(np.hypot(y - y1, x - x1) >= depth.max(), depth, 0)
+    if outer_depth.any():
+        y2, x2 = np.unravel_index(outer_depth.argmax(), depth.shape)
+    return [(int(x1 - 1), int(y1 - 1)), (int(x2 - 1), int(y2 - 1))]  # without the padding
+
+
+# (keys of a record, name, the tasks that it may serve, its reader); first match counts
+RECORDS = (
+    ({"conversations"}, "a record of conversations",
+     tuple(task for task in INSTRUCTIONS if task not in ("ovd", "seg")), read_conversation),
+    ({"problem", "mask"}, "a record of EarthReason", ("seg",), read_mask),
+    ({"problem", "solution"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),
+    ({"problem", "answer"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),
+    ({"file_name", "objects"}, "an image of COCO", ("ovd", "det"), read_coco),
+    ({"img_id", "question"}, "a question of RSVQA", ("vqa",), read_rsvqa),
+    ({"image", "captions"}, "a record of captions", ("cap",), read_captions),
+    ({"filename", "sentences"}, "an image of Karpathy's captions",
+     ("cap", "change"), read_captions),
+    ({"filename", "raw"}, "an image of NWPU-Captions", ("cap",), read_captions),
+    ({"image_id"}, "a row of GeoChat-Bench or VRSBench",
+     ("det", "rec", "rcap", "cap", "vqa"), read_benchmark),
+    ({"question_id", "image"}, "a row of GeoChat-Bench", ("cls", "vqa"), read_benchmark),
+    ({"question"}, "a row of EarthDial",
+     ("cls", "mlc", "det", "rcap", "ground", "cap", "change", "vqa", "rec"), read_earthdial),
+)
