@@ -28,12 +28,13 @@ def tiny():
     """(model, processor): random weights and a tokenizer learned from synthetic prompts and targets. Do not change it."""
     import torch
 
-    from data import load, prompt, target
-    from tiny.scratch import scratch
+    from data import load_samples
+    from sample import format_prompt, format_target
+    from tiny.scratch import new_tiny_model
 
     torch.manual_seed(0)
-    samples = [*load("synthetic", "det", 112)[:150], *load("synthetic", "cls", 112)[:50]]
-    return scratch([prompt(s) + target(s) for s in samples])
+    samples = [*load_samples("synthetic", "det", 112)[:150], *load_samples("synthetic", "cls", 112)[:50]]
+    return new_tiny_model([format_prompt(s) + format_target(s) for s in samples])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def rows(file):
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A small file of both tasks, in GeoChat's layout: 40 synthetic scenes, some held out. All boxes are alike: easy to learn."""
-    from data import Scenes
+    from tiny.scenes import Scenes
     folder, records = tmp_path_factory.mktemp("data"), []
     for i in range(40):
         sample = Scenes("cls", 112, seed=1)[i]
@@ -71,7 +72,7 @@ def dataset(tmp_path_factory):
             {"from": "human", "value": "<image>\n[refer] where is <p>the ship</p>?"},
             {"from": "gpt", "value": "{<10><20><60><80>|<0>}"},
             {"from": "human", "value": f"Classify the scene. {sample.question}"},
-            {"from": "gpt", "value": sample.answer}]})
+            {"from": "gpt", "value": sample.gt_answer}]})
     (folder / "data.json").write_text(json.dumps(records))
     return folder / "data.json"
 

@@ -1,43 +1,58 @@
-"""Short runs of both scripts, one after the other in the processes that torchrun starts; tests/test_parallel.py compares them.
+"""Short runs of both training scripts, one after the other, in the processes that torchrun starts;
+tests/test_parallel.py compares them.
 
     torchrun --nproc-per-node 2 tests/several.py MODEL DATA OUT
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import model as qwen
-import parallel
 import train_grpo
 import train_sft
+from runtime import distributed
 
-# AdamW divides a gradient by its own size, so where one is rounding noise a weight moves by the noise times the rate: at
-# 1e-3 three weights of 1.5 million were off by 4e-5. Hence the smaller rates.
-SFT = "--task det,cls --steps 5 --batch 6 --micro-batch 2 --warmup 0 --lr 1e-4 --max-new-tokens 8"
-GRPO = "--task det --steps 8 --prompts 6 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 --beta 0.1 --eval-every 100"
+# AdamW divides a gradient by its own size, so where one is rounding noise a weight moves by the
+# noise times the rate: at 1e-3 three weights of 1.5 million were off by 4e-5. Hence smaller rates.
+SFT = ("--task det,cls --steps 5 --batch 6 --micro-batch 2 --warmup 0 --lr 1e-4 "
+       "--max-new-tokens 8")
+GRPO = ("--task det --steps 8 --prompts 6 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 "
+        "--beta 0.1 --eval-every 100")
+GSPO = ("--clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
+        "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")
 RUNS = {
     "sft": (train_sft, SFT),
     "grpo": (train_grpo, GRPO),
     "dapo": (train_grpo, f"{GRPO} --loss dapo --inner-steps 2 --steps 2 --mask-truncated"),
     "stages": (train_grpo, f"{GRPO} --task cls,det --steps 2 --lr 1e-4"),
-    "gspo": (train_grpo, (f"{GRPO} --loss gspo --clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
-                         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")),
+    "gspo": (train_grpo, f"{GRPO} --loss gspo {GSPO}"),
     "copies": (train_grpo, f"{GRPO} --steps 2 --shard-size 1"),
     "frozen": (train_grpo, f"{GRPO} --freeze vision --steps 2"),
-    "bf16": (train_grpo, f"{GRPO} --steps 2"),  # as on a GPU: float32 weights, bf16 compute, a bf16 copy that generates
+    # as on a GPU: float32 weights, bf16 compute, a bf16 copy that generates
+    "bf16": (train_grpo, f"{GRPO} --steps 2"),
     "lora": (train_grpo, f"{GRPO} --lora 4 --steps 3"),
 }
 
+
+def users_of_compute_dtype():
+    """The modules that imported compute_dtype; a test that replaces it has to do so in all."""
+    function = distributed.compute_dtype
+    return [module for module in list(sys.modules.values())
+            if getattr(module, "__dict__", {}).get("compute_dtype") is function]
+
+
 if __name__ == "__main__":
     model, data, out, *names = sys.argv[1:]
+    modules = users_of_compute_dtype()
     for name in names or RUNS:
         script, flags = RUNS[name]
-        sys.argv = ["script", "--model", model, "--data", data, "--out", f"{out}/{name}", *flags.split()]
-        qwen.compute_dtype = partial(getattr, torch, "bfloat16" if name == "bf16" else "float32")
+        out_flags = ["--model", model, "--data", data, "--out", f"{out}/{name}"]
+        sys.argv = ["script", *out_flags, *flags.split()]
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        for module in modules:
+            module.compute_dtype = lambda dtype=dtype: dtype
         script.main()
-    parallel.finish()
+    distributed.destroy()

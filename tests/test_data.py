@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,24 +13,21 @@ import pytest
 from PIL import Image
 
 import data
+from boxes import convert_box, format_boxes, obb_to_hbb
 from data import (
-    HELDOUT_SEED,
-    BadInput,
-    Sample,
-    Scenes,
-    ahead,
-    as_row,
-    batch,
-    convert_box,
-    from_row,
-    load,
-    load_images,
-    prompt,
+    HELD_OUT_SEED,
+    get_batch,
+    load_samples,
+    prefetch,
     read_source,
-    target,
+    sample_from_row,
+    sample_to_row,
 )
-from rewards import TASKS, box_text, format_reward, horizontal, reward_parts
-from tiny.scenes import LAND, draw, scene
+from rewards import TASKS, format_reward, score_completion
+from runtime.command_line import SEED_LIMIT, non_negative_int
+from runtime.errors import UserError
+from sample import Sample, format_prompt, format_target, load_images
+from tiny.scenes import LAND, Scenes, draw_scene, make_scene
 
 F = 112
 SIZE = (200, 50)  # of the images in `folder`: far from square, so that swapped axes show
@@ -76,8 +74,8 @@ def test_turned_box_stays_turned_only_where_both_axes_scale_alike():
 
 
 def test_answer_holds_whole_pixels_of_the_upright_boxes():
-    assert box_text([(10.4, 10.6, 30, 20, 0), (10, 10, 30, 20, 90)], 112) == "[10,11,30,20],[15,5,25,25]"
-    assert box_text([], 112) == "none"
+    assert format_boxes([(10.4, 10.6, 30, 20, 0), (10, 10, 30, 20, 90)], 112) == "[10,11,30,20],[15,5,25,25]"
+    assert format_boxes([], 112) == "none"
 
 
 def test_images_come_as_rgb_squares_of_the_frame(folder):
@@ -92,7 +90,7 @@ def test_images_come_as_rgb_squares_of_the_frame(folder):
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_prompt_has_one_mark_for_each_image(n):
-    text = prompt(Sample("x", "cls", ("i.png",) * n, "Which class?", "sea", F))
+    text = format_prompt(Sample("x", "cls", ("i.png",) * n, "Which class?", "sea", F))
     assert text.count("<|vision_start|><|image_pad|><|vision_end|>") == text.count("<|image_pad|>") == n
     assert text.index("<|image_pad|>") < text.index("Which class?") and text.endswith("<|im_start|>assistant\n")
 
@@ -100,9 +98,9 @@ def test_prompt_has_one_mark_for_each_image(n):
 @pytest.mark.parametrize("task", ["det", "cls"])
 def test_prompt_names_the_frame_and_never_the_answer(task):
     for sample in Scenes(task, F, seed=3)[:40]:
-        text = prompt(sample)
+        text = format_prompt(sample)
         assert not re.search(r"\[\s*\d", text)
-        assert sample.think not in text and prompt(replace(sample, answer="?", think="?", boxes=())) == text
+        assert sample.think not in text and format_prompt(replace(sample, gt_answer="?", think="?", gt_boxes=())) == text
         assert (f"{F}x{F}" in text) == (task == "det")
 
 
@@ -110,8 +108,8 @@ def test_prompt_names_the_frame_and_never_the_answer(task):
 def test_what_sft_imitates_earns_the_full_reward(task):
     """Prompt, target, parser and reward speak of the same frame, and the end of the turn is part of the target."""
     for sample in Scenes(task, F, seed=4)[:60]:
-        completion, end, rest = target(sample).partition("<|im_end|>")
-        parts = reward_parts(completion, sample)
+        completion, end, rest = format_target(sample).partition("<|im_end|>")
+        parts = score_completion(completion, sample)
         assert end and not rest and parts["format"] == 1 and parts["accuracy"] > .85  # boxes are rounded to pixels
 
 
@@ -127,11 +125,17 @@ def test_scene_is_a_pure_function_of_seed_and_index():
 
 
 def test_heldout_scenes_are_the_same_for_every_seed_and_never_those_of_training():
-    heldout = load("synthetic", "det", F, split="heldout", seed=1)
-    assert heldout == load("synthetic", "det", F, split="heldout", seed=2)
-    assert heldout.seed == HELDOUT_SEED and len(heldout) == 256
-    train = {s.images[0].tobytes() for seed in (0, 1) for s in load("synthetic", "det", F, split="train", seed=seed)[:50]}
+    heldout = load_samples("synthetic", "det", F, split="heldout", seed=1)
+    assert heldout == load_samples("synthetic", "det", F, split="heldout", seed=2)
+    assert heldout.seed == HELD_OUT_SEED and len(heldout) == 256
+    train = {s.images[0].tobytes() for seed in (0, 1) for s in load_samples("synthetic", "det", F, split="train", seed=seed)[:50]}
     assert not train & {s.images[0].tobytes() for s in heldout[:50]}
+
+
+def test_no_seed_of_a_run_is_the_held_out_one():
+    assert HELD_OUT_SEED == SEED_LIMIT
+    with pytest.raises(ArgumentTypeError):
+        non_negative_int(str(HELD_OUT_SEED))
 
 
 def test_tasks_share_their_pictures():
@@ -141,9 +145,9 @@ def test_tasks_share_their_pictures():
 def test_scenes_hold_none_to_six_things_apart_from_each_other_some_turned():
     counts, turned = Counter(), Counter()
     for i in range(400):
-        boxes = [horizontal(t.box) for t in scene(0, i, F).things]
+        boxes = [obb_to_hbb(t.box) for t in make_scene(0, i, F).objects]
         counts[len(boxes)] += 1
-        turned.update(bool(t.box[4]) for t in scene(0, i, F).things)
+        turned.update(bool(t.box[4]) for t in make_scene(0, i, F).objects)
         for k, (x1, y1, x2, y2) in enumerate(boxes):
             assert 0 <= x1 < x2 <= F and 0 <= y1 < y2 <= F
             assert not any(x1 < b[2] and b[0] < x2 and y1 < b[3] and b[1] < y2 for b in boxes[:k])
@@ -152,18 +156,18 @@ def test_scenes_hold_none_to_six_things_apart_from_each_other_some_turned():
 
 def painted(view, **drawing):
     """(rows, columns) of the pixels that the things of the scene change."""
-    with_things, without = draw(view, **drawing), draw(replace(view, things=()))
+    with_things, without = draw_scene(view, **drawing), draw_scene(replace(view, objects=()))
     return np.nonzero((np.asarray(with_things) != np.asarray(without)).any(-1))
 
 
-@pytest.mark.parametrize("frame, n", [(112, 60), (252, 15)])
-def test_reference_box_is_where_the_thing_was_painted(frame, n):
+@pytest.mark.parametrize("image_size, n", [(112, 60), (252, 15)])
+def test_reference_box_is_where_the_thing_was_painted(image_size, n):
     """All paint lies in the upright box; it reaches all four sides where the outline does (upright, or a rectangle)."""
     for i in range(n):
-        view = scene(1, i, frame)
-        for thing in view.things:
-            ys, xs = painted(replace(view, things=(thing,)))
-            x1, y1, x2, y2 = horizontal(thing.box)
+        view = make_scene(1, i, image_size)
+        for thing in view.objects:
+            ys, xs = painted(replace(view, objects=(thing,)))
+            x1, y1, x2, y2 = obb_to_hbb(thing.box)
             edges = np.array([xs.min() - x1, ys.min() - y1, x2 - 1 - xs.max(), y2 - 1 - ys.max()])  # x2 - 1 is the last pixel
             assert (edges >= -1).all()                                 # a turned corner is painted in the nearest pixel
             if thing.box[4] == 0 or thing.kind == "court":
@@ -173,10 +177,10 @@ def test_reference_box_is_where_the_thing_was_painted(frame, n):
 def test_earlier_image_differs_only_where_something_appeared():
     seen = Counter()
     for i in range(60):
-        view = scene(2, i, F)
-        changed = (np.asarray(draw(view)) != np.asarray(draw(view, before=True))).any(-1)
-        for thing in view.things:
-            x1, y1, x2, y2 = map(round, horizontal(thing.box))
+        view = make_scene(2, i, F)
+        changed = (np.asarray(draw_scene(view)) != np.asarray(draw_scene(view, before=True))).any(-1)
+        for thing in view.objects:
+            x1, y1, x2, y2 = map(round, obb_to_hbb(thing.box))
             part = changed[max(0, y1 - 1) : y2 + 2, max(0, x1 - 1) : x2 + 2]
             assert part.any() == thing.appeared
             seen[thing.appeared] += 1
@@ -190,17 +194,17 @@ def test_question_asks_for_all_things_of_a_name_and_the_reference_lists_them_fro
     nothing = 0
     for i, sample in enumerate(Scenes("det", F, seed=8)[:150]):
         name = re.fullmatch(r"Locate every (.+)\.", sample.question)[1]
-        things = [t for t in scene(8, i, F).things if name in (t.kind, f"{t.colour} {t.kind}")]
-        assert sorted(sample.boxes) == sorted(t.box for t in things)
-        assert [b[0] for b in sample.boxes] == sorted(b[0] for b in sample.boxes)
-        assert sample.answer == box_text(sample.boxes, sample.frame)
+        things = [t for t in make_scene(8, i, F).objects if name in (t.kind, f"{t.colour} {t.kind}")]
+        assert sorted(sample.gt_boxes) == sorted(t.box for t in things)
+        assert [b[0] for b in sample.gt_boxes] == sorted(b[0] for b in sample.gt_boxes)
+        assert sample.gt_answer == format_boxes(sample.gt_boxes, sample.image_size)
         nothing += not things
     assert 0 < nothing < 50
 
 
 def test_classes_are_all_met_and_named_in_the_question():
     samples = list(Scenes("cls", F, seed=0)[:200])
-    assert {s.answer for s in samples} == set(LAND) and all(name in samples[0].question for name in LAND)
+    assert {s.gt_answer for s in samples} == set(LAND) and all(name in samples[0].question for name in LAND)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def test_classes_are_all_met_and_named_in_the_question():
 @pytest.mark.parametrize("n, size", [(10, 4), (10, 5), (7, 16), (1, 3), (64, 64), (13, 1)])
 def test_each_pass_visits_every_sample_once(n, size):
     """A batch size that does not divide the data drops no tail: passes follow each other without a seam."""
-    stream = [i for step in range(3 * n) for i in batch(range(n), step, size, seed=1)]
+    stream = [i for step in range(3 * n) for i in get_batch(range(n), step, size, seed=1)]
     passes = [stream[at : at + n] for at in range(0, len(stream) - n + 1, n)]
     assert all(sorted(one) == list(range(n)) for one in passes)
     assert n < 5 or passes[0] != passes[1]
@@ -217,9 +221,9 @@ def test_each_pass_visits_every_sample_once(n, size):
 
 def test_batch_is_a_function_of_seed_and_step():
     """A resumed run begins anywhere in the stream and meets the samples that the unbroken one would have met."""
-    late = batch(range(100), 40, 8, seed=3)
-    data._permutation.cache_clear()
-    assert [batch(range(100), step, 8, seed=3) for step in range(41)][-1] == late != batch(range(100), 40, 8, seed=4)
+    late = get_batch(range(100), 40, 8, seed=3)
+    data.permutation.cache_clear()
+    assert [get_batch(range(100), step, 8, seed=3) for step in range(41)][-1] == late != get_batch(range(100), 40, 8, seed=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,28 +236,28 @@ def test_conversations_in_pixels(folder, name):
                    chat("<image><image>Where is it now?", "<think>It\nmoved.</think>\n<answer>[0,0,100,25],"
                         "[100,25,200,50]</answer>", image=["a.png", "sub/a.jpg"]),
                    chat("Where?", '{"bbox_2d": [10, 10, 60, 40]}'), chat("<image>Any?", "none"), name=name)
-    one, two, qwen, none = load(source, "det", F)
-    assert one.question == "Where is the ship?" and one.images == (folder / "a.png",) and one.frame == F
-    assert one.boxes[0] == pytest.approx((5.6, 22.4, 33.6, 89.6, 0)) and one.answer == "[6,22,34,90]"
+    one, two, qwen, none = load_samples(source, "det", F)
+    assert one.question == "Where is the ship?" and one.images == (folder / "a.png",) and one.image_size == F
+    assert one.gt_boxes[0] == pytest.approx((5.6, 22.4, 33.6, 89.6, 0)) and one.gt_answer == "[6,22,34,90]"
     assert two.images == (folder / "a.png", folder / "sub/a.jpg") and two.question == "Where is it now?"
-    assert two.think == "It\nmoved." and two.answer == "[0,0,56,56],[56,56,112,112]"
-    assert qwen.boxes == one.boxes and none.boxes == () and none.answer == "none"
+    assert two.think == "It\nmoved." and two.gt_answer == "[0,0,56,56],[56,56,112,112]"
+    assert qwen.gt_boxes == one.gt_boxes and none.gt_boxes == () and none.gt_answer == "none"
     assert len({s.id for s in (one, two, qwen, none)}) == 4 and all(name in s.id for s in (one, two, qwen, none))
-    assert all(format_reward(target(s).removesuffix("<|im_end|>")) == 1 for s in (one, two, qwen, none))
+    assert all(format_reward(format_target(s).removesuffix("<|im_end|>")) == 1 for s in (one, two, qwen, none))
 
 
 def test_images_may_lie_elsewhere(folder):
     (folder / "notes").mkdir()
     source = write(folder / "notes", chat("Which class?", "sea"))
-    assert load(source, "cls", F, images=str(folder))[0].images == (folder / "a.png",)
-    with pytest.raises(BadInput):
-        load(source, "cls", F)
+    assert load_samples(source, "cls", F, images=str(folder))[0].images == (folder / "a.png",)
+    with pytest.raises(UserError):
+        load_samples(source, "cls", F)
 
 
 def test_classes_of_conversations(folder):
     record = chat("<image>\nClassify the scene. Classes: Sea, Forest", "<answer> Forest </answer>")
-    sample, = load(write(folder, record), "cls", F)
-    assert (sample.question, sample.answer, sample.boxes) == ("Classify the scene. Classes: Sea, Forest", "Forest", ())
+    sample, = load_samples(write(folder, record), "cls", F)
+    assert (sample.question, sample.gt_answer, sample.gt_boxes) == ("Classify the scene. Classes: Sea, Forest", "Forest", ())
 
 
 def test_geochat_boxes_are_on_a_grid_and_noisy(folder, capsys):
@@ -263,10 +267,10 @@ def test_geochat_boxes_are_on_a_grid_and_noisy(folder, capsys):
                                 "[refer] and <p>the ship</p>?", "{<90><80><102><104>|<0>}",
                                 "[refer] and <p>the tank</p>?", "{<50><50><50><60>|<0>}"),
                    chat("<image>[refer] <p>it</p>", "{<0><0><50><25>}"), name="geochat.json")
-    planes, ship, it = load(source, "det", 700)
-    assert planes.question == "where are 2 planes ?" and planes.boxes == ((70, 140, 210, 280, 0), (350, 350, 630, 490, 45))
-    assert planes.answer == "[70,140,210,280],[342,272,638,568]"
-    assert ship.boxes == ((630, 560, 700, 700, 0),) and it.boxes == ((0, 0, 350, 175, 0),)
+    planes, ship, it = load_samples(source, "det", 700)
+    assert planes.question == "where are 2 planes ?" and planes.gt_boxes == ((70, 140, 210, 280, 0), (350, 350, 630, 490, 45))
+    assert planes.gt_answer == "[70,140,210,280],[342,272,638,568]"
+    assert ship.gt_boxes == ((630, 560, 700, 700, 0),) and it.gt_boxes == ((0, 0, 350, 175, 0),)
     assert planes.id != ship.id and planes.images == ship.images == (folder / "a.png",)
     notes = capsys.readouterr().err
     assert "1 boxes clipped" in notes and "1 boxes without area" in notes and "geochat.json: 3 samples" in notes
@@ -284,16 +288,16 @@ GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}
 ], ids=["one record", "two records", "untagged question in the record", "untagged question in another record"])
 @pytest.mark.parametrize("task, answer", [("det", "[11,22,34,45]"), ("cls", "sea")])
 def test_geochat_mixes_tasks_and_each_takes_its_own(folder, records, task, answer):
-    assert [s.answer for s in load(write(folder, *(chat(*turns) for turns in records)), task, F)] == [answer]
+    assert [s.gt_answer for s in load_samples(write(folder, *(chat(*turns) for turns in records)), task, F)] == [answer]
 
 
 def test_earthdial_rows(folder):
     row = {"image": "a.png", "question": " [refer] [hr_rgb_0.5] <image> \\n Give me the location of <ref>2 ships</ref>",
            "gt_bbox": "[[10, 20, 30, 40, 0]][[-1, 50, 60, 101, 90]]", "task_type": "ref", "size_group": '"small"'}
-    sample, = load(write(folder, row), "det", 700)
+    sample, = load_samples(write(folder, row), "det", 700)
     assert sample.question == "Give me the location of 2 ships" and sample.subset == "small"
-    assert sample.boxes == (pytest.approx((70, 140, 210, 280, 0)), pytest.approx((-7, 350, 420, 707, 90)))
-    assert sample.answer == "[70,140,210,280],[28,315,385,700]"  # a turned box keeps its corners, its envelope is cut
+    assert sample.gt_boxes == (pytest.approx((70, 140, 210, 280, 0)), pytest.approx((-7, 350, 420, 707, 90)))
+    assert sample.gt_answer == "[70,140,210,280],[28,315,385,700]"  # a turned box keeps its corners, its envelope is cut
 
 
 @pytest.mark.parametrize("above", ["", "2750/"])
@@ -303,8 +307,8 @@ def test_class_folders(tmp_path, above):
             (tmp_path / above / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64)).save(tmp_path / above / name / f"{name}_{i}.jpg")
             (tmp_path / above / name / "notes.txt").write_text("no image")
-    samples = load(str(tmp_path), "cls", F)
-    assert [s.answer for s in samples] == ["AnnualCrop"] * 3 + ["River"] * 3
+    samples = load_samples(str(tmp_path), "cls", F)
+    assert [s.gt_answer for s in samples] == ["AnnualCrop"] * 3 + ["River"] * 3
     assert len({s.id for s in samples}) == 6 and "Classes: AnnualCrop, River." in samples[0].question
 
 
@@ -312,7 +316,7 @@ def test_heldout_and_train_are_disjoint_by_image_and_together_everything(folder)
     for i in range(60):
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
     source = write(folder, *(chat(question, "sea", image=f"{i}.png") for i in range(60) for question in ("Which?", "And now?")))
-    everything, train, heldout = (load(source, "cls", F, split=split) for split in ("all", "train", "heldout"))
+    everything, train, heldout = (load_samples(source, "cls", F, split=split) for split in ("all", "train", "heldout"))
     assert len(everything) == 120 and 0 < len(heldout) < 30
     assert sorted(s.id for s in train + heldout) == sorted(s.id for s in everything)
     assert not {s.images for s in train} & {s.images for s in heldout}
@@ -321,8 +325,8 @@ def test_heldout_and_train_are_disjoint_by_image_and_together_everything(folder)
 @pytest.mark.parametrize("mark", ["\u2028", "\u0085"])
 def test_record_ends_at_a_newline_and_nowhere_else(folder, mark):
     """str.splitlines also cuts at characters that JSON leaves bare inside a string."""
-    samples = load(write(folder, chat(f"Which{mark}class?", "sea"), chat("Which?", "sea")), "cls", F)
-    assert [s.answer for s in samples] == ["sea", "sea"] and samples[1].id.endswith("line 2")
+    samples = load_samples(write(folder, chat(f"Which{mark}class?", "sea"), chat("Which?", "sea")), "cls", F)
+    assert [s.gt_answer for s in samples] == ["sea", "sea"] and samples[1].id.endswith("line 2")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -336,11 +340,11 @@ def test_real_referring_boxes_lie_on_their_objects():
     """NWPU VHR-10: boxes of the 0-100 grid, in the frame, against the same boxes in pixels (the grid is floored)."""
     source = Path(os.environ["EO_DATA"]) / "nwpu_vhr10"
     rows = [json.loads(line) for line in (source / "refer.jsonl").open()]
-    samples = load(str(source / "refer.jsonl"), "det", 448, images=str(source / "positive image set"))
+    samples = load_samples(str(source / "refer.jsonl"), "det", 448, images=str(source / "positive image set"))
     assert len(samples) == len(rows) == 451
     for sample, row in zip(samples, rows):
         pixels = np.array(row["gt_xyxy_px"]) / ([row["width"], row["height"]] * 2) * 448
-        np.testing.assert_allclose(np.array(sample.boxes)[:, :4], pixels, atol=.012 * 448)
+        np.testing.assert_allclose(np.array(sample.gt_boxes)[:, :4], pixels, atol=.012 * 448)
         assert not re.search(r"[\[\]<>\\\n]|image|hr_rgb|refer", sample.question)
         assert sample.subset in ("small", "medium", "large")
     assert load_images(samples[0])[0].size == (448, 448)
@@ -348,9 +352,9 @@ def test_real_referring_boxes_lie_on_their_objects():
 
 @real
 def test_real_class_folders():
-    samples = load(str(Path(os.environ["EO_DATA"]) / "eurosat_rgb"), "cls", F)
-    assert len(samples) == 600 and len({s.answer for s in samples}) == 10
-    assert all(Path(s.images[0]).name.startswith(s.answer + "_") for s in samples)
+    samples = load_samples(str(Path(os.environ["EO_DATA"]) / "eurosat_rgb"), "cls", F)
+    assert len(samples) == 600 and len({s.gt_answer for s in samples}) == 10
+    assert all(Path(s.images[0]).name.startswith(s.gt_answer + "_") for s in samples)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,32 +404,32 @@ def refuse(message, *patterns):
 @pytest.mark.parametrize("wrong", BAD_RECORDS)
 def test_bad_record_is_named(folder, wrong):
     record, says = BAD_RECORDS[wrong]
-    with pytest.raises(BadInput) as error:
-        load(write(folder, GOOD, record), "det", F)
+    with pytest.raises(UserError) as error:
+        load_samples(write(folder, GOOD, record), "det", F)
     refuse(str(error.value), "data.jsonl: line 2", says)
 
 
 def test_bad_record_of_an_array_is_named_by_its_place(folder):
-    with pytest.raises(BadInput) as error:
-        load(write(folder, GOOD, GOOD, chat("Where?", "there"), name="data.json"), "det", F)
+    with pytest.raises(UserError) as error:
+        load_samples(write(folder, GOOD, GOOD, chat("Where?", "there"), name="data.json"), "det", F)
     refuse(str(error.value), "data.json: record 2", "there")
 
 
 def test_malformed_array_is_named_by_its_line(folder):
-    with pytest.raises(BadInput) as error:
-        load(write(folder, GOOD, '{"image": }', name="data.json"), "det", F)
+    with pytest.raises(UserError) as error:
+        load_samples(write(folder, GOOD, '{"image": }', name="data.json"), "det", F)
     refuse(str(error.value), "data.json: line 2", "JSON")
 
 
 def test_bad_turn_of_a_record_is_named(folder):
-    with pytest.raises(BadInput) as error:
-        load(write(folder, chat("Where?", "[1,2,3,4]", "And?", "there")), "det", F)
+    with pytest.raises(UserError) as error:
+        load_samples(write(folder, chat("Where?", "[1,2,3,4]", "And?", "there")), "det", F)
     refuse(str(error.value), "data.jsonl: line 1, turn 1", "there")
 
 
 def test_label_must_say_something(folder):
-    with pytest.raises(BadInput) as error:
-        load(write(folder, chat("Which class?", "sea"), chat("Which class?", "<think>?</think><answer> </answer>")), "cls", F)
+    with pytest.raises(UserError) as error:
+        load_samples(write(folder, chat("Which class?", "sea"), chat("Which class?", "<think>?</think><answer> </answer>")), "cls", F)
     refuse(str(error.value), "data.jsonl: line 2")
 
 
@@ -436,15 +440,15 @@ def test_image_cut_off_is_named_with_its_record(folder, suffix, keep):
     Image.fromarray(noise).save(folder / f"cut.{suffix}")
     file = (folder / f"cut.{suffix}")
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(BadInput) as error:
-        load_images(load(write(folder, GOOD, chat("Where?", "[1,2,3,4]", image=file.name)), "det", F)[1])
+    with pytest.raises(UserError) as error:
+        load_images(load_samples(write(folder, GOOD, chat("Where?", "[1,2,3,4]", image=file.name)), "det", F)[1])
     refuse(str(error.value), "data.jsonl: line 2", file.name, "cannot be read")
 
 
 def test_image_too_large_for_pillow_is_named(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] // 3)  # beyond twice this PIL takes it for an attack
-    with pytest.raises(BadInput) as error:
-        load_images(load(write(folder, GOOD), "det", F)[0])
+    with pytest.raises(UserError) as error:
+        load_images(load_samples(write(folder, GOOD), "det", F)[0])
     refuse(str(error.value), "data.jsonl: line 1", "a.png")
 
 
@@ -452,37 +456,37 @@ def test_bad_image_in_a_class_folder_is_named(tmp_path):
     (tmp_path / "sea").mkdir()
     (tmp_path / "forest").mkdir()
     (tmp_path / "sea" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(BadInput) as error:
-        load(str(tmp_path), "cls", F)
+    with pytest.raises(UserError) as error:
+        load_samples(str(tmp_path), "cls", F)
     refuse(str(error.value), "sea/1.jpg", "cannot be read")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
 def test_empty_file_is_refused(folder, content):
-    with pytest.raises(BadInput) as error:
-        load(write(folder, content), "det", F)
+    with pytest.raises(UserError) as error:
+        load_samples(write(folder, content), "det", F)
     refuse(str(error.value), "data.jsonl: no samples of task det")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe[", b"\x89PNG\r\n\x1a\n\xff"])
 def test_binary_file_is_refused(folder, content):
     (folder / "data.jsonl").write_bytes(content)
-    with pytest.raises(BadInput) as error:
-        load(str(folder / "data.jsonl"), "det", F)
+    with pytest.raises(UserError) as error:
+        load_samples(str(folder / "data.jsonl"), "det", F)
     refuse(str(error.value), "data.jsonl", "UTF-8")
 
 
-@pytest.mark.parametrize("source, task, frame, says", [
+@pytest.mark.parametrize("source, task, image_size, says", [
     ("synthetic", "ship", F, "'ship'.*cls, mlc, det"), ("synthetic", "", F, "''"),
     ("synthetic", "det", 100, "--image-size 100.*28"), ("synthetic", "det", 0, "--image-size 0"),
     ("synthetic", "det", -28, "-28"), ("nowhere.json", "det", F, "--data nowhere.json"),
     (".", "det", F, "class folders.* det"), ("empty", "cls", F, "empty.*no samples"),
 ])
-def test_bad_flag_is_named(tmp_path, monkeypatch, source, task, frame, says):
+def test_bad_flag_is_named(tmp_path, monkeypatch, source, task, image_size, says):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput) as error:
-        load(source, task, frame)
+    with pytest.raises(UserError) as error:
+        load_samples(source, task, image_size)
     refuse(str(error.value), says)
 
 
@@ -493,7 +497,7 @@ def test_first_held_out_samples_are_of_all_classes(folder):
         for i in range(60):
             Image.new("RGB", (8, 8)).save(folder / "set" / label / f"{i}.png")
     for split in ("heldout", "train"):
-        labels = [s.answer for s in load(str(folder / "set"), "cls", F, split=split)]
+        labels = [s.gt_answer for s in load_samples(str(folder / "set"), "cls", F, split=split)]
         assert set(labels[:20]) == {"desert", "forest", "sea"} and labels != sorted(labels)
 
 
@@ -504,7 +508,7 @@ def test_published_splits_are_kept(tmp_path):
         Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(
         {"image": f"{i}.png", "split": split, "captions": [f"image {i}"]}) for i, split in enumerate(splits)))
-    answers = {split: {s.answer for s in load(str(tmp_path / "captions.jsonl"), "cap", F, split=split)}
+    answers = {split: {s.gt_answer for s in load_samples(str(tmp_path / "captions.jsonl"), "cap", F, split=split)}
                for split in ("train", "heldout", "all")}
     assert answers["train"] == {f"image {i}" for i in (0, 3, 6, 9)} and answers["heldout"] == {f"image {i}" for i in (1, 4, 7, 10)}
     assert len(answers["all"]) == 12
@@ -513,11 +517,11 @@ def test_published_splits_are_kept(tmp_path):
 def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     for task in TASKS:
         sample = Scenes(task, F, seed=3)[5]
-        assert from_row(json.loads(json.dumps(as_row(sample)))) == sample
+        assert sample_from_row(json.loads(json.dumps(sample_to_row(sample)))) == sample
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     sample = Sample("a", "det", (tmp_path / "a.png",), "Where?", "[1,2,3,4]", F, ((1.0, 2.0, 3.0, 4.0, 5.0),), subset="small",
-                    references=("x", "y"), choices=("A", "B"), category="ship")
-    assert from_row(json.loads(json.dumps(as_row(sample)))) == sample
+                    gt_texts=("x", "y"), choices=("A", "B"), category="ship")
+    assert sample_from_row(json.loads(json.dumps(sample_to_row(sample)))) == sample
 
 
 def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
@@ -531,31 +535,31 @@ def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
         records = [{"image": f"{i}.png", "captions": [f"image {i}"]} for i in range(30)]
         (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
         samples = read_source(str(folder / "captions.jsonl"), "cap", F, None)
-        answers.append([s.answer for s in sorted(samples, key=data.record_hash)])
-        heldout.append([s.answer for s in load(str(folder / "captions.jsonl"), "cap", F, split="heldout")])
+        answers.append([s.gt_answer for s in sorted(samples, key=data.record_hash)])
+        heldout.append([s.gt_answer for s in load_samples(str(folder / "captions.jsonl"), "cap", F, split="heldout")])
     assert answers[0] == answers[1] != sorted(answers[0])
     assert heldout[0] == heldout[1] and 0 < len(heldout[0]) < 10
 
 
-def test_ahead_keeps_the_order_and_is_one_step_ahead():
+def test_prefetch_keeps_the_order_and_is_one_step_ahead():
     began = []
     def plan(step):
         return [(step, i) for i in range(3)]
     steps = ((step, plan(step)) for step in range(2, 5))
-    for step, samples, encoded in ahead(steps, lambda sample: began.append(sample) or sample):
+    for step, samples, encoded in prefetch(steps, lambda sample: began.append(sample) or sample):
         assert samples == encoded == plan(step)
         assert len(began) >= 3 * (step - 1)
     assert sorted(began) == [(step, i) for step in (2, 3, 4) for i in range(3)]
-    assert list(ahead([], str)) == []
+    assert list(prefetch([], str)) == []
 
 
-def test_ahead_hands_on_an_error_of_its_step():
+def test_prefetch_hands_on_an_error_of_its_step():
     def encode(sample):
         if sample == 2:
-            raise BadInput("image 2 is missing")
+            raise UserError("image 2 is missing")
         return sample
     seen = []
-    with pytest.raises(BadInput, match="image 2"):
-        for step, _, _ in ahead(((step, [step]) for step in range(5)), encode):
+    with pytest.raises(UserError, match="image 2"):
+        for step, _, _ in prefetch(((step, [step]) for step in range(5)), encode):
             seen.append(step)
     assert seen == [0, 1]

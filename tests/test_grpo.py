@@ -9,29 +9,30 @@ import torch
 from PIL import Image
 
 import grpo
-import model as qwen
-import rollout
 import train_grpo
+from model import collate, encode_chat, token_logprobs
+from rollout import Sampler
 
 B, G, C, C_MAX = 4, 3, 6, 10
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def case(spread=0.6, seed=0):
-    """Log-probs of three models (policy with gradient), advantages, and a mask of different lengths, one of them 0."""
+    """Log-probs of three models (policy with gradient), advantages (B, G, 1), and a mask of different lengths, one of them 0."""
     rng = np.random.default_rng(seed)
     old = rng.normal(-2, 1, (B, G, C))
     logprobs, reference = old + rng.normal(0, spread, old.shape), old + rng.normal(0, spread, old.shape)
     lengths = rng.integers(1, C + 1, (B, G))
     lengths[1, 2] = 0  # a truncated completion, left out of the loss
     mask = torch.from_numpy(np.arange(C) < lengths[:, :, None])
-    logprobs, old, reference, advantage = map(torch.from_numpy, (logprobs, old, reference, rng.normal(0, 1, (B, G))))
+    logprobs, old, reference, advantage = map(torch.from_numpy, (logprobs, old, reference, rng.normal(0, 1, (B, G, 1))))
     return logprobs.requires_grad_(), old, reference, advantage, mask
 
 
 def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_high, beta):
     """The objective of each paper, negated: sequence by sequence, token by token."""
     logprobs, old, reference, advantage, mask = (x.detach().numpy() for x in (logprobs, old, reference, advantage, mask))
+    advantage = np.broadcast_to(advantage, mask.shape)
     sequences = [i for i in np.ndindex(mask.shape[:2]) if mask[i].any()]
     N, tokens, total = mask.shape[0] * mask.shape[1], int(mask.sum()), 0.0  # a sequence left out of the loss is a zero
     for i in sequences:
@@ -42,7 +43,7 @@ def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_h
         for t in range(length):
             to_reference = math.exp(reference[i][t] - logprobs[i][t])
             clipped = min(max(ratios[t], 1 - clip_low), 1 + clip_high)
-            objective += min(ratios[t] * advantage[i], clipped * advantage[i])
+            objective += min(ratios[t] * advantage[i][t], clipped * advantage[i][t])
             objective -= beta * (to_reference - math.log(to_reference) - 1)
         total += objective / {"grpo": N * length, "gspo": N * length,
                               "dapo": tokens, "dr_grpo": N * C_MAX}[loss]
@@ -52,13 +53,21 @@ def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_h
 # ----------------------------------------------------------------------------------------------------------------------
 # Advantages
 
+def advantages(rewards, divide_by_std):
+    """(B, G), of the default estimator."""
+    B, G = rewards.shape
+    values, keep = grpo.compute_advantages(rewards, {}, torch.ones(B, G, C, dtype=torch.bool), divide_by_std, lambda x: x)
+    assert values.shape == (B, G, 1) and torch.equal(keep, grpo.groups_with_signal(rewards))
+    return values[:, :, 0]
+
+
 def test_advantages_are_relative_to_the_group():
     """With the unbiased std, as TRL; the biased one would make them 7 % larger at G = 8."""
     rewards = np.random.default_rng(0).random((5, 8))
-    centred = rewards - rewards.mean(1, keepdims=True)
-    expected = centred / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
-    np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards), divide_by_std=True), expected, rtol=1e-12)
-    np.testing.assert_allclose(grpo.advantages(torch.from_numpy(rewards), divide_by_std=False), centred, rtol=1e-12)
+    centered = rewards - rewards.mean(1, keepdims=True)
+    expected = centered / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(advantages(torch.from_numpy(rewards), divide_by_std=True), expected, rtol=1e-12)
+    np.testing.assert_allclose(advantages(torch.from_numpy(rewards), divide_by_std=False), centered, rtol=1e-12)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 1.1, 1 / 3])
@@ -66,13 +75,13 @@ def test_advantages_are_relative_to_the_group():
 def test_equal_rewards_have_no_advantage(reward, size):
     rewards = torch.full((1, size), reward)
     for divide in (True, False):
-        assert grpo.advantages(rewards, divide).abs().max() < 1e-2  # 0 but for rounding; the group is masked anyway
-    assert not grpo.learning_groups(rewards).any()
+        assert advantages(rewards, divide).abs().max() < 1e-2  # 0 but for rounding; the group is masked anyway
+    assert not grpo.groups_with_signal(rewards).any()
 
 
-def test_learning_groups_are_those_whose_rewards_differ():
+def test_groups_with_signal_are_those_whose_rewards_differ():
     rewards = torch.tensor([[0, 0, 0], [0, 0, 0.01], [2, 2, 2], [0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
-    assert grpo.learning_groups(rewards).tolist() == [False, True, False, False]
+    assert grpo.groups_with_signal(rewards).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("loss", grpo.LOSSES)
@@ -81,9 +90,9 @@ def test_group_of_equal_rewards_gets_no_gradient_not_even_from_the_kl(loss):
     logprobs, old, reference, _, mask = case()
     rewards = torch.rand(B, G)
     rewards[2] = 0.7
-    mask = mask & grpo.learning_groups(rewards)[:, None, None]
+    mask = mask & grpo.groups_with_signal(rewards)[:, None, None]
     weights = grpo.token_weights(mask, loss, C_MAX)
-    advantage = grpo.advantages(rewards, divide_by_std=True)
+    advantage = advantages(rewards, divide_by_std=True)[:, :, None]
     total, sums = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=1.0, **CLIP)
     total.backward()
     assert not logprobs.grad[2].any() and logprobs.grad[[0, 1, 3]].any()
@@ -108,6 +117,16 @@ def test_loss_equals_the_paper(loss, beta):
     assert clipped > 0
 
 
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_each_token_may_have_its_own_advantage(loss):
+    logprobs, old, reference, _, mask = case()
+    advantage = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (B, G, C)))
+    expected = paper_loss(logprobs, old, reference, advantage, mask, loss, beta=0.3, **CLIP)
+    weights = grpo.token_weights(mask, loss, C_MAX)
+    ours, _ = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss=loss, beta=0.3, **CLIP)
+    assert ours.item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("loss", grpo.LOSSES)
 def test_gradient_equals_differences_of_the_paper(loss, beta):
@@ -130,7 +149,7 @@ def test_on_policy_gradient_is_that_of_the_weighted_advantages(loss):
     weights = grpo.token_weights(mask, loss, C_MAX)
     total, sums = grpo.policy_loss(logprobs, logprobs.detach(), None, advantage, mask, weights, loss=loss, beta=0.0, **CLIP)
     total.backward()
-    torch.testing.assert_close(logprobs.grad, -advantage[:, :, None] * weights)
+    torch.testing.assert_close(logprobs.grad, -advantage * weights)
     assert sums["clipped"] == 0
 
 
@@ -141,7 +160,7 @@ def test_clip_stops_steps_further_in_the_advantages_direction_only(loss, advanta
     """Above at 1.28 where the advantage is positive, below at 0.8 where it is negative; a way back always has gradient."""
     logprobs = torch.full((1, 1, 2), math.log(ratio), requires_grad=True)
     mask = torch.ones(1, 1, 2, dtype=torch.bool)
-    total, sums = grpo.policy_loss(logprobs, torch.zeros(1, 1, 2), None, torch.tensor([[float(advantage)]]), mask,
+    total, sums = grpo.policy_loss(logprobs, torch.zeros(1, 1, 2), None, torch.tensor([[[float(advantage)]]]), mask,
                                    grpo.token_weights(mask, loss, 2), loss=loss, beta=0.0, clip_low=0.2, clip_high=0.28)
     total.backward()
     bound = (1.28 if advantage > 0 else 0.8) if clipped else ratio
@@ -265,28 +284,29 @@ def step(tiny):
         with torch.no_grad():
             policy.model.language_model.norm.weight += 0.1 * torch.randn(128)
         images = np.random.default_rng(0).integers(0, 256, (B, 56, 56, 3), dtype=np.uint8)
-        prompts = [qwen.encode(processor, "ship " * n + "<|vision_start|><|image_pad|><|vision_end|>", [Image.fromarray(image)])
+        prompts = [encode_chat(processor, "ship " * n + "<|vision_start|><|image_pad|><|vision_end|>", [Image.fromarray(image)])
                    for n, image in enumerate(images)]
-        stops = torch.tensor(rollout.stop_ids(processor))
+        sampler = Sampler(policy, processor)
+        stops = torch.tensor(sampler.stop_ids)
         with policy.lm_head.register_forward_hook(lambda _, x, y: y.index_add(-1, stops, torch.full((len(y), 2), 3.5))):
-            drawn = rollout.generate(policy, processor, qwen.collate(prompts), C, torch.rand(B * G, C), G)
-        assert 0 < drawn.stopped.sum() < B * G and not drawn.mask.all()
-        yield policy, reference, prompts, drawn, torch.randn(B, G)
+            rollout = sampler.generate(collate(prompts), C, G, uniforms=torch.rand(B * G, C))
+        assert 0 < rollout.stopped.sum() < B * G and not rollout.mask.all()
+        yield policy, reference, prompts, rollout, torch.randn(B, G, 1)
 
 
 def gradient(step, size, loss, mask=None, tokens=None, advantages=None):
     """The update of train_grpo.py with `size` groups a micro-batch -> gradient of every parameter."""
-    policy, reference, prompts, drawn, advantage = step
-    mask = drawn.mask if mask is None else mask
-    tokens = drawn.tokens if tokens is None else tokens
+    policy, reference, prompts, rollout, advantage = step
+    mask = rollout.mask if mask is None else mask
+    tokens = rollout.tokens if tokens is None else tokens
     advantage = advantage if advantages is None else advantages
     weights = grpo.token_weights(mask, loss, C_MAX)
     for i in range(0, B, size):
         part = slice(i, i + size)
-        inputs = qwen.collate(prompts[part]), tokens[part], mask[part]
-        logprobs = qwen.token_logprobs(policy, *inputs)
+        inputs = collate(prompts[part]), tokens[part], mask[part]
+        logprobs = token_logprobs(policy, *inputs)
         with torch.no_grad():
-            ref = qwen.token_logprobs(reference, *inputs)
+            ref = token_logprobs(reference, *inputs)
         inputs = logprobs, logprobs.detach(), ref, advantage[part], mask[part], weights[part]
         grpo.policy_loss(*inputs, loss=loss, beta=0.3, **CLIP)[0].backward()
     grads = {name: p.grad.clone() for name, p in policy.named_parameters()}
@@ -310,18 +330,18 @@ def test_masked_truncated_completions_give_no_gradient(step):
     mask = rollout.mask & rollout.stopped[:, :, None]
     other = torch.where(cut[:, :, None], rollout.tokens.flip(2), rollout.tokens)
     expected = gradient(step, 1, "grpo", mask)
-    for name, grad in gradient(step, 1, "grpo", mask, other, torch.where(cut, 100.0, advantage)).items():
+    for name, grad in gradient(step, 1, "grpo", mask, other, torch.where(cut[:, :, None], 100.0, advantage)).items():
         assert torch.equal(grad, expected[name]), name
     assert any(not torch.equal(grad, expected[name]) for name, grad in gradient(step, 1, "grpo").items())
 
 
-@pytest.mark.parametrize("room, passes", [(1, 5), (120, 4), (280, 3), (10_000, 1)])
-def test_passes_hold_every_group_once_and_no_more_than_fits(room, passes):
+@pytest.mark.parametrize("max_tokens, passes", [(1, 5), (120, 4), (280, 3), (10_000, 1)])
+def test_passes_hold_every_group_once_and_no_more_than_fits(max_tokens, passes):
     """All groups of a pass are padded to its longest prompt, and to its longest completions."""
     sizes = {3: (60, 10), 1: (80, 40), 0: (20, 20), 7: (10, 80), 5: (15, 30)}
-    packed = train_grpo.pack(sizes, room)
+    packed = train_grpo.pack_groups(sizes, max_tokens)
     assert sorted(group for groups in packed for group in groups) == sorted(sizes)
     for groups in packed:
         padded = len(groups) * (max(sizes[g][0] for g in groups) + max(sizes[g][1] for g in groups))
-        assert len(groups) == 1 or padded <= room
-    assert len(packed) == passes and train_grpo.pack({}, room) == []
+        assert len(groups) == 1 or padded <= max_tokens
+    assert len(packed) == passes and train_grpo.pack_groups({}, max_tokens) == []

@@ -1,7 +1,10 @@
-"""model.py against transformers' own model: what is computed once for a group must equal separate, ordinary rows."""
+"""model.py, attention.py and rollout.py against transformers' own model: what is computed once for a group must equal
+separate, ordinary rows."""
 
+import contextlib
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import model as qwen
+import attention
 import rollout
-import run
-from data import BadInput
+from model import (
+    STOP_TOKENS,
+    collate,
+    encode_chat,
+    last_position_ids,
+    load_model,
+    save_model,
+    token_logprobs,
+)
+from rollout import Completions, Sampler, inverse_cdf, uniforms
+from runtime.command_line import linear_warmup_decay
+from runtime.errors import UserError
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPTS = {  # name -> text, (width, height) of its images
@@ -31,14 +44,22 @@ MIXED = ("one image", "two images", "wide", "image last")
 
 
 def encode(processor, name):
-    """One of PROMPTS, with noise for images."""
+    """One of PROMPTS, with random images."""
     text, sizes = PROMPTS[name]
     rng = np.random.default_rng(0)
-    return qwen.encode(processor, text, [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes])
+    return encode_chat(processor, text, [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes])
 
 
 def vision_ids(processor):
     return processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+
+
+def stop_ids(processor):
+    return processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+
+
+def generate(model, processor, prompts, C, numbers=None, G=1, temperature=1.0):
+    return Sampler(model, processor).generate(prompts, C, G, temperature, numbers)
 
 
 def random_tokens(processor, *shape):
@@ -82,7 +103,7 @@ def sharp(tiny):
 @pytest.fixture(scope="module")
 def folder(sharp, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "model"
-    qwen.save(*sharp, path)
+    save_model(*sharp, path)
     return path
 
 
@@ -94,15 +115,15 @@ def plain(folder):
 
 def plain_inputs(prompt, tokens, processor):
     """One prompt and its (N, k) completions as N ordinary rows."""
-    N, ids = len(tokens), torch.cat([prompt.ids.expand(len(tokens), -1), tokens], 1)
+    N, ids = len(tokens), torch.cat([prompt.input_ids.expand(len(tokens), -1), tokens], 1)
     image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image).int(),
-                "pixel_values": prompt.pixels.repeat(N, 1), "image_grid_thw": prompt.grids.repeat(N, 1)}
+                "pixel_values": prompt.pixel_values.repeat(N, 1), "image_grid_thw": prompt.image_grid_thw.repeat(N, 1)}
 
 
 def plain_dist(plain, processor, prompt, tokens, temperature=1.0):
     """(N, k, V) log-probs of the distributions that the (N, k) tokens were drawn from."""
-    logits = plain(**plain_inputs(prompt, tokens, processor)).logits[:, prompt.ids.shape[1] - 1 : -1] / temperature
+    logits = plain(**plain_inputs(prompt, tokens, processor)).logits[:, prompt.input_ids.shape[1] - 1 : -1] / temperature
     return logits.index_fill(2, torch.tensor(vision_ids(processor)), -math.inf).log_softmax(2)
 
 
@@ -112,7 +133,7 @@ def plain_logprobs(plain, processor, prompt, tokens, temperature=1.0):
 
 def likelier(model, tokens, by):
     """A hook that adds `by` to the logits of some tokens; `with` removes it."""
-    more = torch.zeros(model.config.text_config.vocab_size).index_fill(0, torch.tensor(tokens), by)
+    more = torch.zeros(model.config.text_config.vocab_size).index_fill(0, torch.tensor(list(tokens)), by)
 
     def add(_, inputs, logits):
         return logits + more
@@ -126,26 +147,26 @@ def likelier(model, tokens, by):
 def test_positions_equal_get_rope_index(sharp, plain, name):
     """Without mm_token_type_ids transformers falls back to one-dimensional positions, silently."""
     prompt = encode(sharp[1], name)
-    inputs = plain_inputs(prompt, prompt.ids[:, :0], sharp[1])
+    inputs = plain_inputs(prompt, prompt.input_ids[:, :0], sharp[1])
     expected, delta = plain.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"])
-    assert torch.equal(prompt.positions, expected)
-    assert qwen.last_positions(prompt).item() + 1 == prompt.ids.shape[1] + delta.item()  # where the completion goes on
+    assert torch.equal(prompt.position_ids, expected)
+    assert last_position_ids(prompt).item() + 1 == prompt.input_ids.shape[1] + delta.item()  # where the completion continues
 
 
 def test_every_image_token_has_its_pixels(sharp):
     prompt = encode(sharp[1], "two images")
     image = sharp[1].tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert (prompt.ids == image).sum() == 4 * 4 + 2 * 3
-    assert prompt.grids.tolist() == [[1, 8, 8], [1, 6, 4]] and len(prompt.pixels) == 8 * 8 + 6 * 4
+    assert (prompt.input_ids == image).sum() == 4 * 4 + 2 * 3
+    assert prompt.image_grid_thw.tolist() == [[1, 8, 8], [1, 6, 4]] and len(prompt.pixel_values) == 8 * 8 + 6 * 4
 
 
 def test_blank_image_changes_the_logprobs_of_policy_and_reference(sharp):
     """A peer's reference saw no image at all, and nothing complained."""
     model, processor = sharp
     prompt, tokens = encode(processor, "one image"), random_tokens(processor, 1, 2, 6)
-    blank = prompt._replace(pixels=torch.zeros_like(prompt.pixels))
+    blank = prompt._replace(pixel_values=torch.zeros_like(prompt.pixel_values))
     for one in (model, copy.deepcopy(model).requires_grad_(False)):
-        seen, unseen = (qwen.token_logprobs(one, p, tokens, torch.ones_like(tokens, dtype=torch.bool)) for p in (prompt, blank))
+        seen, unseen = (token_logprobs(one, p, tokens, torch.ones_like(tokens, dtype=torch.bool)) for p in (prompt, blank))
         assert (seen - unseen).abs().max() > 0.1
 
 
@@ -164,7 +185,7 @@ def test_group_equals_separate_rows(sharp, plain, names, temperature):
     mask = torch.arange(C) < lengths[:, :, None]
     weights = torch.randn(mask.shape)
 
-    ours = qwen.token_logprobs(model, qwen.collate(prompts), tokens, mask, temperature)
+    ours = token_logprobs(model, collate(prompts), tokens, mask, temperature)
     rows = torch.zeros_like(ours)
     for b, g in (lengths > 0).nonzero().tolist():
         k = lengths[b, g]
@@ -184,7 +205,7 @@ def test_chunk_changes_neither_logprobs_nor_gradients(sharp):
     prompt, tokens = encode(processor, "one image"), random_tokens(processor, 1, 3, 7)
     results = []
     for chunk in (1024, 1, 4):
-        logprobs = qwen.token_logprobs(model, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), chunk=chunk)
+        logprobs = token_logprobs(model, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), chunk=chunk)
         logprobs.square().sum().backward()
         results.append((logprobs.detach(), gradients(model)))
         torch.testing.assert_close(results[-1][0], results[0][0], rtol=1e-5, atol=1e-5)
@@ -203,7 +224,7 @@ def test_no_logits_of_all_tokens_exist(sharp):
         return tensor
     hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: rows.append(logits.shape[0]))
     with hook, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        qwen.token_logprobs(model, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), chunk=chunk).sum().backward()
+        token_logprobs(model, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), chunk=chunk).sum().backward()
         assert saved and not any(V in shape for shape in saved)
         assert max(rows) == chunk and sum(rows) == 2 * tokens.numel()  # once forward, once more backward
         model.lm_head(torch.ones(21, 128)).log_softmax(1)
@@ -219,7 +240,7 @@ def test_prefill_and_decode_equal_the_whole_forward(sharp, plain, temperature):
     """The distributions that were sampled are those of one plain forward over prompt and completion, token by token."""
     (model, processor), G, C = sharp, 3, 10
     prompts = [encode(processor, name) for name in MIXED]
-    result = rollout.generate(model, processor, qwen.collate(prompts), C, torch.rand(len(prompts) * G, C), G, temperature)
+    result = generate(model, processor, collate(prompts), C, torch.rand(len(prompts) * G, C), G, temperature)
     for b, prompt in enumerate(prompts):
         for g in range(G):
             k = int(result.mask[b, g].sum())
@@ -233,11 +254,11 @@ def test_prefill_and_decode_equal_the_whole_forward(sharp, plain, temperature):
 def test_greedy_equals_transformers_generate(sharp, plain):
     (model, processor), C = sharp, 20
     prompts = [encode(processor, name) for name in PROMPTS if name != "image last"]  # generate takes what follows for image
-    ours = rollout.generate(model, processor, qwen.collate(prompts), C, None)
+    ours = generate(model, processor, collate(prompts), C, None)
     for b, prompt in enumerate(prompts):
-        out = plain.generate(**plain_inputs(prompt, prompt.ids[:, :0], processor), do_sample=False, max_new_tokens=C,
-                             suppress_tokens=vision_ids(processor), eos_token_id=list(rollout.stop_ids(processor)), pad_token_id=0)
-        assert ours.tokens[b, 0][ours.mask[b, 0]].tolist() == out[0, prompt.ids.shape[1]:].tolist()
+        out = plain.generate(**plain_inputs(prompt, prompt.input_ids[:, :0], processor), do_sample=False, max_new_tokens=C,
+                             suppress_tokens=vision_ids(processor), eos_token_id=list(stop_ids(processor)), pad_token_id=0)
+        assert ours.tokens[b, 0][ours.mask[b, 0]].tolist() == out[0, prompt.input_ids.shape[1]:].tolist()
     assert len({tuple(row) for row in ours.tokens[:, 0].tolist()}) == len(prompts)  # not one answer to all of them
 
 
@@ -257,7 +278,7 @@ def test_sample_follows_the_softmax(temperature):
     logits = torch.randn(200) * 2
     logits[[0, 7, 199]] = -math.inf
     dist = (logits / temperature).log_softmax(0)
-    tokens = rollout.sample(dist.expand(20_000, -1), rollout.noise((0,), range(20_000), 1, 1)[:, 0].cpu())
+    tokens = inverse_cdf(dist.expand(20_000, -1), uniforms((0,), range(20_000), 1, 1)[:, 0].cpu())
     assert_frequencies(tokens.numpy(), dist.double().softmax(0).numpy())
 
 
@@ -266,13 +287,29 @@ def test_rollout_follows_the_softmax(sharp, plain, temperature):
     """Hub configs of Qwen2.5-VL (temperature 1e-6, top_k 1) make `sampling` greedy; and a sampled image token has no image."""
     model, processor = sharp
     prompt = encode(processor, "one image")
-    tokens = np.concatenate([rollout.generate(model, processor, prompt, 1, rollout.noise((seed,), [0], 2000, 1), 2000, temperature)
+    tokens = np.concatenate([generate(model, processor, prompt, 1, uniforms((seed,), [0], 2000, 1), 2000, temperature)
                              .tokens.flatten().numpy() for seed in range(10)])
     with torch.no_grad():
-        dist = plain_dist(plain, processor, prompt, prompt.ids[:, :1], temperature)[0, 0]
+        dist = plain_dist(plain, processor, prompt, prompt.input_ids[:, :1], temperature)[0, 0]
     probabilities = dist.double().softmax(0).numpy()
     assert not probabilities[vision_ids(processor)].any()
     assert_frequencies(tokens, probabilities)
+
+
+def test_nan_logits_give_a_token_of_the_vocabulary():
+    """searchsorted gives V for NaN. The gather that follows would end the process on a GPU, before the guard skips the step."""
+    dist = torch.randn(3, 50).log_softmax(1)
+    dist[0], dist[1] = math.nan, -math.inf
+    tokens = inverse_cdf(dist, torch.rand(3))
+    assert ((tokens >= 0) & (tokens < 50)).all()
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_rollout_of_a_model_gone_nan_ends(sharp, greedy):
+    model, processor = sharp
+    with likelier(model, range(model.config.text_config.vocab_size), math.nan):
+        result = generate(model, processor, encode(processor, "one image"), 4, None if greedy else torch.rand(2, 4), 2)
+    assert result.logprobs[result.mask].isnan().all() and (result.tokens < model.config.text_config.vocab_size).all()
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24])
@@ -281,30 +318,30 @@ def test_impossible_tokens_are_never_drawn(number):
     beyond it where the probabilities add up to a little less than 1."""
     dist = torch.full((1, 150_000), -math.inf)
     dist[0, 10:-10] = -math.log(dist.shape[1] - 20) - 1e-5
-    assert 10 <= rollout.sample(dist, torch.tensor([number])).item() < 149_990
+    assert 10 <= inverse_cdf(dist, torch.tensor([number])).item() < 149_990
 
 
 def test_vision_tokens_are_banned_where_the_model_wants_them(sharp):
     model, processor = sharp
     prompt = encode(processor, "one image")
     with likelier(model, vision_ids(processor), 100.0):
-        result = rollout.generate(model, processor, prompt, 6, torch.rand(4, 6), 4)
+        result = generate(model, processor, prompt, 6, torch.rand(4, 6), 4)
         assert not torch.isin(result.tokens, torch.tensor(vision_ids(processor))).any()
-        scored = qwen.token_logprobs(model, prompt, result.tokens, result.mask)
+        scored = token_logprobs(model, prompt, result.tokens, result.mask)
     torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
 
 
-def test_completions_depend_on_their_own_noise_only(sharp):
+def test_completions_depend_on_their_own_uniforms_only(sharp):
     """Same seed, same completions: alone or beside other prompts, whatever the size of the group."""
     (model, processor), G, C = sharp, 4, 8
     prompts = [encode(processor, name) for name in MIXED]
-    together = rollout.generate(model, processor, qwen.collate(prompts), C, rollout.noise((3, 1), range(4), G, C), G)
+    together = generate(model, processor, collate(prompts), C, uniforms((3, 1), range(4), G, C), G)
     for b, prompt in enumerate(prompts):
         assert len(together.tokens[b].unique(dim=0)) == G  # the rows of a group differ
-        alone = rollout.generate(model, processor, prompt, C, rollout.noise((3, 1), [b], 2, C), 2)
+        alone = generate(model, processor, prompt, C, uniforms((3, 1), [b], 2, C), 2)
         k = alone.tokens.shape[2]
         assert torch.equal(alone.tokens[0], together.tokens[b, :2, :k])
-    other = rollout.generate(model, processor, qwen.collate(prompts), C, rollout.noise((4, 1), range(4), G, C), G)
+    other = generate(model, processor, collate(prompts), C, uniforms((4, 1), range(4), G, C), G)
     assert not torch.equal(other.tokens, together.tokens)
 
 
@@ -312,18 +349,18 @@ def test_completions_depend_on_their_own_noise_only(sharp):
 def test_sampled_logprobs_equal_scored_ones(sharp, temperature):
     """A peer samples at 0.9 and scores at 1: its ratio is never 1."""
     (model, processor), G, C = sharp, 4, 12
-    prompts = qwen.collate([encode(processor, name) for name in MIXED])
-    with likelier(model, rollout.stop_ids(processor), 3.0):
-        result = rollout.generate(model, processor, prompts, C, torch.rand(len(MIXED) * G, C), G, temperature)
-        scored = qwen.token_logprobs(model, prompts, result.tokens, result.mask, temperature)
+    prompts = collate([encode(processor, name) for name in MIXED])
+    with likelier(model, stop_ids(processor), 3.0):
+        result = generate(model, processor, prompts, C, torch.rand(len(MIXED) * G, C), G, temperature)
+        scored = token_logprobs(model, prompts, result.tokens, result.mask, temperature)
     assert not result.mask.all()
     torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
 
 
 @pytest.fixture
 def stopping(sharp):
-    """(model, processor, noise): four prompts, G 8, rows that stop at very different lengths; one group stops altogether."""
-    with likelier(sharp[0], rollout.stop_ids(sharp[1]), 4.0):
+    """(model, processor, uniforms): four prompts, G 8, rows of very different lengths; one whole group stops early."""
+    with likelier(sharp[0], stop_ids(sharp[1]), 4.0):
         yield *sharp, torch.rand(len(MIXED) * 8, 40)
 
 
@@ -334,14 +371,18 @@ def assert_same_completions(one, other):
 
 
 def test_dropping_stopped_rows_changes_no_completion(stopping, monkeypatch):
-    model, processor, noise = stopping
-    prompts, rows = qwen.collate([encode(processor, name) for name in MIXED]), []
-    draw = rollout.draw
-    monkeypatch.setattr(rollout, "draw", lambda model, state, *more: (rows.append(len(state.token)), draw(model, state, *more)))
-    result = rollout.generate(model, processor, prompts, 40, noise, 8)
+    model, processor, numbers = stopping
+    prompts, rows = collate([encode(processor, name) for name in MIXED]), []
+    sample_next_token = rollout.sample_next_token
+
+    def count_rows(model, state, *more):
+        rows.append(len(state.token))
+        sample_next_token(model, state, *more)
+    monkeypatch.setattr(rollout, "sample_next_token", count_rows)
+    result = generate(model, processor, prompts, 40, numbers, 8)
     assert rows[0] == 32 and rows[-1] <= 8 and rows == sorted(rows, reverse=True)        # they were dropped, more than once
-    monkeypatch.setattr(rollout, "still_running", lambda state: None)
-    assert_same_completions(result, rollout.generate(model, processor, prompts, 40, noise, 8))
+    monkeypatch.setattr(rollout, "active_rows", lambda state: None)
+    assert_same_completions(result, generate(model, processor, prompts, 40, numbers, 8))
 
 
 class NoHost(TorchDispatchMode):
@@ -351,33 +392,113 @@ class NoHost(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def replayed(model, state, choice):
-    """What a CUDA graph does, on the CPU: the same step on the same tensors, wherever they are, and nothing else."""
-    places = [x.data_ptr() for x in state.tensors()]
+class StaticSampler(Sampler):
+    """A Sampler as on a GPU, with a stand-in for CUDA graphs: the same step on the same tensors, wherever they are, and
+    nothing else."""
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.fixed_shapes, self.captures = True, 0
 
-    def replay():
-        with NoHost():
-            rollout.decode(model, state, state.tokens.shape[1], choice)
-        assert [x.data_ptr() for x in state.tensors()] == places
-    return replay
+    def capture_cuda_graph(self, state, params):
+        state, run_step = super().capture_cuda_graph(state, params)
+        places = [x.data_ptr() for x in state.tensors()]
+        self.captures += 1
+
+        def replay():
+            with NoHost():
+                run_step()
+            assert [x.data_ptr() for x in state.tensors()] == places
+        return state, replay
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_captured_step_gives_the_same_completions(stopping, monkeypatch, greedy):
+def test_captured_step_gives_the_same_completions(stopping, greedy):
     """And gives them again when the same graph is replayed for other prompts of that size."""
-    model, processor, noise = stopping
-    noise, captures = None if greedy else noise, []
+    model, processor, numbers = stopping
+    numbers = None if greedy else numbers
+    batches = [collate([encode(processor, name) for name in names]) for names in (MIXED, MIXED[::-1])]
+    sampler = StaticSampler(model, processor)
+    for batch in batches:
+        expected = generate(model, processor, batch, 40, numbers, 8)
+        assert_same_completions(sampler.generate(batch, 40, 8, uniforms=numbers), expected)
+    assert sampler.captures == 1
 
-    def capture(model, state, choice):
-        captures.append(copy.deepcopy(state))
-        return captures[-1], replayed(model, captures[-1], choice)
-    batches = [qwen.collate([encode(processor, name) for name in names]) for names in (MIXED, MIXED[::-1])]
-    plain = [rollout.generate(model, processor, batch, 40, noise, 8) for batch in batches]
-    monkeypatch.setattr(rollout, "capture", capture)
-    monkeypatch.setattr(rollout, "fixed_shapes", lambda: True)
-    for batch, expected in zip(batches, plain):
-        assert_same_completions(rollout.generate(model, processor, batch, 40, noise, 8), expected)
-    assert len(captures) == 1
+
+def test_only_the_last_used_graphs_are_kept(stopping):
+    model, processor, _ = stopping
+    sampler, prompt = StaticSampler(model, processor), encode(processor, "one image")
+    for G in (1, 2, 3, 1, 4, 1):  # 4 drops 2, the first that was not used again
+        sampler.generate(prompt, 3, G)
+    assert sampler.captures == 4 and len(sampler.cuda_graphs) == rollout.MAX_CUDA_GRAPHS
+    assert [state.shared_prompt.G for state, _ in sampler.cuda_graphs.values()] == [3, 4, 1]
+
+
+def test_two_samplers_share_no_state(sharp, monkeypatch):
+    """The captured graphs and the compiled step belong to a Sampler: no module and no class holds any of it."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(function))
+    model, processor = sharp
+    one, other, compiled = StaticSampler(model, processor), StaticSampler(model, processor), Sampler(model, processor, True)
+    one.stop_ids = (-1,)
+    one.graph_pool = "a pool"
+    one.generate(encode(processor, "one image"), 3)
+    assert one.cuda_graphs and not other.cuda_graphs and not compiled.cuda_graphs
+    assert other.graph_pool is None and set(other.stop_ids) == set(stop_ids(processor))
+    assert one.decode_step is other.decode_step is rollout.decode_step is not compiled.decode_step
+    assert not other.use_cuda_graphs and not Sampler(model, processor).fixed_shapes and compiled.fixed_shapes
+    changeable = (dict, list, set)
+    assert not [name for scope in (vars(rollout), vars(Sampler)) for name, value in scope.items()
+                if isinstance(value, changeable) and not name.startswith("__")]
+
+
+class Cuda:
+    """A stand-in for what a capture asks of torch.cuda. The first `failures` captures fail at their end; as in torch the
+    capture's stream then stays current."""
+    def __init__(self, failures):
+        self.failures, self.current, self.pools, self.captured_in = failures, "main stream", 0, []
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return self.pools
+
+    def current_stream(self):
+        return SimpleNamespace(name=self.current, wait_stream=lambda other: None)
+
+    def set_stream(self, stream):
+        self.current = stream.name
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, capture_error_mode):
+        self.current, self.captured_in = "capture stream", [*self.captured_in, pool]
+        yield
+        if len(self.captured_in) <= self.failures:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        self.current = "main stream"
+
+    def patch(self, monkeypatch):
+        for name in ("graph_pool_handle", "current_stream", "set_stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+
+
+def test_decoding_continues_after_a_failed_capture(stopping, monkeypatch, capsys):
+    """torch.cuda.graph leaves its stream current when the end of a capture fails; and a pool whose graphs are all gone trips
+    an assertion in the next capture. So the stream is restored, and the next capture gets a new pool."""
+    model, processor, numbers = stopping
+    prompts = collate([encode(processor, name) for name in MIXED])
+    expected = generate(model, processor, prompts, 40, numbers, 8)
+    sampler, cuda = Sampler(model, processor), Cuda(failures=1)
+    sampler.use_cuda_graphs = sampler.fixed_shapes = True
+    cuda.patch(monkeypatch)
+    for _ in range(2):  # the step itself takes the graph's place, and is kept like one
+        assert_same_completions(sampler.generate(prompts, 40, 8, uniforms=numbers), expected)
+    assert cuda.current == "main stream" and cuda.captured_in == [1] and sampler.graph_pool == 2
+    error = capsys.readouterr().err
+    assert "runs slower: RuntimeError: operation not permitted" in error and error.count("\n") == 1
+    for G in (1, 2):  # later captures succeed and share the new pool
+        sampler.generate(prompts, 4, G)
+    assert cuda.captured_in == [1, 2, 2] and sampler.graph_pool == 2 and not capsys.readouterr().err
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, softmax_scale=None, causal=False,
@@ -408,18 +529,18 @@ FLASH = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache
 def test_flash_attention_gives_the_same_logprobs(sharp, monkeypatch):
     """Of a prompt without padding; another takes a mask, which flash-attn has not."""
     model, prompt, tokens = sharp[0], encode(sharp[1], "two images"), torch.randint(20, 400, (1, 3, 9))
-    plain = qwen.token_logprobs(model, prompt, tokens, tokens > 0)
-    monkeypatch.setattr(qwen, "flash", lambda q: FLASH)
-    torch.testing.assert_close(qwen.token_logprobs(model, prompt, tokens, tokens > 0), plain, rtol=0, atol=1e-5)
+    plain = token_logprobs(model, prompt, tokens, tokens > 0)
+    monkeypatch.setattr(attention, "flash_attn_for", lambda q: FLASH)
+    torch.testing.assert_close(token_logprobs(model, prompt, tokens, tokens > 0), plain, rtol=0, atol=1e-5)
 
 
 def test_flash_decoding_gives_the_same_completions(stopping, monkeypatch):
     """Two calls of the kernel, over the prompt and over the completion, are put together by their log-sum-exps."""
-    model, processor, noise = stopping
-    prompts = qwen.collate([encode(processor, name) for name in MIXED])
-    plain = rollout.generate(model, processor, prompts, 40, noise, 8)
-    monkeypatch.setattr(qwen, "flash", lambda q: FLASH)
-    assert_same_completions(rollout.generate(model, processor, prompts, 40, noise, 8), plain)
+    model, processor, numbers = stopping
+    prompts = collate([encode(processor, name) for name in MIXED])
+    plain = generate(model, processor, prompts, 40, numbers, 8)
+    monkeypatch.setattr(attention, "flash_attn_for", lambda q: FLASH)
+    assert_same_completions(generate(model, processor, prompts, 40, numbers, 8), plain)
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
@@ -428,10 +549,10 @@ def test_every_stop_token_stops_and_counts(sharp, stop):
     (model, processor), G, C = sharp, 64, 8
     stop = processor.tokenizer.convert_tokens_to_ids(stop)
     with likelier(model, [stop], 4.0):
-        result = rollout.generate(model, processor, encode(processor, "one image"), C, torch.rand(G, C), G)
+        result = generate(model, processor, encode(processor, "one image"), C, torch.rand(G, C), G)
     assert 0 < result.stopped.sum() < G
     for row, mask, logprobs, stopped in zip(result.tokens[0], result.mask[0], result.logprobs[0], result.stopped[0]):
-        places = torch.isin(row, torch.tensor(rollout.stop_ids(processor))).nonzero().flatten().tolist()
+        places = torch.isin(row, torch.tensor(stop_ids(processor))).nonzero().flatten().tolist()
         length = places[0] + 1 if stopped else C
         assert bool(places) == bool(stopped)
         assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # the first stop, nothing after it
@@ -441,8 +562,8 @@ def test_every_stop_token_stops_and_counts(sharp, stop):
 @pytest.mark.parametrize("by, stopped", [(100.0, True), (-100.0, False)])
 def test_a_stop_at_the_last_place_is_not_cut_off(sharp, by, stopped):
     model, processor = sharp
-    with likelier(model, rollout.stop_ids(processor), by):
-        result = rollout.generate(model, processor, encode(processor, "one image"), 1, torch.rand(3, 1), 3)
+    with likelier(model, stop_ids(processor), by):
+        result = generate(model, processor, encode(processor, "one image"), 1, torch.rand(3, 1), 3)
     assert result.stopped.tolist() == [[stopped] * 3] and result.mask.all()
 
 
@@ -450,12 +571,12 @@ def test_a_stop_at_the_last_place_is_not_cut_off(sharp, by, stopped):
 def test_rollout_is_right_in_training_with_gradient_checkpointing(sharp):
     """model.train() with checkpointing corrupts transformers' generate from the second token on."""
     (model, processor), C = sharp, 8
-    training, noise = copy.deepcopy(model), torch.rand(2, C)
+    training, numbers = copy.deepcopy(model), torch.rand(2, C)
     training.gradient_checkpointing_enable()
     training.train()
     prompt, modes = encode(processor, "one image"), set()
     training.lm_head.register_forward_hook(lambda *_: modes.add(training.training))
-    expected, result = (rollout.generate(m, processor, prompt, C, noise, 2) for m in (model, training))
+    expected, result = (generate(m, processor, prompt, C, numbers, 2) for m in (model, training))
     assert torch.equal(result.tokens, expected.tokens)
     torch.testing.assert_close(result.logprobs, expected.logprobs)
     assert modes == {False} and training.training and not model.training
@@ -468,7 +589,7 @@ def test_gradient_checkpointing_changes_no_gradient(sharp):
     training.gradient_checkpointing_enable()
     prompt, tokens = encode(processor, "two images"), random_tokens(processor, 1, 2, 5)
     for m in (model, training):
-        qwen.token_logprobs(m, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool)).sum().backward()
+        token_logprobs(m, prompt, tokens, torch.ones_like(tokens, dtype=torch.bool)).sum().backward()
     assert_same_gradients(gradients(training), gradients(model))
 
 
@@ -476,15 +597,15 @@ def test_gradient_checkpointing_changes_no_gradient(sharp):
 # Text
 
 def test_texts_lose_the_stop_token_only(sharp):
-    """The format reward must see every other special token; what follows the stop is padding."""
-    processor, to_ids = sharp[1], sharp[1].tokenizer.encode
+    """The format reward must see every other special token; padding follows the stop."""
+    to_ids = sharp[1].tokenizer.encode
     texts = ["<think>a ship</think>\n<answer>[1,2,30,4]</answer>", "<|im_start|> twice <think>", ""]
     rows = [to_ids(texts[0] + "<|im_end|>"), to_ids(texts[1]), to_ids(texts[2] + "<|endoftext|>")]
     width = max(map(len, rows))
     tokens = torch.tensor([row + [to_ids("x")[0]] * (width - len(row)) for row in rows])[None]
     mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
     nothing = torch.zeros(tokens.shape)
-    assert rollout.texts(processor, rollout.Completions(tokens, mask[None], nothing, nothing, nothing)) == [texts]
+    assert Sampler(*sharp).decode_texts(Completions(tokens, mask[None], nothing, nothing, nothing)) == [texts]
 
 
 @pytest.mark.parametrize("text", [
@@ -505,43 +626,43 @@ def test_tags_and_stops_are_single_tokens(sharp):
 # Load and save
 
 def test_saved_model_gives_the_same_logprobs_here_and_in_transformers(sharp, plain, folder):
-    (model, processor), (loaded, loaded_processor) = sharp, qwen.load(str(folder))
+    (model, processor), (loaded, loaded_processor) = sharp, load_model(str(folder))
     assert list(folder.parent.iterdir()) == [folder]  # no partial folder is left
     prompt, tokens = encode(loaded_processor, "two images"), random_tokens(processor, 1, 2, 5)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        ours = qwen.token_logprobs(loaded, prompt, tokens, mask)
-        assert torch.equal(ours, qwen.token_logprobs(model, encode(processor, "two images"), tokens, mask))
+        ours = token_logprobs(loaded, prompt, tokens, mask)
+        assert torch.equal(ours, token_logprobs(model, encode(processor, "two images"), tokens, mask))
         torch.testing.assert_close(ours[0], plain_logprobs(plain, processor, prompt, tokens[0]), rtol=0, atol=2e-5)
 
 
 def test_saved_tokenizer_and_image_processor_work_in_transformers(sharp, folder):
-    """The saved image processor must not resize a frame once more: boxes and pixels would part. (AutoImageProcessor reads
+    """The saved image processor must not resize an image again: that would shift it against its boxes. (AutoImageProcessor reads
     the same file, but in older transformers it needs torchvision.)"""
     tokenizer, images = AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
     text = PROMPTS["one image"][0] + "<think>7 ships</think>"
     assert tokenizer.encode(text) == sharp[1].tokenizer.encode(text)
-    frame = Image.effect_noise((112, 112), 80).convert("RGB")
-    out, ours = images(images=[frame], return_tensors="pt"), qwen.encode(sharp[1], IMAGE, [frame])
-    assert out["image_grid_thw"].tolist() == ours.grids.tolist() == [[1, 8, 8]]
-    torch.testing.assert_close(out["pixel_values"], ours.pixels, rtol=0, atol=1e-5)
+    image = Image.effect_noise((112, 112), 80).convert("RGB")
+    out, ours = images(images=[image], return_tensors="pt"), encode_chat(sharp[1], IMAGE, [image])
+    assert out["image_grid_thw"].tolist() == ours.image_grid_thw.tolist() == [[1, 8, 8]]
+    torch.testing.assert_close(out["pixel_values"], ours.pixel_values, rtol=0, atol=1e-5)
 
 
-def test_frame_survives_save_and_load(sharp, tmp_path):
+def test_image_size_survives_save_and_load(sharp, tmp_path):
     name = str(tmp_path / "m")
-    qwen.save(*sharp, tmp_path / "m")
-    assert qwen.load(name)[1].frame == sharp[1].frame == 112
-    qwen.save(*qwen.load(name, 140), tmp_path / "m")
-    assert qwen.load(name)[1].frame == 140
+    save_model(*sharp, tmp_path / "m")
+    assert load_model(name)[1].image_size == sharp[1].image_size == 112
+    save_model(*load_model(name, 140), tmp_path / "m")
+    assert load_model(name)[1].image_size == 140
 
 
 def test_a_checkpoint_of_others_is_read_at_448(sharp, tmp_path):
-    """Qwen's own files give a range of sizes, not a frame."""
-    qwen.save(*sharp, tmp_path / "m")
-    images = copy.deepcopy(sharp[1].images)
+    """Qwen's own files give a range of sizes."""
+    save_model(*sharp, tmp_path / "m")
+    images = copy.deepcopy(sharp[1].image_processor)
     images.size = {"shortest_edge": 3136, "longest_edge": 12845056}
     images.save_pretrained(tmp_path / "m")
-    assert qwen.load(str(tmp_path / "m"))[1].frame == 448
+    assert load_model(str(tmp_path / "m"))[1].image_size == 448
 
 
 @pytest.mark.parametrize("content", [None, {}, {"config.json": "{}"}, {"config.json": "not json"}], ids=str)
@@ -550,12 +671,12 @@ def test_unreadable_model_is_one_line(tmp_path, content):
         (tmp_path / "m").mkdir()
         for name, text in content.items():
             (tmp_path / "m" / name).write_text(text)
-    with pytest.raises(BadInput, match=str(tmp_path / "m")) as error:
-        qwen.load(str(tmp_path / "m"))
+    with pytest.raises(UserError, match=str(tmp_path / "m")) as error:
+        load_model(str(tmp_path / "m"))
     assert "\n" not in str(error.value)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
-    rates = [run.learning_rate(step, 10, 1.0, 4) for step in range(10)]
+    rates = [linear_warmup_decay(step, 10, 1.0, 4) for step in range(10)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
     assert rates[4:] == pytest.approx([1 - k / 6 for k in range(6)])

@@ -1,4 +1,5 @@
-"""Several processes are one: the same rollouts, losses, gradients and weights, whatever their number, on the CPU with gloo."""
+"""Several processes compute what one does: the same rollouts, losses, gradients and weights for any
+number of them, on the CPU with gloo."""
 
 import copy
 import json
@@ -11,19 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sizing
 from conftest import ROOT, rows
 from several import RUNS
+from tools import sizing
 
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+                            "OMP_NUM_THREADS": "1"}
 
 
 def command(ranks, *args):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *map(str, args)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={ranks}", *map(str, args)]
 
 
 def torchrun(ranks, *args, check=True):
-    done = subprocess.run(command(ranks, *args), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    done = subprocess.run(command(ranks, *args), capture_output=True, text=True, check=False,
+                          env=ENVIRONMENT)
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
 
@@ -31,7 +35,8 @@ def torchrun(ranks, *args, check=True):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, dataset, sft):
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, ROOT / "tests/several.py", sft / "model", dataset, out], check=True, env=ENVIRONMENT)
+    subprocess.run([sys.executable, ROOT / "tests/several.py", sft / "model", dataset, out],
+                   check=True, env=ENVIRONMENT)
     return out
 
 
@@ -42,39 +47,51 @@ def together(request, tmp_path_factory, dataset, sft):
     return out
 
 
-def figures(row):
-    floats = {name: value for name, value in row.items() if isinstance(value, float) and not name.endswith("_s")}
+def numbers(row):
+    floats = {name: value for name, value in row.items()
+              if isinstance(value, float) and not name.endswith("_s")}
     return floats | row.get("parts", {})
+
+
+def assert_close(one, many):
+    """Two metrics.jsonl up to the order of additions."""
+    for a, b in zip(rows(one / "metrics.jsonl"), rows(many / "metrics.jsonl"), strict=True):
+        assert numbers(a) == pytest.approx(numbers(b), abs=1e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(RUNS.keys() - {"bf16"}))
 def test_several_processes_train_the_model_that_one_trains(alone, together, name):
     one, many = alone / name, together / name
-    for a, b in zip(rows(one / "metrics.jsonl"), rows(many / "metrics.jsonl"), strict=True):
-        assert figures(a) == pytest.approx(figures(b), abs=1e-5, rel=1e-5)
+    assert_close(one, many)
     if name != "sft":
-        assert [r["completion"] for r in rows(one / "samples.jsonl")] == [r["completion"] for r in rows(many / "samples.jsonl")]
+        texts = [[row["completion"] for row in rows(out / "samples.jsonl")] for out in (one, many)]
+        assert texts[0] == texts[1]
         assert any(row["grad_norm"] > 0 for row in rows(one / "metrics.jsonl"))
-    a, b = load_file(one / "model/model.safetensors"), load_file(many / "model/model.safetensors")
+    a, b = (load_file(out / "model/model.safetensors") for out in (one, many))
     assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
-def test_lora_learns_in_its_adapters_alone_and_is_saved_both_ways(together, sft):
-    """Trained by several processes: the merged model differs from the start in the adapted layers only, and in plain
-    transformers and peft it computes what the start with the adapters does."""
+def test_lora_trains_only_its_adapters_and_is_saved_both_ways(together, sft):
+    """Trained by several processes: the merged model differs from the start in the adapted layers
+    only, and in plain transformers and peft it computes what the start with the adapters does."""
     from peft import PeftModel
     from transformers import Qwen2_5_VLForConditionalGeneration
-    start, merged = (load_file(folder / "model/model.safetensors") for folder in (sft, together / "lora"))
+    folders = (together / "lora/model", sft / "model")
+    merged, start = (load_file(folder / "model.safetensors") for folder in folders)
     changed = {key for key in start if not torch.equal(start[key], merged[key])}
-    assert changed and all("layers" in key and "_proj" in key and "visual" not in key for key in changed)
-    models = [Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model") for folder in (together / "lora", sft)]
-    models.append(PeftModel.from_pretrained(copy.deepcopy(models[1]), together / "lora/adapter"))
-    merged, start, adapted = (m(input_ids=torch.arange(20, 60)[None]).logits for m in models)
-    assert torch.allclose(merged, adapted, atol=1e-5) and not torch.allclose(merged, start, atol=1e-3)
+    assert changed
+    assert all("layers" in key and "_proj" in key and "visual" not in key for key in changed)
+    models = [Qwen2_5_VLForConditionalGeneration.from_pretrained(folder) for folder in folders]
+    adapted = PeftModel.from_pretrained(copy.deepcopy(models[1]), together / "lora/adapter")
+    input_ids = torch.arange(20, 60)[None]
+    merged, start, adapted = (m(input_ids=input_ids).logits for m in (*models, adapted))
+    assert torch.allclose(merged, adapted, atol=1e-5)
+    assert not torch.allclose(merged, start, atol=1e-3)
 
 
 def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(together):
-    """The whole model is collected in float32 while the other ranks' copies are bf16: ranks once gathered unlike sizes."""
+    """The whole model is gathered in float32. Once the other ranks' copies were still bf16, and
+    ranks gathered shards of different sizes."""
     weights = load_file(together / "bf16/model/model.safetensors")
     assert all(w.dtype == torch.float32 for w in weights.values())
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
@@ -83,36 +100,48 @@ def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(to
 
 
 def test_frozen_vision_does_not_change(alone, sft):
-    start, end = (load_file(folder / "model/model.safetensors") for folder in (sft, alone / "frozen"))
-    assert all(torch.equal(start[key], end[key]) == ("visual" in key) for key in start if "visual" in key or "self_attn" in key)
+    folders = (sft, alone / "frozen")
+    start, end = (load_file(folder / "model/model.safetensors") for folder in folders)
+    for key in start:
+        if "visual" in key or "self_attn" in key:
+            assert torch.equal(start[key], end[key]) == ("visual" in key)
 
 
 @pytest.mark.parametrize("ranks, number", [(3, signal.SIGTERM), (1, signal.SIGKILL)])
-def test_a_checkpoint_of_two_processes_goes_on_with_another_number(alone, tmp_path, dataset, sft, ranks, number):
-    """A signal reaches one of two processes. SIGTERM: both finish the step, save, and say how to go on; SIGKILL: the other ends
-    too, instead of waiting for ever. One or three go on from the last checkpoint, and end as one alone does."""
-    flags = ["--model", sft / "model", "--data", dataset, "--out", tmp_path, *RUNS["grpo"][1].split(), "--save-every", 1]
-    launcher = subprocess.Popen(command(2, ROOT / "train_grpo.py", *flags), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+def test_a_checkpoint_of_two_processes_is_resumed_by_another_number(
+        alone, tmp_path, dataset, sft, ranks, number):
+    """A signal reaches one of two processes. SIGTERM: both finish the step, save, and print how to
+    continue; SIGKILL: the other ends too, instead of waiting forever. One or three processes
+    continue from the last checkpoint, and end as one alone does."""
+    flags = ["--model", sft / "model", "--data", dataset, "--out", tmp_path,
+             *RUNS["grpo"][1].split(), "--save-every", 1]
+    launcher = subprocess.Popen(command(2, ROOT / "train_grpo.py", *flags), stdout=subprocess.PIPE,
+                                text=True, env=ENVIRONMENT)
     for line in launcher.stdout:
         if line.startswith("step    2"):
-            worker = subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split()[-1]
-            os.kill(int(worker), number)
+            workers = subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split()
+            os.kill(int(workers[-1]), number)
             break
     said, code = launcher.communicate(timeout=120)[0], launcher.returncode
-    assert (code == 0 and "stopped after step" in said and "--resume" in said) if number == signal.SIGTERM else code != 0
-    stopped = json.loads((tmp_path / "checkpoint/run.json").read_text())["progress"]["step"]
-    assert 0 < stopped < 8 == len(rows(alone / "grpo/metrics.jsonl"))
+    if number == signal.SIGTERM:
+        assert code == 0 and "stopped after step" in said and "--resume" in said
+    else:
+        assert code != 0
+    progress = json.loads((tmp_path / "checkpoint/run.json").read_text())["progress"]
+    assert 0 < progress["step"] < 8 == len(rows(alone / "grpo/metrics.jsonl"))
     if ranks == 1:
-        subprocess.run([sys.executable, ROOT / "train_grpo.py", *map(str, flags), "--resume"], check=True, env=ENVIRONMENT)
+        subprocess.run([sys.executable, ROOT / "train_grpo.py", *map(str, flags), "--resume"],
+                       check=True, env=ENVIRONMENT)
     else:
         torchrun(ranks, ROOT / "train_grpo.py", *flags, "--resume")
-    for a, b in zip(rows(alone / "grpo/metrics.jsonl"), rows(tmp_path / "metrics.jsonl"), strict=True):
-        assert figures(a) == pytest.approx(figures(b), abs=1e-5, rel=1e-5)
+    assert_close(alone / "grpo", tmp_path)
 
 
-def test_prompts_that_cannot_be_spread_are_refused(tmp_path):
-    done = torchrun(2, ROOT / "train_grpo.py", "--prompts", 3, "--out", tmp_path / "out", check=False)
-    assert done.returncode and "--prompts 3 cannot be spread evenly over 2 processes" in done.stderr
+def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(tmp_path):
+    done = torchrun(2, ROOT / "train_grpo.py", "--prompts", 3, "--out", tmp_path / "out",
+                    check=False)
+    message = "--prompts 3 cannot be divided evenly among 2 processes"
+    assert done.returncode and message in done.stderr
 
 
 @pytest.mark.parametrize("size, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])

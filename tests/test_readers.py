@@ -1,4 +1,5 @@
-"""Every format of the data sets, on real files where EO_DATA names them and else on small files in the published layout."""
+"""Every format of readers/: on small files in the published layout, and on real ones if EO_DATA names
+their folder."""
 
 import json
 import os
@@ -12,14 +13,23 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data import BadInput, Sample, few_shots, load, load_images
-from formats import notation
-from formats.notation import label_list, place_boxes, tasks_of, turned_box
-from formats.readers import read
-from rewards import TASKS, horizontal, reference_mask
+from boxes import obb_to_hbb
+from data import few_shots, load_samples
+from readers import box_formats
+from readers.box_formats import (
+    min_area_rect,
+    parse_label_list,
+    rewrite_boxes,
+    sample_per_class,
+    tasks_of_question,
+)
+from readers.folders import read_samples
+from rewards import TASKS
+from runtime.errors import UserError
+from sample import Sample, load_gt_mask, load_images
 
-F = 112
-SIZE = (200, 50)  # of the images: far from square, so that swapped axes show
+F = 112  # image_size: the side of the resized images
+SIZE = (200, 50)  # of the original images: far from square, to reveal swapped axes
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def picture(path, size=SIZE, colour="green"):
 
 
 def write(path, *records):
-    """JSON lines; a JSON array where the name ends in .json; other files, and a record that is a text, as they are."""
+    """JSON lines, or a JSON array if the name ends in .json. Texts are written as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines))
@@ -53,46 +63,49 @@ def chat(*turns, image="a.png"):
         {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
 
 
-def samples_of(path, task, images=None, skipped=None, frame=F):
-    """The Samples of a source, each of them sound: its answer is right, boxes show in the frame, no mark is left over."""
-    samples = list(read(Path(path), task, frame, images, Counter() if skipped is None else skipped))
+def samples_of(path, task, images=None, skipped=None, image_size=F):
+    """The Samples of a source. Checks each: its answer is right, its boxes are in the image, no mark is
+    left."""
+    skipped = Counter() if skipped is None else skipped
+    samples = list(read_samples(Path(path), task, image_size, images, skipped))
     assert len({s.id for s in samples}) == len(samples)
     for s in samples:
-        assert s.task == task and s.frame == frame and s.think and s.images
-        assert TASKS[task].reward(s.answer, s) > .7, (s.answer, s.boxes)  # boxes are rounded to pixels
-        assert not re.search(r"</?\w+>|\\n|\[[a-z]|\{<|\[\[", s.question + s.answer), s
-        for box in s.boxes:
-            x1, y1, x2, y2 = horizontal(box)
-            assert x1 < min(x2, frame) and y1 < min(y2, frame) and x2 > 0 and y2 > 0
-            assert box[4] or min(x1, y1) >= 0 and max(x2, y2) <= frame + 1e-6
+        assert s.task == task and s.image_size == image_size and s.think and s.images
+        assert TASKS[task].reward(s.gt_answer, s) > .7, (s.gt_answer, s.gt_boxes)  # boxes are rounded to pixels
+        assert not re.search(r"</?\w+>|\\n|\[[a-z]|\{<|\[\[", s.question + s.gt_answer), s
+        for box in s.gt_boxes:
+            x1, y1, x2, y2 = obb_to_hbb(box)
+            assert x1 < min(x2, image_size) and y1 < min(y2, image_size) and x2 > 0 and y2 > 0
+            assert box[4] or min(x1, y1) >= 0 and max(x2, y2) <= image_size + 1e-6
     return samples
 
 
 def refused(path, task, *says, images=None):
-    """BadInput of one line that says all of this."""
-    with pytest.raises(BadInput) as error:
-        list(read(Path(path), task, F, images, Counter()))
+    """A UserError of one line that says all of this."""
+    with pytest.raises(UserError) as error:
+        list(read_samples(Path(path), task, F, images, Counter()))
     message = str(error.value)
     assert "\n" not in message and all(re.search(pattern, message) for pattern in says), message
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Notation
+# Boxes and texts
 
 def test_box_of_a_square_on_its_corner():
     """By hand: corners (5,0), (10,5), (5,10), (0,5) are a square of side sqrt(50) turned by 45 degrees."""
     half = 50 ** .5 / 2
-    assert turned_box(np.array([(5, 0), (10, 5), (5, 10), (0, 5)])) == pytest.approx((5 - half, 5 - half, 5 + half, 5 + half, 45))
+    box = min_area_rect(np.array([(5, 0), (10, 5), (5, 10), (0, 5)]))
+    assert box == pytest.approx((5 - half, 5 - half, 5 + half, 5 + half, 45))
 
 
-def test_upright_box_has_no_angle_wherever_its_corners_begin():
+def test_upright_box_has_no_angle_whatever_its_first_corner():
     for start in range(4):
         corners = np.roll(np.array([(2., 3), (9, 3), (9, 5), (2, 5)]), start, axis=0)
-        assert turned_box(corners) == turned_box(corners[::-1]) == (2, 3, 9, 5, 0)
+        assert min_area_rect(corners) == min_area_rect(corners[::-1]) == (2, 3, 9, 5, 0)
 
 
 @pytest.mark.parametrize("theta", [1, 30, 60, 89, 120, 179, -45])
-def test_turned_box_keeps_the_corners_of_a_rectangle(theta):
+def test_oriented_box_keeps_the_corners_of_a_rectangle(theta):
     """Clockwise on the screen: y points down, so (1, 0) turns towards (0, 1)."""
     turn = np.radians(theta)
     axes = np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))])
@@ -104,25 +117,25 @@ def test_turned_box_keeps_the_corners_of_a_rectangle(theta):
         return np.array([(-w, -h), (w, -h), (w, h), (-w, h)]) @ u + [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
 
     expected = shape @ axes + [50, 40]
-    found = corners(turned_box(expected))
+    found = corners(min_area_rect(expected))
     assert sorted(map(tuple, found.round(4))) == sorted(map(tuple, expected.round(4)))
 
 
-def test_turned_box_is_the_smallest_rectangle_around_a_quadrilateral():
+def test_oriented_box_is_the_smallest_rectangle_around_a_quadrilateral():
     shapely = pytest.importorskip("shapely", reason="shapely knows the smallest rectangle")
     rng = np.random.default_rng(0)
     for _ in range(200):
         angles = np.sort(rng.uniform(0, 2 * np.pi, 4))  # on an ellipse, so convex
         corners = np.stack([30 * np.cos(angles), 20 * np.sin(angles)], 1)
-        x1, y1, x2, y2, theta = turned_box(corners)
+        x1, y1, x2, y2, theta = min_area_rect(corners)
         assert 0 <= theta < 90
         assert (x2 - x1) * (y2 - y1) == pytest.approx(shapely.minimum_rotated_rectangle(shapely.Polygon(corners)).area)
 
 
-def test_boxes_of_every_notation_reach_the_frame_wherever_they_stand():
+def test_boxes_of_every_notation_become_pixels_anywhere_in_a_text():
     """By hand, 112 / 100 = 1.12: 25 -> 28, 50 -> 56, 75 -> 84; pixels of 200 x 50: x * .56, y * 2.24."""
     skipped = Counter()
-    text, boxes = place_boxes(
+    text, boxes = rewrite_boxes(
         "[grounding] [hr_rgb_0.5] <image> \\n <ref>1 ship</ref> <box>[[[25, 50, 50, 75, 0]]]</box> at left, "
         "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, F, "here", skipped)
     assert text == "1 ship [28,56,56,84] at left, two [0,0,28,28],[56,56,84,84] and [0,0,56,56]."
@@ -131,7 +144,8 @@ def test_boxes_of_every_notation_reach_the_frame_wherever_they_stand():
 
 def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():
     skipped = Counter()
-    text, boxes = place_boxes("a {<90><80><102><104>|<0>} b {<50><50><50><60>|<0>} c", SIZE, F, "here", skipped)
+    noisy = "a {<90><80><102><104>|<0>} b {<50><50><50><60>|<0>} c"
+    text, boxes = rewrite_boxes(noisy, SIZE, F, "here", skipped)
     assert text == "a [101,90,112,112] b c" and len(boxes) == 1
     assert skipped == {"boxes clipped to the image": 1, "boxes without area left out": 1}
 
@@ -139,25 +153,29 @@ def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():
 @pytest.mark.parametrize("question, answer, tasks", [
     ("<image>\n[refer] where is <p>it</p>?", "{<1><2><3><4>}", ("det", "rec")),
     ("<image>\n[identify] what is {<1><2><3><4>|<5>}", "a ship", ("rcap",)),
-    ("[grounding] give a description", "a ship {<1><2><3><4>|<5>}", ("ground",)), ("[caption] Describe.", "A ship.", ("cap",)),
-    ("[vqa] Is there one of two classes?", "yes", ("vqa",)), ("Is there a ship? Answer with one word.", "no", ("vqa",)),
+    ("[grounding] give a description", "a ship {<1><2><3><4>|<5>}", ("ground",)),
+    ("[caption] Describe.", "A ship.", ("cap",)),
+    ("[vqa] Is there one of two classes?", "yes", ("vqa",)),
+    ("Is there a ship? Answer with one word.", "no", ("vqa",)),
     ("Classify the image. Classes: sea, forest", "sea", ("cls",)), ("Who built this?", "Nobody knows.", ()),
     (" [changedet] [hr_rgb_temp_0.5] <image> <image> \\n are there any semantic change detected?", "no", ("change",)),
-    ("[changedet] [hr_rgb_temp_0.5] <image> <image> \\n Identify the type of disaster. Options:  fire, wind.", "fire", ("cls",)),
-    (("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[5, 5, 8, 7, 0]]</box> affected? Please answer yes or "
-     "no."), "yes", ("cls",)),
-    ("[grounding] [hr_rgb_temp_0.5] <image> <image> \\n Please describe the damage.", "There was a fire.", ("change", "cap")),
+    ("[changedet] [hr_rgb_temp_0.5] <image> <image> \\n Identify the type of disaster. Options:  fire, wind.",
+     "fire", ("cls",)),
+    (("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[5, 5, 8, 7, 0]]</box> affected? "
+      "Please answer yes or no."), "yes", ("cls",)),
+    ("[grounding] [hr_rgb_temp_0.5] <image> <image> \\n Please describe the damage.",
+     "There was a fire.", ("change", "cap")),
     ("[s2_rgb_10] <image> \\n Which are depicted? sea, forest. Answer with a list of classes.", "sea", ("mlc",)),
 ])
-def test_marks_tell_the_tasks_of_a_question(question, answer, tasks):
-    assert tasks_of(question, answer) == tasks
+def test_tasks_of_a_question_follow_from_its_mark(question, answer, tasks):
+    assert tasks_of_question(question, answer) == tasks
 
 
 def test_commas_of_bigearthnet_stay_in_their_labels():
-    question = ("From the following scene categories, which ones are depicted in the provided remote sensing image? Broad-leaved "
-                "forest, Beaches, dunes, sands, Land principally occupied by agriculture, with significant areas of natural "
-                "vegetation, salt marshes. Answer with a list of classes.")
-    assert label_list(question, "here") == (
+    question = ("From the following scene categories, which ones are depicted in the provided remote sensing "
+                "image? Broad-leaved forest, Beaches, dunes, sands, Land principally occupied by agriculture, "
+                "with significant areas of natural vegetation, salt marshes. Answer with a list of classes.")
+    assert parse_label_list(question, "here") == (
         "Broad-leaved forest", "Beaches, dunes, sands",
         "Land principally occupied by agriculture, with significant areas of natural vegetation", "salt marshes")
 
@@ -168,99 +186,114 @@ def test_commas_of_bigearthnet_stay_in_their_labels():
 GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}",
            "[identify] what is in {<50><50><75><75>|<0>}", "<p>a ship</p>",
            "[grounding] describe the image", "There is <p>a ship</p> {<0><0><25><25>|<0>} at the top left.",
-           "Classify the image. Classes: sea, forest", "sea", "Is it rural? Answer with one word.", "no", "Why?", "Because."]
+           "Classify the image. Classes: sea, forest", "sea",
+           "Is it rural? Answer with one word.", "no", "Why?", "Because."]
 
 
 @pytest.mark.parametrize("task, question, answer", [
-    ("det", "where is the ship ?", "[11,22,34,45]"), ("rec", "where is the ship ?", '{"bbox_2d": [11, 22, 34, 45]}'),
-    ("rcap", "what is in [56,56,84,84]", "a ship"), ("cls", "Classify the image. Classes: sea, forest", "sea"),
+    ("det", "where is the ship ?", "[11,22,34,45]"),
+    ("rec", "where is the ship ?", '{"bbox_2d": [11, 22, 34, 45]}'),
+    ("rcap", "what is in [56,56,84,84]", "a ship"),
+    ("cls", "Classify the image. Classes: sea, forest", "sea"),
     ("ground", "describe the image", "There is a ship [0,0,28,28] at the top left."),
     ("vqa", "Is it rural? Answer with one word.", "no")])
 def test_each_task_takes_its_turns_of_geochats_mix(folder, task, question, answer):
     skipped = Counter()
     sample, = samples_of(write(folder / "geochat.json", chat(*GEOCHAT)), task, skipped=skipped)
-    assert (sample.question, sample.answer) == (question, answer)
+    assert (sample.question, sample.gt_answer) == (question, answer)
     assert skipped == {"turns with the mark of another task, such as [vqa], left out": 5}
     assert (sample.id.endswith(", turn 0") == (task in ("det", "rec")))
 
 
 def split_records(folder, *splits):
-    return write(folder / "mine.json", *(chat("Which?", f"number {i}") | {"split": split} for i, split in enumerate(splits)))
+    records = [chat("Which?", f"number {i}") | {"split": split} for i, split in enumerate(splits)]
+    return write(folder / "mine.json", *records)
 
 
-@pytest.mark.parametrize("splits, heldout", [
+@pytest.mark.parametrize("splits, held_out", [
     (("train", "Test", "train", "val"), {"number 1"}), (("train", "validation", "train"), {"number 1"})])
-def test_own_split_is_kept_however_it_is_spelt(folder, splits, heldout):
-    """A split that was not understood was once held out by hash instead, and its test records trained on."""
+def test_own_split_is_kept_in_any_spelling(folder, splits, held_out):
+    """A split of unknown spelling was once ignored: samples were held out by hash, and its test records
+    trained on."""
     source = str(split_records(folder, *splits))
-    assert {s.answer for s in load(source, "vqa", F, split="heldout")} == heldout
-    assert {s.answer for s in load(source, "vqa", F, split="train")} == {
+    assert {s.gt_answer for s in load_samples(source, "vqa", F, split="heldout")} == held_out
+    assert {s.gt_answer for s in load_samples(source, "vqa", F, split="train")} == {
         f"number {i}" for i, split in enumerate(splits) if split == "train"}
 
 
 def test_own_split_of_another_name_and_turns_in_another_order_are_refused(folder):
-    with pytest.raises(BadInput, match="record 1: its `split` is 'dev', expected train, val or test"):
-        load(str(split_records(folder, "train", "dev")), "vqa", F)
+    with pytest.raises(UserError, match="record 1: its `split` is 'dev', expected train, val or test"):
+        load_samples(str(split_records(folder, "train", "dev")), "vqa", F)
     for roles in (("gpt", "human"), ("system", "human")):
         turns = [{"from": role, "value": "2"} for role in roles]
-        with pytest.raises(BadInput, match="`from` human and gpt in turn, without a system turn"):
-            load(str(write(folder / "mine.json", {"image": "a.png", "conversations": turns})), "vqa", F)
+        with pytest.raises(UserError, match="`from` human and gpt in turn, without a system turn"):
+            source = write(folder / "mine.json", {"image": "a.png", "conversations": turns})
+            load_samples(str(source), "vqa", F)
 
 
 def test_vrsbench_train(folder):
     source = write(folder / "VRSBench_train.json", chat("<image>\n[caption] Describe the image in detail", "A pier."),
                    chat("<image>\n[refer] give me the location of <p>The pier</p>", "{<25><50><75><100>}"),
                    chat("<image>\n[vqa] How many piers?", "1"))
-    assert [samples_of(source, task)[0].answer for task in ("cap", "det", "vqa")] == ["A pier.", "[28,56,84,112]", "1"]
+    answers = [samples_of(source, task)[0].gt_answer for task in ("cap", "det", "vqa")]
+    assert answers == ["A pier.", "[28,56,84,112]", "1"]
 
 
 @pytest.mark.parametrize("task, turns, answer", [
-    ("cap", ("<image>Describe it.", "A ship."), "A ship."), ("change", ("<image><image>What changed?", "A house."), "A house."),
-    ("vqa", ("How many?", "3"), "3"), ("rec", ("Find it.", '{"bbox_2d": [100, 25, 200, 50]}'), '{"bbox_2d": [56, 56, 112, 112]}'),
+    ("cap", ("<image>Describe it.", "A ship."), "A ship."),
+    ("change", ("<image><image>What changed?", "A house."), "A house."),
+    ("vqa", ("How many?", "3"), "3"),
+    ("rec", ("Find it.", '{"bbox_2d": [100, 25, 200, 50]}'), '{"bbox_2d": [56, 56, 112, 112]}'),
     ("rcap", ("What is in [100, 25, 200, 50]?", "a ship"), "a ship"),
     ("mlc", ("Which? sea, forest, city.", "sea, city"), "sea, city"),
     ("ground", ("Describe.", "A ship [100, 25, 200, 50] at sea."), "A ship [56,56,112,112] at sea."),
     ("pair", ("<image><image><image>Which of A and B?", "<answer>B</answer>"), "B")])
-def test_unmarked_conversations_serve_the_task_that_is_asked_for(folder, task, turns, answer):
+def test_unmarked_conversations_serve_the_requested_task(folder, task, turns, answer):
     n = {"change": 2, "pair": 3}.get(task, 1)
     sample, = samples_of(write(folder / "2u1.jsonl", chat(*turns, image=["a.png"] * n if n > 1 else "a.png")), task)
-    assert sample.answer == answer and len(sample.images) == n
+    assert sample.gt_answer == answer and len(sample.images) == n
     assert sample.choices == {"mlc": ("sea", "forest", "city"), "pair": ("A", "B")}.get(task, ())
     assert ("[56,56,112,112]" in sample.question) == (task == "rcap")
 
 
-def test_question_of_several_objects_is_none_of_rec(folder):
+def test_rec_leaves_out_questions_for_several_objects(folder):
     skipped = Counter()
-    source = write(folder / "a.jsonl", chat("Find it.", "[1,2,30,40]"), chat("Find them.", "[1,2,30,40],[5,6,70,40]"))
-    assert len(samples_of(source, "rec", skipped=skipped)) == 1 and skipped == {"records of several objects left out": 1}
+    source = write(folder / "a.jsonl", chat("Find it.", "[1,2,30,40]"),
+                   chat("Find them.", "[1,2,30,40],[5,6,70,40]"))
+    assert len(samples_of(source, "rec", skipped=skipped)) == 1
+    assert skipped == {"records of several objects left out": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # EarthDial: rows as JSON, and shards
 
-BIGEARTHNET = (" [s2_rgb_10] <image> \\n From the following scene categories, which ones are depicted in the provided remote "
-               "sensing image? Water bodies, mixed forest, sea and ocean. Answer with a list of classes.")
-XBD_REGION = ("[identify] [hr_rgb_temp_0.5] <image> <image> \\n Compare the building at <box>[[25, 50, 50, 75, 0]]</box> "
-              "between the images. Classify the level of damage. Classes: no-damage, destroyed.")
+BIGEARTHNET = (" [s2_rgb_10] <image> \\n From the following scene categories, which ones are depicted in the "
+               "provided remote sensing image? Water bodies, mixed forest, sea and ocean. Answer with a list of "
+               "classes.")
+XBD_REGION = ("[identify] [hr_rgb_temp_0.5] <image> <image> \\n Compare the building at "
+              "<box>[[25, 50, 50, 75, 0]]</box> between the images. Classify the level of damage. Classes: "
+              "no-damage, destroyed.")
 EARTHDIAL = {  # task -> (row as in a shard, question, answer)
-    "det": ({"question": '"[refer] [hr_rgb_0.5] <image> \\n <ref>2 ships</ref>"', "ttype": '"ref"', "size_group": '"small"',
-             "groundtruth": '"[[25, 50, 50, 75, 0]][[75, 75, 100, 100, 0]]"'},
+    "det": ({"question": '"[refer] [hr_rgb_0.5] <image> \\n <ref>2 ships</ref>"', "ttype": '"ref"',
+             "size_group": '"small"', "groundtruth": '"[[25, 50, 50, 75, 0]][[75, 75, 100, 100, 0]]"'},
             "Give me the location of 2 ships", "[28,56,56,84],[84,84,112,112]"),
-    "rcap": ({"question": " [identify] [hr_rgb_0.5] <image> \\n describe this object in <box>[[25, 50, 50, 75, 90]]</box>",
+    "rcap": ({"question": " [identify] [hr_rgb_0.5] <image> \\n describe this object in "
+                          "<box>[[25, 50, 50, 75, 90]]</box>",
               "groundtruth": '"1 ship"', "size_group": '"small"'}, "describe this object in [28,56,56,84]", "1 ship"),
     "ground": ({"question": "[grounding] [hr_rgb_0.5] <image> \n Describe the image.", "size_group": '["small"]',
                 "groundtruth": "There is <ref>1 ship </ref> <box>[[[25, 50, 50, 75, 0]]]</box> located at left."},
                "Describe the image.", "There is 1 ship [28,56,56,84] located at left."),
     "cls": ({"question": XBD_REGION, "groundtruth": '"destroyed"'},
-            ("Compare the building at [28,56,56,84] between the images. Classify the level of damage. Classes: no-damage, "
-            "destroyed."), "destroyed"),
+            ("Compare the building at [28,56,56,84] between the images. Classify the level of damage. Classes: "
+             "no-damage, destroyed."), "destroyed"),
     "mlc": ({"question": BIGEARTHNET, "groundtruth": "mixed forest, water bodies"},
             BIGEARTHNET[24:], "mixed forest, water bodies"),
     "cap": ({"question": " [caption] [hr_rgb_0.5] <image> \\n Caption the image?",
              **{f"groundtruth{i}": f'"text {i} ."' for i in range(5)}}, "Caption the image?", "text 0 ."),
     "change": ({"question": "[changedet] [hr_rgb_temp_0.5] <image> <image> \\n any change?",
                 "groundtruth": '["A road.", "New road."]'}, "any change?", "A road."),
-    "vqa": ({"question": "[hr_rgb_0.5] <image>\\n Is there a grass area?", "groundtruth": '"yes"', "ttype": '"presence"'},
+    "vqa": ({"question": "[hr_rgb_0.5] <image>\\n Is there a grass area?", "groundtruth": '"yes"',
+             "ttype": '"presence"'},
             "Is there a grass area?", "yes"),
 }
 
@@ -269,14 +302,15 @@ EARTHDIAL = {  # task -> (row as in a shard, question, answer)
 def test_earthdial_rows(folder, task):
     row, question, answer = EARTHDIAL[task]
     sample, = samples_of(write(folder / "rows.jsonl", row | {"image": "a.png"}), task)
-    assert (sample.question, sample.answer) == (question, answer)
+    assert (sample.question, sample.gt_answer) == (question, answer)
     assert sample.subset == {"det": "small", "rcap": "small", "vqa": "presence"}.get(task, "")
-    assert len(sample.references) == {"cap": 5, "change": 2}.get(task, 0)
+    assert len(sample.gt_texts) == {"cap": 5, "change": 2}.get(task, 0)
     assert sample.choices == (("Water bodies", "mixed forest", "sea and ocean") if task == "mlc" else ())
 
 
-def test_earthdial_question_that_asks_is_left_as_it_is(folder):
-    row = EARTHDIAL["det"][0] | {"image": "a.png", "question": "[refer] [hr_rgb_0.5] <image> \\n Where are <ref>2 ships</ref>"}
+def test_earthdial_full_question_is_not_rephrased(folder):
+    question = "[refer] [hr_rgb_0.5] <image> \\n Where are <ref>2 ships</ref>"
+    row = EARTHDIAL["det"][0] | {"image": "a.png", "question": question}
     assert samples_of(write(folder / "rows.jsonl", row), "det")[0].question == "Where are 2 ships"
 
 
@@ -293,26 +327,27 @@ def test_earthdial_evaluation_shard_of_four_dates(tmp_path):
     question = "[hr_rgb_temp_0.5] <image> <image> <image> <image> \\n Classify. Classes: a, b."
     source = shard(tmp_path / "FMoW", [dates | {"question": question, "groundtruth": '"b"'}] * 3)
     first, *_ = samples = samples_of(source, "cls")
-    assert [s.answer for s in samples] == ["b"] * 3 and len(first.images) == 4
+    assert [s.gt_answer for s in samples] == ["b"] * 3 and len(first.images) == 4
     assert np.asarray(load_images(first)[2])[0, 0] == pytest.approx((0, 0, 255), abs=3)
-    assert len({image.filename for s in samples for image in s.images}) == 4  # told apart by content, not by row
+    assert len({image.filename for s in samples for image in s.images}) == 4  # identified by content, not by row
 
 
 def test_earthdial_training_shard(tmp_path):
     turns = json.dumps(chat(*GEOCHAT)["conversations"])
     source = shard(tmp_path / "GeoChat_part1", [{"jpg": Image.new("RGB", SIZE), "conversations": turns}] * 2)
-    assert [s.answer for s in samples_of(source, "det")] == ["[11,22,34,45]"] * 2
+    assert [s.gt_answer for s in samples_of(source, "det")] == ["[11,22,34,45]"] * 2
     refused(tmp_path / "GeoChat_part1", "seg", "row 0.*serves.*not seg")
 
 
 def test_earthdial_training_shard_of_pairs_has_one_mark_for_both_images(tmp_path):
-    question = ("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[25, 50, 50, 75, 0]]</box> affected due to "
-                "disaster in the second image? Please answer yes or no.")
+    question = ("[identify] [hr_rgb_temp_0.5] <image> \\n Is this building at <box>[[25, 50, 50, 75, 0]]</box> "
+                "affected due to disaster in the second image? Please answer yes or no.")
     turns = json.dumps(chat(question, "no")["conversations"])
     images = {"jpg_A": Image.new("RGB", SIZE), "jpg_B": Image.new("RGB", SIZE)}
     source = shard(tmp_path / "xBD", [images | {"conversations": turns}])
     sample, = samples_of(source, "cls")
-    assert len(sample.images) == 2 and sample.answer == "no" and "at [28,56,56,84] affected" in sample.question
+    assert len(sample.images) == 2 and sample.gt_answer == "no"
+    assert "at [28,56,56,84] affected" in sample.question
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,26 +356,30 @@ def test_earthdial_training_shard_of_pairs_has_one_mark_for_both_images(tmp_path
 def test_geochat_bench_referring_has_polygons_in_pixels(folder):
     picture(folder / "P0001__1.0__0___0.png")
     source = write(folder / "referring.jsonl", {
-        "question_id": "1", "image_id": "P0001__1.0__0___0", "question": "2 gray ships", "type": "ref", "dataset": "SOTA",
-        "ground_truth": [[[0, 0], [100, 0], [100, 25], [0, 25]], [[200, 25], [200, 50], [100, 50], [100, 25]]],
+        "question_id": "1", "image_id": "P0001__1.0__0___0", "question": "2 gray ships", "type": "ref",
+        "dataset": "SOTA", "ground_truth": [[[0, 0], [100, 0], [100, 25], [0, 25]],
+                                            [[200, 25], [200, 50], [100, 50], [100, 25]]],
         "obj_ids": [1, 2], "size_group": "medium"})
     sample, = samples_of(source, "det")
     assert sample.question == "Give me the location of 2 gray ships" and sample.subset == "medium"
-    assert sample.answer == "[0,0,56,56],[56,56,112,112]" and [box[4] for box in sample.boxes] == [0, 0]
+    assert sample.gt_answer == "[0,0,56,56],[56,56,112,112]" and [box[4] for box in sample.gt_boxes] == [0, 0]
     assert samples_of(source, "rec") == []
 
 
 def test_geochat_bench_region_captions_scenes_and_descriptions(folder):
     region, = samples_of(write(folder / "region_captioning.jsonl", {
-        "question_id": "1", "image_id": "a", "question": "{<25><50><50><75>|<0>}", "ground_truth": "small ship", "type": "region",
-        "size_group": "small"}), "rcap")
-    assert (region.question, region.answer, region.subset) == ("What is the object at [28,56,56,84]", "small ship", "small")
-    text = "Classify the image within one of the given classes. Classes: MediumResidential, Pond.\nAnswer with one word."
+        "question_id": "1", "image_id": "a", "question": "{<25><50><50><75>|<0>}", "ground_truth": "small ship",
+        "type": "region", "size_group": "small"}), "rcap")
+    assert region.question == "What is the object at [28,56,56,84]"
+    assert (region.gt_answer, region.subset) == ("small ship", "small")
+    text = ("Classify the image within one of the given classes. Classes: MediumResidential, Pond.\n"
+            "Answer with one word.")
     scene, = samples_of(write(folder / "aid.jsonl", {  # the typo and the wrong extension are the published ones
         "question_id": "AerialClass/1", "image": "a.tif", "text": text, "ground_truth": "MediumResidentialgt"}), "cls")
-    assert (scene.answer, scene.images[0].name, scene.category) == ("MediumResidential", "a.png", "MediumResidential")
-    described, = samples_of(write(folder / "grounding_description.jsonl", {"image_id": "a", "description": "Two ships."}), "cap")
-    assert (described.question, described.answer) == ("Describe the image.", "Two ships.")
+    assert scene.gt_answer == scene.category == "MediumResidential" and scene.images[0].name == "a.png"
+    description = {"image_id": "a", "description": "Two ships."}
+    described, = samples_of(write(folder / "grounding_description.jsonl", description), "cap")
+    assert (described.question, described.gt_answer) == ("Describe the image.", "Two ships.")
 
 
 def test_geochat_bench_vqa_joins_the_answers_of_rsvqa(folder):
@@ -350,13 +389,13 @@ def test_geochat_bench_vqa_joins_the_answers_of_rsvqa(folder):
     document(folder / "sub" / "all_answers.json", {"answers": [
         {"id": i, "question_id": i, "answer": f"answer {i}", "active": True} for i in range(9)]})
     picture(folder / "sub" / "a.png")
-    assert [(s.answer, s.subset) for s in samples_of(source, "vqa", images=folder / "sub")] == [
+    assert [(s.gt_answer, s.subset) for s in samples_of(source, "vqa", images=folder / "sub")] == [
         ("answer 3", "presence"), ("answer 7", "presence")]
 
 
 VRSBENCH = {"image_id": "a.png", "question": "The large yellow vehicle.", "ground_truth": "{<25><50><50><75>}",
-            "dataset": "RSBench", "question_id": 0, "type": "ref", "unique": False, "obj_cls": "vehicle", "obj_ids": [0],
-            "obj_corner": [.25, .5, .5, .5, .5, .75, .25, .75], "size_group": ""}
+            "dataset": "RSBench", "question_id": 0, "type": "ref", "unique": False, "obj_cls": "vehicle",
+            "obj_ids": [0], "obj_corner": [.25, .5, .5, .5, .5, .75, .25, .75], "size_group": ""}
 
 
 @pytest.mark.parametrize("changed", [{}, {"obj_corner": []}], ids=["corners", "grid"])
@@ -364,34 +403,39 @@ def test_vrsbench_referring(folder, changed):
     source = write(folder / "VRSBench_EVAL_referring.json", VRSBENCH | changed, VRSBENCH | {"unique": True})
     for task, answer in (("rec", '{"bbox_2d": [28, 56, 56, 84]}'), ("det", "[28,56,56,84]")):
         one, two = samples_of(source, task)
-        assert one.answer == two.answer == answer and one.question == "Give me the location of The large yellow vehicle."
+        assert one.gt_answer == two.gt_answer == answer
+        assert one.question == "Give me the location of The large yellow vehicle."
         assert (one.subset, two.subset, one.category) == ("non-unique", "unique", "vehicle")
 
 
 def test_vrsbench_corners_keep_their_angle_for_det_alone(folder):
     source = write(folder / "r.json", VRSBENCH | {"obj_corner": [.5, .25, .75, .5, .5, .75, .25, .5]})
-    assert samples_of(source, "det")[0].boxes[0][4] == 45 and samples_of(source, "rec")[0].boxes[0] == (28, 28, 84, 84, 0)
+    assert samples_of(source, "det")[0].gt_boxes[0][4] == 45
+    assert samples_of(source, "rec")[0].gt_boxes[0] == (28, 28, 84, 84, 0)
 
 
 def test_vrsbench_questions_and_captions(folder):
     base = {"image_id": "a.png", "dataset": "RSBench", "question_id": 0}
     question = {"question": "How many classes of ships?", "ground_truth": "2", "type": "object quantity"}
     sample, = samples_of(write(folder / "vqa.json", base | question), "vqa")
-    assert (sample.question, sample.answer, sample.subset) == tuple(question.values())
+    assert (sample.question, sample.gt_answer, sample.subset) == tuple(question.values())
     caption = {"question": "Describe the image in detail", "ground_truth": "A pier.", "type": "caption"}
-    assert samples_of(write(folder / "Cap.json", base | caption), "cap")[0].answer == "A pier."
+    assert samples_of(write(folder / "Cap.json", base | caption), "cap")[0].gt_answer == "A pier."
 
 
-@pytest.mark.parametrize("unique, subset", [("True", "unique"), ("False", "non-unique"), (True, "unique"), (False, "non-unique")])
+@pytest.mark.parametrize("unique, subset", [
+    ("True", "unique"), ("False", "non-unique"), (True, "unique"), (False, "non-unique")])
 def test_few_shots_as_json(folder, unique, subset):
     row = {"image": "a.png", "problem": "Find the ship.", "solution": [100, 25, 200, 50], "is_unique": unique}
     sample, = samples_of(write(folder / "detailed.json", row), "rec")
-    assert (sample.answer, sample.subset, sample.question) == ('{"bbox_2d": [56, 56, 112, 112]}', subset, "Find the ship.")
+    assert sample.gt_answer == '{"bbox_2d": [56, 56, 112, 112]}'
+    assert (sample.subset, sample.question) == (subset, "Find the ship.")
 
 
 def test_few_shots_as_parquet(tmp_path):
     datasets = pytest.importorskip("datasets", reason="EarthDial's shards and parquet are read by datasets")
-    row = {"images": [Image.new("RGB", SIZE)], "problem": "Find it.", "answer": [100., 25., 200., 50.], "is_unique": "True"}
+    row = {"images": [Image.new("RGB", SIZE)], "problem": "Find it.", "answer": [100., 25., 200., 50.],
+           "is_unique": "True"}
     rows = [row | {"category": category} for category in ("ship", "pier")]
     features = datasets.Features(dict.fromkeys(rows[0], datasets.Value("string")) | {
         "images": datasets.Sequence(datasets.Image()), "answer": datasets.Sequence(datasets.Value("float64"))})
@@ -400,7 +444,8 @@ def test_few_shots_as_parquet(tmp_path):
     for split in ("train_1shot", "val"):
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     samples = samples_of(tmp_path / "data" / "val-00000-of-00001.parquet", "rec")
-    assert [(s.category, s.answer) for s in samples] == [(c, '{"bbox_2d": [56, 56, 112, 112]}') for c in ("ship", "pier")]
+    answer = '{"bbox_2d": [56, 56, 112, 112]}'
+    assert [(s.category, s.gt_answer) for s in samples] == [("ship", answer), ("pier", answer)]
     assert load_images(samples[0])[0].size == (F, F)
     refused(tmp_path, "rec", "splits train_1shot, val")
 
@@ -408,17 +453,18 @@ def test_few_shots_as_parquet(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Detection: DIOR-RSVG, NWPU VHR-10, COCO, DOTA, xBD
 
-XML = ("<annotation><filename>{name}.jpg</filename><size><width>200</width><height>50</height></size>{objects}</annotation>")
-THING = ("<object><name>{name}</name><pose>Unspecified</pose><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>"
-         "<ymax>{3}</ymax></bndbox><description>A green {name}</description></object>")
+XML = ("<annotation><filename>{name}.jpg</filename><size><width>200</width><height>50</height></size>{objects}"
+       "</annotation>")
+OBJECT = ("<object><name>{name}</name><pose>Unspecified</pose><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>"
+          "<ymax>{3}</ymax></bndbox><description>A green {name}</description></object>")
 
 
 @pytest.fixture
 def dior(tmp_path):
     for name, kinds in (("00001", ["dam"]), ("00002", ["ship", "harbor"]), ("00003", ["ship"])):
         picture(tmp_path / "JPEGImages" / f"{name}.jpg")
-        things = "".join(THING.format(100, 25, 200, 50, name=kind) for kind in kinds)
-        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=things))
+        objects = "".join(OBJECT.format(100, 25, 200, 50, name=kind) for kind in kinds)
+        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=objects))
     write(tmp_path / "test.txt", "0", "2")
     return tmp_path
 
@@ -426,9 +472,10 @@ def dior(tmp_path):
 def test_dior_rsvg_split_holds_running_object_numbers(dior):
     everything, test = samples_of(dior, "rec"), samples_of(dior / "test.txt", "rec")
     assert [s.category for s in everything] == ["dam", "ship", "harbor", "ship"]
-    assert [s.question for s in test] == ["Give me the location of A green dam", "Give me the location of A green harbor"]
-    assert {s.answer for s in everything} == {'{"bbox_2d": [56, 56, 112, 112]}'}
-    assert samples_of(dior, "det")[0].answer == "[56,56,112,112]"
+    assert [s.question for s in test] == [
+        "Give me the location of A green dam", "Give me the location of A green harbor"]
+    assert {s.gt_answer for s in everything} == {'{"bbox_2d": [56, 56, 112, 112]}'}
+    assert samples_of(dior, "det")[0].gt_answer == "[56,56,112,112]"
 
 
 NWPU_LINES = "(100, 25),(200,50),2 \n( 0,0),( 50, 25),1\n\n(0,25),(50,50),2"
@@ -444,9 +491,9 @@ def nwpu(tmp_path):
 def test_nwpu_asks_once_for_each_class_of_an_image(nwpu):
     airplane, ship = samples_of(nwpu, "ovd")
     assert (airplane.category, ship.category) == ("airplane", "ship") and ship.question == "Locate every ship."
-    assert json.loads(ship.answer) == [
+    assert json.loads(ship.gt_answer) == [
         {"bbox_2d": box, "label": "ship"} for box in ([56, 56, 112, 112], [0, 56, 28, 112])]
-    assert [s.answer for s in samples_of(nwpu, "det")] == ["[0,0,28,56]", "[56,56,112,112],[0,56,28,112]"]
+    assert [s.gt_answer for s in samples_of(nwpu, "det")] == ["[0,0,28,56]", "[56,56,112,112],[0,56,28,112]"]
 
 
 COCO = {"images": [{"id": 7, "file_name": "a.png", "width": 200, "height": 50}, {"id": 9, "file_name": "b.png"}],
@@ -458,12 +505,15 @@ COCO = {"images": [{"id": 7, "file_name": "a.png", "width": 200, "height": 50}, 
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}])
 def test_coco(folder, layout):
     skipped = Counter()
-    airplane, ship = samples_of(document(folder / "annotations.json", COCO, **layout), "ovd", skipped=skipped)
-    assert json.loads(ship.answer) == [{"bbox_2d": [56, 56, 112, 112], "label": "ship"}] and ship.images == (folder / "a.png",)
-    assert airplane.boxes[0][2] == F and skipped == {"boxes clipped to the image": 1}
+    source = document(folder / "annotations.json", COCO, **layout)
+    airplane, ship = samples_of(source, "ovd", skipped=skipped)
+    assert json.loads(ship.gt_answer) == [{"bbox_2d": [56, 56, 112, 112], "label": "ship"}]
+    assert ship.images == (folder / "a.png",)
+    assert airplane.gt_boxes[0][2] == F and skipped == {"boxes clipped to the image": 1}
 
 
-DOTA_LINES = "imagesource:GoogleEarth\ngsd:0.146\n100 25 200 25 200 50 100 50 ship 0\n150 0 200 25 150 50 100 25 plane 1\n"
+DOTA_LINES = ("imagesource:GoogleEarth\ngsd:0.146\n100 25 200 25 200 50 100 50 ship 0\n"
+              "150 0 200 25 150 50 100 25 plane 1\n")
 
 
 @pytest.fixture
@@ -473,12 +523,13 @@ def dota(tmp_path):
     return tmp_path
 
 
-def test_dota_turned_boxes_come_from_corners_in_the_frame(dota):
-    """By hand: (150,0) (200,25) (150,50) (100,25) of 200 x 50 is a rhombus (84,0) (112,56) (84,112) (56,56) of 112 x 112. Its
-    edges, 28 sqrt(5) long, rise by atan2(56, 28) = 63.43 degrees; along one it reaches 1.6 edges far, across 0.8."""
+def test_dota_oriented_boxes_come_from_corners_in_the_resized_image(dota):
+    """By hand: (150,0) (200,25) (150,50) (100,25) of 200 x 50 is a rhombus (84,0) (112,56) (84,112) (56,56) of
+    112 x 112. Its edges, 28 sqrt(5) long, rise by atan2(56, 28) = 63.43 degrees; along one of them it is 1.6
+    edges long, across 0.8."""
     plane, ship = samples_of(dota, "det")
-    assert ship.boxes == ((56, 56, 112, 112, 0),)
-    x1, y1, x2, y2, theta = plane.boxes[0]
+    assert ship.gt_boxes == ((56, 56, 112, 112, 0),)
+    x1, y1, x2, y2, theta = plane.gt_boxes[0]
     assert theta == pytest.approx(63.434949) and ((x1 + x2) / 2, (y1 + y2) / 2) == pytest.approx((84, 56))
     assert (x2 - x1, y2 - y1) == pytest.approx((1.6 * 28 * 5 ** .5, .8 * 28 * 5 ** .5))
     assert [s.category for s in samples_of(dota, "ovd")] == ["plane", "ship"]
@@ -498,7 +549,8 @@ def xbd(tmp_path):
         for when in ("pre", "post"):
             picture(tmp_path / "train" / "images" / f"{name}_{when}_disaster.png", (100, 100))
     document(tmp_path / "train" / "labels" / f"{FIRE}.json", {"features": {"lng_lat": [], "xy": [
-        polygon(25, 50, 49, 75, "destroyed"), polygon(0, 0, 24, 25, "no-damage"), polygon(1, 1, 2, 2, "un-classified")]}})
+        polygon(25, 50, 49, 75, "destroyed"), polygon(0, 0, 24, 25, "no-damage"),
+        polygon(1, 1, 2, 2, "un-classified")]}})
     (tmp_path / "train" / "masks").mkdir()
     Image.new("L", (100, 100), 1).save(tmp_path / "train" / "masks" / "hurricane-harvey_00000002_post_disaster.png")
     return tmp_path
@@ -506,14 +558,16 @@ def xbd(tmp_path):
 
 def test_xbd_asks_for_the_disaster_and_for_damage(xbd):
     samples = samples_of(xbd, "cls")
-    assert [s.answer for s in samples] == ["flood", "no", "fire", "yes"]  # the mask says 1, no damage; the label one destroyed
+    # The mask says 1, no damage; the label has one destroyed building.
+    assert [s.gt_answer for s in samples] == ["flood", "no", "fire", "yes"]
     assert [image.name[-17:] for image in samples[0].images] == ["_pre_disaster.png", "post_disaster.png"]
 
 
 def test_xbd_locates_buildings_by_their_damage(xbd):
     skipped = Counter()
     destroyed, intact = samples_of(xbd, "det", skipped=skipped)
-    assert (destroyed.question, destroyed.answer) == ("Locate every destroyed building in the second image.", "[28,56,55,84]")
+    assert destroyed.question == "Locate every destroyed building in the second image."
+    assert destroyed.gt_answer == "[28,56,55,84]"
     assert intact.category == "no-damage" and len(intact.images) == 2
     assert skipped == {"image pairs without labels/*.json left out": 1, "buildings of no class left out": 1}
 
@@ -533,7 +587,7 @@ def test_captions_of_karpathy_nwpu_and_rsicd_on_aid(folder):
                write(folder / "rsicd_captions.jsonl", {"image": "pier/c.png", "split": "train", "captions": texts}))
     for source, category in zip(sources, ("", "pier", "pier")):
         sample, = samples_of(source, "cap")
-        assert sample.references == tuple(f"caption {i} ." for i in range(5)) and sample.answer == "caption 0 ."
+        assert sample.gt_texts == tuple(f"caption {i} ." for i in range(5)) and sample.gt_answer == "caption 0 ."
         assert sample.category == category and sample.images[0].is_file()
 
 
@@ -549,8 +603,8 @@ def levir(tmp_path):
 def test_levir_cc_shows_before_and_after(levir):
     for source in (levir, levir / "LevirCCcaptions.json"):
         sample, = samples_of(source, "change")
-        assert [image.parent.name for image in sample.images] == ["A", "B"] and len(sample.references) == 5
-        assert sample.category == "no change" and sample.answer == "caption 0 ."
+        assert [image.parent.name for image in sample.images] == ["A", "B"] and len(sample.gt_texts) == 5
+        assert sample.category == "no change" and sample.gt_answer == "caption 0 ."
 
 
 @pytest.fixture
@@ -566,7 +620,8 @@ def rsvqa(tmp_path):
 def test_rsvqa_takes_the_active_questions_of_a_split(rsvqa):
     skipped = Counter()
     sample, = samples_of(rsvqa, "vqa", skipped=skipped)
-    assert (sample.question, sample.answer, sample.subset, sample.images[0].name) == ("How many?", "34", "count", "5.tif")
+    assert (sample.question, sample.gt_answer, sample.subset) == ("How many?", "34", "count")
+    assert sample.images[0].name == "5.tif"
     assert skipped == {"questions of other splits left out": 1}
 
 
@@ -593,28 +648,30 @@ def earthreason(tmp_path):
 
 def test_earthreason_answers_with_the_pieces_of_the_mask(earthreason):
     one, two, nothing, _ = samples_of(earthreason, "seg")
-    assert [two.question, two.answer, two.mask] == ["Where to dock?", one.answer, one.mask]
-    assert nothing.answer == "None" and not nothing.boxes and nothing.think == "Nothing to find."
-    target, things = reference_mask(one), json.loads(one.answer)
-    assert sorted(thing["bbox_2d"] for thing in things) == [[0, 0, 28, 56], [56, 56, 112, 112]]
-    for thing in things:
-        (x1, y1, x2, y2), points = thing["bbox_2d"], [thing["keypoint1"], thing["keypoint2"]]
-        assert points[0] != points[1] and all(target[y, x] and x1 <= x < x2 and y1 <= y < y2 for x, y in points)
-    assert samples_of(earthreason / "val", "seg")[0].answer == one.answer
+    assert [two.question, two.gt_answer, two.gt_mask] == ["Where to dock?", one.gt_answer, one.gt_mask]
+    assert nothing.gt_answer == "None" and not nothing.gt_boxes and nothing.think == "Nothing to find."
+    gt_mask, instances = load_gt_mask(one), json.loads(one.gt_answer)
+    assert sorted(instance["bbox_2d"] for instance in instances) == [[0, 0, 28, 56], [56, 56, 112, 112]]
+    for instance in instances:
+        (x1, y1, x2, y2), points = instance["bbox_2d"], [instance["keypoint1"], instance["keypoint2"]]
+        assert points[0] != points[1]
+        assert all(gt_mask[y, x] and x1 <= x < x2 and y1 <= y < y2 for x, y in points)
+    assert samples_of(earthreason / "val", "seg")[0].gt_answer == one.gt_answer
 
 
 def test_earthreason_as_json_lines(folder):
     mask_image((100, 25, 199, 49), (3, 3, 6, 4)).save(folder / "mask.png")  # a speck beside the target is no instance
     sample, = samples_of(write(folder / "fs.jsonl", {"id": 1, "category": "pier", "image": "a.png", "mask": "mask.png",
                                                      "problem": "Where?", "bbox_list": [[100, 25, 199, 49]]}), "seg")
-    assert [thing["bbox_2d"] for thing in json.loads(sample.answer)] == [[56, 56, 112, 112]] and sample.category == "pier"
+    assert [instance["bbox_2d"] for instance in json.loads(sample.gt_answer)] == [[56, 56, 112, 112]]
+    assert sample.category == "pier"
 
 
 def test_points_of_a_single_pixel_lie_on_it(folder):
     picture(folder / "a.png", (F, F))
     mask_image((70, 20, 70, 20), size=(F, F)).save(folder / "mask.png")
     sample, = samples_of(write(folder / "fs.jsonl", {"image": "a.png", "mask": "mask.png", "problem": "Where?"}), "seg")
-    assert json.loads(sample.answer) == [{"bbox_2d": [70, 20, 71, 21], "keypoint1": [70, 20], "keypoint2": [70, 20]}]
+    assert json.loads(sample.gt_answer) == [{"bbox_2d": [70, 20, 71, 21], "keypoint1": [70, 20], "keypoint2": [70, 20]}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,7 +685,7 @@ def cvusa(folder, n):
 
 
 def right_image(sample):
-    return sample.images[1 + sample.choices.index(sample.answer)]
+    return sample.images[1 + sample.choices.index(sample.gt_answer)]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 18, 41])
@@ -636,7 +693,7 @@ def test_letters_of_pairs_are_even_and_the_right_image_is_once_among_them(tmp_pa
     samples = samples_of(cvusa(tmp_path, n), "pair")
     k = min(4, n)
     assert len(samples) == n and {s.choices for s in samples} == {tuple("ABCD"[:k])}
-    counts = Counter(s.answer for s in samples)
+    counts = Counter(s.gt_answer for s in samples)
     assert max(counts.values()) - min(counts[letter] for letter in "ABCD"[:k]) <= 1
     for i, s in enumerate(samples):
         assert s.images[0].name == f"ground{i}.jpg" and right_image(s).name == f"aerial{i}.jpg"
@@ -651,7 +708,8 @@ def test_wrong_images_differ_from_place_to_place_without_coordinates(tmp_path):
 
 @pytest.fixture
 def cities(tmp_path):
-    """Places along a street through the date line, 0.001 degrees apart, in shuffled order; the last two share a position."""
+    """Places along a street through the date line, 0.001 degrees apart, in shuffled order. The last two share a
+    position."""
     rng, lines = np.random.default_rng(0), []
     for i in rng.permutation(12):
         lon = (179.995 + .001 * min(int(i), 10) + 180) % 360 - 180
@@ -677,32 +735,35 @@ def test_wrong_images_are_the_nearest_places_where_there_are_coordinates(cities)
 # Few shots
 
 def shots_of(n):
-    return [Sample(f"folder/data.jsonl: line {i}", "cls", ("a.png",), "?", "x", F, category="abc"[i % 3]) for i in range(n)]
+    return [Sample(f"folder/data.jsonl: line {i}", "cls", ("a.png",), "?", "x", F, category="abc"[i % 3])
+            for i in range(n)]
 
 
 def test_shots_are_nested_even_and_in_order():
     samples = shots_of(90)
     one, five, ten = (few_shots(samples, k) for k in (1, 5, 10))
     assert {s.id for s in one} < {s.id for s in five} < {s.id for s in ten}
-    assert [Counter(s.category for s in chosen) for chosen in (one, five, ten)] == [dict.fromkeys("abc", k) for k in (1, 5, 10)]
+    for k, chosen in ((1, one), (5, five), (10, ten)):
+        assert Counter(s.category for s in chosen) == dict.fromkeys("abc", k)
     assert ten == sorted(ten, key=samples.index) and [s.id for s in ten] != [s.id for s in samples[:30]]
 
 
-def test_shots_do_not_depend_on_where_the_file_lies_or_what_else_is_drawn():
+def test_shots_do_not_depend_on_the_folder_or_on_other_categories():
     samples = shots_of(60)
     moved = [replace(s, id="/elsewhere/" + s.id) for s in reversed(samples)]
-    assert {s.id for s in few_shots(samples, 3)} == {s.id.removeprefix("/elsewhere/") for s in few_shots(moved, 3)}
-    assert [s for s in few_shots(samples, 3) if s.category == "a"] == few_shots([s for s in samples if s.category == "a"], 3)
+    chosen = few_shots(samples, 3)
+    assert {s.id for s in chosen} == {s.id.removeprefix("/elsewhere/") for s in few_shots(moved, 3)}
+    assert [s for s in chosen if s.category == "a"] == few_shots([s for s in samples if s.category == "a"], 3)
 
 
 def test_shots_need_categories():
     samples = shots_of(3) + [Sample("data.jsonl: line 9", "det", ("a.png",), "?", "none", F)]
-    with pytest.raises(BadInput, match=r"data.jsonl: line 9.*no category.*--shots"):
+    with pytest.raises(UserError, match=r"data.jsonl: line 9.*no category.*--shots"):
         few_shots(samples, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a user has to mend
+# What a user has to fix
 
 GOOD = {"rcap": chat("What is in [1, 2, 30, 40]?", "x"), "pair": chat("<image><image>?", "A", image=["a.png", "b.png"]),
         "mlc": chat("? a, b.", "a"), "det": chat("?", "[1, 2, 30, 40]"), "rec": chat("?", "[1, 2, 30, 40]"),
@@ -733,13 +794,15 @@ def test_bad_record_of_each_format_is_named(folder, task, record, says):
 
 def test_region_that_no_box_marks_is_left_out_and_counted(folder):
     skipped = Counter()
-    assert len(samples_of(write(folder / "a.jsonl", GOOD["rcap"], chat("What is it?", "x")), "rcap", skipped=skipped)) == 1
+    source = write(folder / "a.jsonl", GOOD["rcap"], chat("What is it?", "x"))
+    assert len(samples_of(source, "rcap", skipped=skipped)) == 1
     assert skipped == {"records without a box in the image left out": 1}
 
 
 @pytest.mark.parametrize("fixture, file, old, new, task, source, says", [
     ("nwpu", "ground truth/001.txt", "),2 ", "),11", "ovd", "", ["001.txt: line 1", "KeyError: 11"]),
-    ("nwpu", "ground truth/001.txt", "(100, 25)", "(100, x)", "det", "", ["001.txt: line 1", r"\(x1,y1\),\(x2,y2\),class"]),
+    ("nwpu", "ground truth/001.txt", "(100, 25)", "(100, x)", "det", "",
+     ["001.txt: line 1", r"\(x1,y1\),\(x2,y2\),class"]),
     ("dota", "labelTxt/P0001__0.5__0___0.txt", "50 ship 0", "ship", "det", "", ["0.txt: line 3", "x1 y1"]),
     ("dota", "labelTxt/P0001__0.5__0___0.txt", " plane 1", "", "ovd", "", ["0.txt: line 4", "class"]),
     ("dior", "Annotations/00002.xml", "<xmin>100</xmin>", "", "rec", "", ["00002.xml", "DIOR-RSVG"]),
@@ -748,10 +811,12 @@ def test_region_that_no_box_marks_is_left_out_and_counted(folder):
     ("dior", "test.txt", "2", "two", "rec", "test.txt", ["test.txt", "object numbers"]),
     ("xbd", f"train/labels/{FIRE}.json", '"subtype": "destroyed", ', "", "det", "", ["socal-fire", "subtype"]),
     ("xbd", f"train/labels/{FIRE}.json", "25 50,", "25,", "det", "", ["socal-fire", "ValueError"]),
-    ("levir", "LevirCCcaptions.json", '"test_1.png"', '"test_2.png"', "change", "", ["image 0", "test_2.png.*--images"]),
+    ("levir", "LevirCCcaptions.json", '"test_1.png"', '"test_2.png"', "change", "",
+     ["image 0", "test_2.png.*--images"]),
     ("levir", "LevirCCcaptions.json", '"filepath"', '"path"', "change", "", ["image 0", "filepath"]),
     ("levir", "LevirCCcaptions.json", "]", "", "change", "", ["LevirCCcaptions.json", "JSON"]),
-    ("rsvqa", "LR_split_test_answers.json", '"question_id": 1', '"question_id": 2', "vqa", "", ["question 1", "answer"]),
+    ("rsvqa", "LR_split_test_answers.json", '"question_id": 1', '"question_id": 2', "vqa", "",
+     ["question 1", "answer"]),
     ("rsvqa", "LR_split_test_questions.json", '"img_id": 5', '"img_id": 6', "vqa", "", ["question 1", "6.png"]),
     ("earthreason", "val/QAs/y.json", '"questions"', '"question"', "seg", "", ["y.json", "questions"]),
     ("cities", "city/img_info.csv", ",10.0,", ",north,", "pair", "", ["img_info.csv: line 1", "north"]),
@@ -789,7 +854,8 @@ def test_missing_package_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fixture, task, says", [
     ("nwpu", "cls", "NWPU VHR-10 serves det, ovd, not cls"), ("dota", "rec", "DOTA serves det, ovd"),
     ("dior", "cap", "DIOR-RSVG serves rec, det"),
-    ("xbd", "change", "xBD serves cls, det"), ("levir", "cap", "LEVIR-CC serves change"), ("rsvqa", "cls", "RSVQA serves vqa"),
+    ("xbd", "change", "xBD serves cls, det"), ("levir", "cap", "LEVIR-CC serves change"),
+    ("rsvqa", "cls", "RSVQA serves vqa"),
     ("earthreason", "det", "EarthReason serves seg"), ("cities", "vqa", "CV-Cities serves pair")])
 def test_format_says_which_tasks_it_serves(request, fixture, task, says):
     refused(request.getfixturevalue(fixture), task, says)
@@ -807,10 +873,11 @@ EO = Path(os.environ.get("EO_DATA", "."))
     ("nwpu_vhr10/refer.jsonl", "det", "nwpu_vhr10/positive image set", 451),
     ("nwpu_vhr10/region_caption.jsonl", "rcap", "nwpu_vhr10/positive image set", 262),
     ("nwpu_vhr10/grounding_description.jsonl", "ground", "nwpu_vhr10/positive image set", 10),
-    ("eurosat_rgb", "cls", None, 600), ("aid_150px/AID", "cls", None, 588), ("aid_150px/rsicd_captions.jsonl", "cap", None, 588),
+    ("eurosat_rgb", "cls", None, 600), ("aid_150px/AID", "cls", None, 588),
+    ("aid_150px/rsicd_captions.jsonl", "cap", None, 588),
     ("rsvqa_lr", "vqa", None, 5005), ("levir_cc", "change", None, 3), ("xbd_sample", "cls", None, 6),
     ("cross_view/cvusa_crossnet", "pair", None, 5)])
-def test_real_files_give_as_many_samples_as_they_have_records(source, task, images, n):
+def test_real_files_give_the_known_number_of_samples(source, task, images, n):
     skipped = Counter()
     samples = samples_of(EO / source, task, images and EO / images, skipped)
     assert len(samples) == n and not skipped
@@ -826,7 +893,7 @@ def test_real_region_captions_ask_about_the_box_in_pixels():
         pixels = np.array(row["gt_xyxy_px"][0]) / ([row["width"], row["height"]] * 2) * F
         asked = [int(v) for v in re.search(r"\[(\d+),(\d+),(\d+),(\d+)\]", sample.question).groups()]
         np.testing.assert_allclose(asked, pixels, atol=.012 * F + .5)  # the grid is floored, the question rounded
-        assert sample.answer == row["annotation"]
+        assert sample.gt_answer == row["annotation"]
 
 
 @real
@@ -835,76 +902,82 @@ def test_real_grounding_descriptions_keep_all_boxes():
     samples = samples_of(EO / "nwpu_vhr10/grounding_description.jsonl", "ground", EO / "nwpu_vhr10/positive image set")
     for sample, row in zip(samples, rows):
         pixels = np.array(row["gt_xyxy_px"]) / ([row["width"], row["height"]] * 2) * F
-        np.testing.assert_allclose(np.array(sample.boxes)[:, :4], pixels, atol=.012 * F)
-        assert sample.answer.count("[") == len(pixels)
+        np.testing.assert_allclose(np.array(sample.gt_boxes)[:, :4], pixels, atol=.012 * F)
+        assert sample.gt_answer.count("[") == len(pixels)
 
 
 @real
 def test_real_nwpu_folder_holds_every_annotated_object():
-    lines = {file.stem: file.read_text().split("\n") for file in (EO / "nwpu_vhr10/ground truth").glob("*.txt")}
-    objects = [(name, int(line.strip()[line.strip().rindex(",") + 1:])) for name in lines for line in lines[name] if line.strip()]
-    samples = samples_of(EO / "nwpu_vhr10", "ovd", frame=896)
-    assert sum(len(s.boxes) for s in samples) == len(objects) and len(samples) == len(set(objects))
+    files = (EO / "nwpu_vhr10/ground truth").glob("*.txt")
+    lines = [(file.stem, line.strip()) for file in files for line in file.read_text().split("\n") if line.strip()]
+    objects = [(name, int(line[line.rindex(",") + 1:])) for name, line in lines]
+    samples = samples_of(EO / "nwpu_vhr10", "ovd", image_size=896)
+    assert sum(len(s.gt_boxes) for s in samples) == len(objects) and len(samples) == len(set(objects))
     assert {s.category for s in samples if "004.txt" in s.id} == {"airplane"}  # whose three lines end in class 1
 
 
 @real
 def test_real_dota_boxes_cover_their_polygons(monkeypatch):
-    """The smallest rectangle around four noisy corners is at most a little larger than their polygon."""
+    """The smallest rectangle around four noisy corners is only a little larger than their polygon."""
     shapely = pytest.importorskip("shapely")
-    monkeypatch.setattr(notation, "MOST_BOXES", 1000)
-    skipped, lines = Counter(), sum(len(file.read_text().split("\n")) for file in (EO / "dota_tiles/labelTxt").glob("*.txt"))
-    samples = samples_of(EO / "dota_tiles", "det", skipped=skipped, frame=896)
-    assert lines - 3 <= sum(len(s.boxes) for s in samples) + skipped["boxes without area left out"] <= lines
+    monkeypatch.setattr(box_formats, "MAX_BOXES_PER_QUESTION", 1000)
+    labels = EO / "dota_tiles/labelTxt"
+    skipped, lines = Counter(), sum(len(file.read_text().split("\n")) for file in labels.glob("*.txt"))
+    samples = samples_of(EO / "dota_tiles", "det", skipped=skipped, image_size=896)
+    assert lines - 3 <= sum(len(s.gt_boxes) for s in samples) + skipped["boxes without area left out"] <= lines
     for sample in samples:
         image = Image.open(sample.images[0])
-        rows = [line.split() for line in (EO / "dota_tiles/labelTxt" / f"{sample.images[0].stem}.txt").open() if line.strip()]
-        shapes = [np.array(row[:8], float).reshape(4, 2) / image.size * 896 for row in rows if row[8] == sample.category]
+        rows = [line.split() for line in (labels / f"{sample.images[0].stem}.txt").open() if line.strip()]
+        rows = [row for row in rows if row[8] == sample.category]
+        shapes = [np.array(row[:8], float).reshape(4, 2) / image.size * 896 for row in rows]
         ratios = []
-        for box, shape in zip(sample.boxes, shapes):
+        for box, shape in zip(sample.gt_boxes, shapes):
             (x1, y1, x2, y2, theta), polygon = box, shapely.Polygon(shape)
-            rectangle = shapely.affinity.rotate(shapely.box(x1, y1, x2, y2), theta, "center")  # y points down: so clockwise
+            # y points down, so a positive theta is clockwise.
+            rectangle = shapely.affinity.rotate(shapely.box(x1, y1, x2, y2), theta, "center")
             assert rectangle.buffer(1e-6).covers(polygon)
             ratios.append(rectangle.area / max(polygon.area, 1e-9))
         assert np.median(ratios) < 1.35
 
 
 def test_questions_for_hundreds_of_boxes_are_left_out_and_counted():
-    """One tile of DOTA has 536 ships: an answer of 5,000 tokens, for which 14 GB of activations were needed."""
+    """One tile of DOTA has 536 ships: an answer of 5,000 tokens, which needed 14 GB of activations."""
     skipped, ships = Counter(), [("ship", (i, 0, i + 1, 1, 0)) for i in range(101)]
-    assert not list(notation.each_class("a.txt", "det", F, ("a.png",), ships, skipped)) and skipped.total() == 1
-    assert len(list(notation.each_class("a.txt", "det", F, ("a.png",), ships[:100], skipped))) == 1
+    assert not list(sample_per_class("a.txt", "det", F, ("a.png",), ships, skipped))
+    assert skipped.total() == 1
+    assert len(list(sample_per_class("a.txt", "det", F, ("a.png",), ships[:100], skipped))) == 1
 
 
 @real
 def test_real_rsvqa_answers_belong_to_their_questions():
     samples = samples_of(EO / "rsvqa_lr", "vqa")
     first = samples[0]
-    assert (first.question, first.answer, first.subset) == ("Is it a rural or an urban area", "rural", "rural_urban")
+    assert (first.question, first.gt_answer, first.subset) == ("Is it a rural or an urban area", "rural", "rural_urban")
     allowed = {"presence": "yes|no", "comp": "yes|no", "rural_urban": "rural|urban", "count": r"\d+"}
-    assert all(re.fullmatch(allowed[s.subset], s.answer) for s in samples)
+    assert all(re.fullmatch(allowed[s.subset], s.gt_answer) for s in samples)
     assert Counter(s.subset for s in samples) == {"presence": 1491, "comp": 1993, "rural_urban": 50, "count": 1471}
 
 
 @real
-def test_real_xbd_labels_lie_on_their_tile(tmp_path):
-    """The sample's label file is of a tile without images, so it gets blank ones."""
+def test_real_xbd_boxes_are_at_their_place(tmp_path):
+    """The label file is of a tile whose images are not in EO_DATA, so it gets blank ones."""
     for when in ("pre", "post"):
         name = f"joplin-tornado_00000050_{when}_disaster"
         picture(tmp_path / "images" / f"{name}.png", (1024, 1024))
         (tmp_path / "labels").mkdir(exist_ok=True)
-        (tmp_path / "labels" / f"{name}.json").write_bytes((EO / "xbd_sample/labels_json_example" / f"{name}.json").read_bytes())
+        label = EO / "xbd_sample/labels_json_example" / f"{name}.json"
+        (tmp_path / "labels" / f"{name}.json").write_bytes(label.read_bytes())
     skipped = Counter()
     samples = samples_of(tmp_path, "det", skipped=skipped)
-    assert sum(len(s.boxes) for s in samples) + skipped["buildings of no class left out"] == 15
-    first = next(s for s in samples if s.category == "destroyed").boxes[0]  # POLYGON ((265.84 3.48, 263.62 65.86, ..
+    assert sum(len(s.gt_boxes) for s in samples) + skipped["buildings of no class left out"] == 15
+    first = next(s for s in samples if s.category == "destroyed").gt_boxes[0]  # POLYGON ((265.84 3.48, 263.62 65.86, ..
     assert first == pytest.approx(tuple(v * F / 1024 for v in (211.418, 2.5225, 265.844, 65.8606)) + (0,), abs=1e-3)
-    assert [s.answer for s in samples_of(tmp_path, "cls")] == ["wind", "yes"]
+    assert [s.gt_answer for s in samples_of(tmp_path, "cls")] == ["wind", "yes"]
 
 
 @real
 def test_real_levir_captions():
     first = samples_of(EO / "levir_cc", "change")[0]
-    assert first.answer == "several houses appear on the bareland at the bottom ." and len(first.references) == 5
+    assert first.gt_answer == "several houses appear on the bareland at the bottom ." and len(first.gt_texts) == 5
     assert [image.relative_to(EO / "levir_cc").as_posix() for image in first.images] == [
         "images/train/A/train_000016.png", "images/train/B/train_000016.png"]

@@ -13,16 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+from boxes import obb_to_hbb
 from conftest import ROOT
-from data import BadInput, Sample, Scenes, as_row
-from rewards import TASKS, horizontal
-from scoring import report
-from scoring.report import write_report
+from data import sample_to_row
+from metrics import report
+from metrics.report import write_report
+from rewards import TASKS
+from runtime.errors import UserError
+from sample import BOX_TASKS, Sample
+from tiny.scenes import Scenes
 
-HOSTILE = ("</script></dd><script>document.title='owned'</script><img src=x onerror=alert(1)> \"'><svg onload=alert(1)> &lt; "
-           "{cards} \udc00")
+HOSTILE = ("</script></dd><script>document.title='owned'</script><img src=x onerror=alert(1)> \"'>"
+           "<svg onload=alert(1)> &lt; {cards} \udc00")
 GROUND = (120, 40, 130)  # a flat image, found again in a screenshot by this colour
-REFERENCE, PREDICTION = (28, 14, 84, 56), (14, 28, 98, 98)
+TARGET, PREDICTION = (28, 14, 84, 56), (14, 28, 98, 98)
 
 
 def completion(answer, accuracy, think="Looking.", **rewards):
@@ -32,7 +36,7 @@ def completion(answer, accuracy, think="Looking.", **rewards):
 
 def sample(**fields):
     return Sample(**{"id": "a", "task": "det", "images": (Image.new("RGB", (112, 112), GROUND),), "question": "Where?",
-                         "answer": "[28,14,84,56]", "frame": 112, "boxes": ((*REFERENCE, 0),)} | fields)
+                     "gt_answer": "[28,14,84,56]", "image_size": 112, "gt_boxes": ((*TARGET, 0),)} | fields)
 
 
 def written(folder, *entries, **options):
@@ -60,7 +64,8 @@ class Page(HTMLParser):
         for tag, attributes in self.elements:
             layer = attributes["class"] if tag == "g" else layer
             if tag == "rect":
-                found[layer].append((*(float(attributes[k]) for k in ("x", "y", "width", "height")), attributes.get("transform")))
+                numbers = (float(attributes[name]) for name in ("x", "y", "width", "height"))
+                found[layer].append((*numbers, attributes.get("transform")))
         return found
 
 
@@ -69,28 +74,28 @@ class Page(HTMLParser):
 
 def test_text_of_models_and_data_is_shown_and_never_markup(tmp_path):
     def page(text, task):
-        one = sample(id=text, question=text, answer=text, subset=text + "s", category=text + "c", task="rec")
-        many = replace(one, task="pair", images=one.images * 2, choices=(text,), references=(text, text))
+        one = sample(id=text, question=text, gt_answer=text, subset=text + "s", category=text + "c", task="rec")
+        many = replace(one, task="pair", images=one.images * 2, choices=(text,), gt_texts=(text, text))
         answers = [completion(text, 0.0, think=text), {"text": text, "parts": {"accuracy": 0.0, text: 0.0}}]
         entries = [(one, answers), (one, answers[:1]), (many, answers), (replace(one, task=task), answers)]
         return Page(written(tmp_path, *entries, title=text))
 
     hostile, plain = page(HOSTILE, HOSTILE), page("plain", "vqa")
     assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in plain.elements]
-    assert [set(attributes) for _, attributes in hostile.elements] == [set(attributes) for _, attributes in plain.elements]
+    assert [set(names) for _, names in hostile.elements] == [set(names) for _, names in plain.elements]
     assert hostile.text.count(HOSTILE.replace("\udc00", "?")) == plain.text.count("plain") + 2  # twice the task's name
 
 
-def test_reasoning_answer_reference_question_and_reward_parts_stand_on_the_page(tmp_path):
-    entry = (sample(task="vqa", answer="seven", boxes=()), [completion("eight", 0.125, "I count.")])
+def test_page_shows_reasoning_answer_target_question_and_reward_parts(tmp_path):
+    entry = (sample(task="vqa", gt_answer="seven", gt_boxes=()), [completion("eight", 0.125, "I count.")])
     text = Page(written(tmp_path, entry)).text
     for words in ("Where?", "I count.", "eight", "seven", "accuracy 0.12", "format 1.00"):
         assert words in text
 
 
 def test_a_completion_that_is_not_in_the_format_is_shown_whole(tmp_path):
-    text = Page(written(tmp_path, (sample(), [{"text": "<answer>[1,2,3,4]</answer> so", "parts": {"accuracy": 0.0}}]))).text
-    assert "<answer>[1,2,3,4]</answer> so" in text
+    text = "<answer>[1,2,3,4]</answer> so"
+    assert text in Page(written(tmp_path, (sample(), [{"text": text, "parts": {"accuracy": 0.0}}]))).text
 
 
 def test_page_is_one_file_that_refers_to_nothing_outside(tmp_path):
@@ -105,26 +110,27 @@ def test_page_is_one_file_that_refers_to_nothing_outside(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Boxes
 
-def test_boxes_of_reference_and_prediction_are_drawn_in_the_frame(tmp_path):
+def test_boxes_of_target_and_prediction_are_drawn_in_the_image(tmp_path):
     rects = Page(written(tmp_path, (sample(), [completion("[14,28,98,98],[1,2,3]", 0.5)]))).rects()
     assert rects == {"reference": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
 
 
-def test_turned_reference_box_is_drawn_turned_clockwise_about_its_centre(tmp_path):
-    rects = Page(written(tmp_path, (sample(boxes=((40, 30, 80, 50, 30),)), [completion("none", 0)]))).rects()
-    assert rects == {"reference": [(40, 30, 40, 20, "rotate(30 60 40)")], "predicted": []}  # SVG turns clockwise, as scenes do
+def test_turned_target_box_is_drawn_turned_clockwise_about_its_centre(tmp_path):
+    rects = Page(written(tmp_path, (sample(gt_boxes=((40, 30, 80, 50, 30),)), [completion("none", 0)]))).rects()
+    # SVG turns clockwise, as scenes do
+    assert rects == {"reference": [(40, 30, 40, 20, "rotate(30 60 40)")], "predicted": []}
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
-def test_a_perfect_answer_covers_its_reference(tmp_path, task):
-    scene = next(s for s in Scenes(task, 112, 3) if s.boxes or not TASKS[task].boxes)
-    rects = Page(written(tmp_path, (scene, [completion(scene.answer, 1.0)]))).rects()
-    boxes = [np.round(horizontal(box)) for box in scene.boxes] if TASKS[task].boxes else []
+def test_a_perfect_answer_covers_its_target(tmp_path, task):
+    scene = next(s for s in Scenes(task, 112, 3) if s.gt_boxes or task not in BOX_TASKS)
+    rects = Page(written(tmp_path, (scene, [completion(scene.gt_answer, 1.0)]))).rects()
+    boxes = [np.round(obb_to_hbb(box)) for box in scene.gt_boxes] if task in BOX_TASKS else []
     corners = [(x, y, x + w, y + h) for x, y, w, h, _ in rects["predicted"]]
     assert len(corners) == len(boxes) and np.allclose(corners, boxes, atol=1)
 
 
-def test_boxes_without_an_image_stand_in_an_empty_frame(tmp_path):
+def test_boxes_without_an_image_are_drawn_in_an_empty_square(tmp_path):
     rects = Page(written(tmp_path, (sample(images=()), [completion("[14,28,98,98]", 0.5)]))).rects()
     assert rects == {"reference": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
 
@@ -147,13 +153,13 @@ def test_worst_first_by_mean_accuracy_of_the_group(tmp_path):
     assert re.findall(r'data-answer="(\w+)"', page) == ["wrong", "wrong", "right", "right"]  # from 0.5 on
 
 
-def test_beyond_the_limit_stay_the_worst_and_an_even_choice_of_the_others(tmp_path):
+def test_limit_keeps_the_worst_and_an_even_choice_of_the_others(tmp_path):
     page = written(tmp_path, *((sample(id=str(i)), [completion("none", i / 100)]) for i in range(100)), limit=6)
     assert re.findall(r"</b> (\w+)</p>", page) == ["0", "1", "2", "3", "51", "99"]
     assert "100 samples" in page and "here the 3 worst and 3 of the others" in page
 
 
-def test_group_stands_side_by_side_in_one_card_with_rewards_and_advantages(tmp_path):
+def test_group_is_side_by_side_in_one_card_with_rewards_and_advantages(tmp_path):
     group = [completion(f"[{i},2,30,40]", i / 10, reward=1 + i / 10, advantage=i - 1.5) for i in range(4)]
     page = written(tmp_path, (sample(), group))
     assert page.count("<article") == 1 and page.count("<section") == 4 and page.count("data:image/jpeg") == 1
@@ -165,7 +171,7 @@ def test_group_stands_side_by_side_in_one_card_with_rewards_and_advantages(tmp_p
 
 def test_missing_image_leaves_a_placeholder_and_is_counted(tmp_path, capsys):
     Image.new("RGB", (50, 20)).save(tmp_path / "here.png")
-    pair = sample(task="change", images=(tmp_path / "gone.png", tmp_path / "here.png"), boxes=())
+    pair = sample(task="change", images=(tmp_path / "gone.png", tmp_path / "here.png"), gt_boxes=())
     lost = sample(images=(Path("lost.png"),))
     page = written(tmp_path, (pair, [completion("none", 0)]), (lost, [completion("none", 0)] * 2))
     assert page.count("image not found</text>") == 2 and page.count("data:image/jpeg") == 1
@@ -176,21 +182,21 @@ def test_missing_image_leaves_a_placeholder_and_is_counted(tmp_path, capsys):
 # The files of evaluate.py and train_grpo.py
 
 def row(scene, text, **fields):
-    return json.dumps(as_row(scene) | {"completion": text, "parts": {"format": 1.0, "accuracy": 0.5}} | fields)
+    return json.dumps(sample_to_row(scene) | {"completion": text, "parts": {"format": 1.0, "accuracy": 0.5}} | fields)
 
 
 def command(file):
-    return subprocess.run([sys.executable, "-m", "scoring.report", str(file)], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "metrics.report", str(file)], cwd=ROOT, capture_output=True, text=True,
                           check=False)
 
 
 def test_predictions_become_a_page_beside_their_file(tmp_path):
     scenes = [Scenes(task, 112, 7)[2] for task in ("det", "change", "pair")]
-    (tmp_path / "predictions.jsonl").write_text("\n".join(row(s, f"<answer>{s.answer}</answer>") for s in scenes))
+    (tmp_path / "predictions.jsonl").write_text("\n".join(row(s, f"<answer>{s.gt_answer}</answer>") for s in scenes))
     done = command(tmp_path / "predictions.jsonl")
     assert done.returncode == 0 and done.stderr == ""
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<article") == 3 and page.count("data:image/jpeg") == 1 + 2 + 5  # the built-in scenes are drawn again
+    assert page.count("<article") == 3 and page.count("data:image/jpeg") == 1 + 2 + 5  # scenes are drawn again
 
 
 def test_samples_become_one_card_a_group(tmp_path):
@@ -210,7 +216,7 @@ def test_samples_become_one_card_a_group(tmp_path):
     {"parts": {"accuracy": "high"}}))])
 def test_bad_record_is_named(tmp_path, line):
     (tmp_path / "predictions.jsonl").write_text(row(sample(id="x.png"), "") + "\n" + line)
-    with pytest.raises(BadInput, match="line 2: not a record"):
+    with pytest.raises(UserError, match="line 2: not a record"):
         report.read_entries(tmp_path / "predictions.jsonl")
 
 
@@ -227,7 +233,8 @@ def browser(tmp_path):
     def run(address, *flags):
         done = subprocess.run(
             [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-             "--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=700,900", *flags, address],
+             "--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=700,900",
+             *flags, address],
             capture_output=True, text=True, timeout=60, check=True)
         return done.stdout, done.stderr
     return run
@@ -247,9 +254,9 @@ def test_browser_shows_both_boxes_at_their_place_without_script_errors(tmp_path,
     rows, columns = np.nonzero(near(pixels, GROUND))
     top, left, side = rows.min(), columns.min(), columns.max() + 1 - columns.min()
     assert side > 200 and abs(rows.max() + 1 - top - side) <= 2  # the image, square
-    figure = pixels[top : top + side, left : left + side]
-    for colour, box in ((report.REFERENCE, REFERENCE), (report.PREDICTED, PREDICTION)):
-        seen = near(figure, ImageColor.getrgb(colour))
+    shown = pixels[top : top + side, left : left + side]
+    for colour, box in ((report.TARGET_COLOUR, TARGET), (report.PREDICTED_COLOUR, PREDICTION)):
+        seen = near(shown, ImageColor.getrgb(colour))
         rows, columns = np.nonzero(seen)
         drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * 112 / side
         assert np.allclose(drawn, box, atol=2), colour  # a line is some 3 of 336 pixels wide
@@ -257,7 +264,7 @@ def test_browser_shows_both_boxes_at_their_place_without_script_errors(tmp_path,
 
 
 def test_browser_filters_by_task_and_by_correctness(tmp_path, browser):
-    written(tmp_path, *((sample(task=task, id=f"{task}{a}", boxes=()), [completion("none", a)])
+    written(tmp_path, *((sample(task=task, id=f"{task}{a}", gt_boxes=()), [completion("none", a)])
                         for task in ("det", "vqa") for a in (0, 1)))
 
     def shown(filters):

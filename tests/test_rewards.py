@@ -14,41 +14,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import rewards
+from boxes import average_precision, iou_matrix, matched_ious, obb_to_hbb, parse_boxes
 from rewards import (
     TASKS,
-    average_precision,
-    choice_reward,
-    common_subsequence,
     count_penalised_ap_reward,
     detection_reward,
+    exact_match_reward,
     extract_answer,
     format_reward,
     grounding_reward,
-    horizontal,
     hybrid_reward,
-    iou_matrix,
     iou_reward,
     jaccard_reward,
-    labels_recall_reward,
+    label_overlap_reward,
+    lcs_length,
     length_reward,
     levenshtein_reward,
     lexical_similarity,
     mask_reward,
-    matched_ious,
-    named_labels,
-    parse_boxes,
-    recall_reward,
+    multiple_choice_reward,
+    parse_labels,
     repetition_penalty,
-    reward_parts,
+    score_completion,
 )
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
-def sample(task, answer="", boxes=(), references=(), choices=(), mask=None, frame=512):
-    return SimpleNamespace(task=task, answer=answer, boxes=boxes, references=references, choices=choices, mask=mask, frame=frame)
+def sample(task, gt_answer="", gt_boxes=(), gt_texts=(), choices=(), gt_mask=None, image_size=512):
+    return SimpleNamespace(id="a", task=task, gt_answer=gt_answer, gt_boxes=gt_boxes, gt_texts=gt_texts, choices=choices,
+                           gt_mask=gt_mask, image_size=image_size)
 
 
 def det(*boxes):
@@ -65,12 +61,6 @@ def text(*boxes):
 
 def completion(answer, think="I look."):
     return f"<think>{think}</think>\n<answer>{answer}</answer>"
-
-
-@pytest.fixture(autouse=True)
-def no_judges(monkeypatch):
-    """Neither SBERT nor SAM, unless a test puts a function in their place."""
-    monkeypatch.setattr(rewards, "JUDGES", {"sbert": None, "sam": None})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,9 +163,9 @@ def test_malformed_box_still_counts_as_a_prediction(malformed):
 
 def test_turned_box_becomes_its_envelope():
     assert parse_boxes("[0,10,20,20,90]") == pytest.approx(np.array([[5, 5, 15, 25]]))
-    assert horizontal((0, 0, 2, 2, 45)) == pytest.approx((1 - 2**.5, 1 - 2**.5, 1 + 2**.5, 1 + 2**.5))
-    assert horizontal((0, 0, 4, 2, 30)) == pytest.approx(horizontal((0, 0, 4, 2, -30)))  # either sense of rotation
-    assert horizontal((1, 2, 3, 4)) == horizontal((1, 2, 3, 4, 0)) == (1, 2, 3, 4)
+    assert obb_to_hbb((0, 0, 2, 2, 45)) == pytest.approx((1 - 2**.5, 1 - 2**.5, 1 + 2**.5, 1 + 2**.5))
+    assert obb_to_hbb((0, 0, 4, 2, 30)) == pytest.approx(obb_to_hbb((0, 0, 4, 2, -30)))  # either sense of rotation
+    assert obb_to_hbb((1, 2, 3, 4)) == obb_to_hbb((1, 2, 3, 4, 0)) == (1, 2, 3, 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,16 +242,16 @@ def test_turned_reference_counts_as_its_envelope():
 
 
 def test_parts_are_paid_apart():
-    assert reward_parts(completion(text(A)), det(A)) == {"format": 1, "accuracy": 1}
-    assert reward_parts(completion(text(B)), det(A)) == {"format": 1, "accuracy": 0}
-    assert reward_parts(f"<answer>{text(A)}</answer>", det(A)) == {"format": 0, "accuracy": 1}
-    assert reward_parts("", det()) == {"format": 0, "accuracy": 0}
-    assert reward_parts(completion("Sea Lake"), cls("sea_lake")) == {"format": 1, "accuracy": 1}
+    assert score_completion(completion(text(A)), det(A)) == {"format": 1, "accuracy": 1}
+    assert score_completion(completion(text(B)), det(A)) == {"format": 1, "accuracy": 0}
+    assert score_completion(f"<answer>{text(A)}</answer>", det(A)) == {"format": 0, "accuracy": 1}
+    assert score_completion("", det()) == {"format": 0, "accuracy": 0}
+    assert score_completion(completion("Sea Lake"), cls("sea_lake")) == {"format": 1, "accuracy": 1}
 
 
 def test_right_boxes_in_the_reasoning_earn_nothing():
-    assert reward_parts(completion("none", think=text(A)), det(A)) == {"format": 1, "accuracy": 0}
-    assert reward_parts(f"<think><answer>{text(A)}</answer></think>", det(A)) == {"format": 0, "accuracy": 0}
+    assert score_completion(completion("none", think=text(A)), det(A)) == {"format": 1, "accuracy": 0}
+    assert score_completion(f"<think><answer>{text(A)}</answer></think>", det(A)) == {"format": 0, "accuracy": 0}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,7 +259,7 @@ def test_right_boxes_in_the_reasoning_earn_nothing():
 
 @pytest.mark.parametrize("answer", ["sea lake", "Sea Lake", "SeaLake", "sea_lake.", " sea-lake \n", "SEA LAKE."])
 def test_label_may_be_written_in_any_case_and_spacing(answer):
-    assert recall_reward(answer, cls("SeaLake")) == 1
+    assert exact_match_reward(answer, cls("SeaLake")) == 1
 
 
 @pytest.mark.parametrize("answer", [
@@ -277,7 +267,7 @@ def test_label_may_be_written_in_any_case_and_spacing(answer):
     "annual crop, forest, highway, industrial, pasture, residential, river, sea lake",  # naming all would have a recall of 1
 ])
 def test_anything_but_the_one_label_is_wrong(answer):
-    assert recall_reward(answer, cls("SeaLake")) == 0
+    assert exact_match_reward(answer, cls("SeaLake")) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,7 +297,7 @@ LAND = "Land principally occupied by agriculture, with significant areas of natu
 ])
 def test_labels_by_hand(answer, reward):
     named = sample("mlc", f"Mixed forest, {LAND}, Pastures", choices=BIGEARTHNET)
-    assert labels_recall_reward(answer, named) == pytest.approx(reward)
+    assert label_overlap_reward(answer, named) == pytest.approx(reward)
 
 
 @pytest.mark.parametrize("text, labels", [
@@ -317,11 +307,11 @@ def test_labels_by_hand(answer, reward):
     ("SeaLake sea_lake Sea Lake", {"sealake"}), ("", set()), (".,;", set()),
 ])
 def test_longest_label_made_of_whole_words_is_read(text, labels):
-    assert named_labels(text, ("sea", "sea and ocean", "pastures", "natural pastures", "Sea Lake")) == labels
+    assert parse_labels(text, ("sea", "sea and ocean", "pastures", "natural pastures", "Sea Lake")) == labels
 
 
 def test_without_a_vocabulary_labels_stand_between_commas():
-    assert named_labels("Forest, SEA.", ()) == named_labels("sea; forest", ()) == {"sea", "forest"}
+    assert parse_labels("Forest, SEA.", ()) == parse_labels("sea; forest", ()) == {"sea", "forest"}
 
 
 some_labels = st.sets(st.sampled_from(BIGEARTHNET), min_size=1)
@@ -331,10 +321,10 @@ some_labels = st.sets(st.sampled_from(BIGEARTHNET), min_size=1)
 @given(some_labels, some_labels, st.sampled_from([", ", ",", "; ", ",\n", " and "]))
 def test_any_list_of_labels_is_read_back_and_a_wrong_one_never_pays(right, labels, separator):
     truth = sample("mlc", ", ".join(right), choices=BIGEARTHNET)
-    paid = labels_recall_reward(separator.join(labels), truth)
+    paid = label_overlap_reward(separator.join(labels), truth)
     assert paid == pytest.approx(len(right & labels) / max(len(right), len(labels)))
     for wrong in {*BIGEARTHNET, "Jungle"} - right:
-        assert labels_recall_reward(separator.join([*labels, wrong]), truth) <= paid
+        assert label_overlap_reward(separator.join([*labels, wrong]), truth) <= paid
 
 
 @pytest.mark.parametrize("answer, reward", [
@@ -351,19 +341,18 @@ def test_region_caption_by_hand(answer, reward):
 
 @pytest.mark.parametrize("cosine, reward", [
     (1.0, .5 + 1 / 3), (.4, .2 + 1 / 3), (0.0, 1 / 3), (-.7, 1 / 3), (1.0000002, .5 + 1 / 3)])
-def test_half_of_a_caption_is_the_cosine_of_its_embedding_never_below_0(monkeypatch, cosine, reward):
-    monkeypatch.setitem(rewards.JUDGES, "sbert", lambda a, b: cosine)
-    assert hybrid_reward("1 red ship", sample("rcap", "1 red ship at the top")) == pytest.approx(reward)
+def test_half_of_a_caption_is_the_cosine_of_its_embedding_never_below_0(cosine, reward):
+    scene = sample("rcap", "1 red ship at the top")
+    assert hybrid_reward("1 red ship", scene, sbert=lambda a, b: cosine) == pytest.approx(reward)
 
 
-def test_best_reference_counts(monkeypatch):
+def test_best_text_counts():
     """The best one as a whole: not the best cosine of one reference beside the best words of another."""
     captions = ("a b c d", "a b", "x")
-    assert hybrid_reward("a b", sample("cap", "a b c d", references=captions)) == 1
-    assert levenshtein_reward("a b", sample("cap", "a b c d", references=captions)) == 1
-    assert grounding_reward("a b", sample("ground", "a b c d", references=captions)) == 1
-    monkeypatch.setitem(rewards.JUDGES, "sbert", lambda a, b: float(b == "x"))
-    assert hybrid_reward("a b", sample("cap", references=captions)) == .5
+    assert hybrid_reward("a b", sample("cap", "a b c d", gt_texts=captions)) == 1
+    assert levenshtein_reward("a b", sample("cap", "a b c d", gt_texts=captions)) == 1
+    assert grounding_reward("a b", sample("ground", "a b c d", gt_texts=captions)) == 1
+    assert hybrid_reward("a b", sample("cap", gt_texts=captions), sbert=lambda a, b: float(b == "x")) == .5
 
 
 @pytest.mark.parametrize("answer, reward", [
@@ -401,7 +390,7 @@ def test_short_answer_by_hand(answer, reward):
     (text(A, A), 0), (text(A, B), 0),                                  # the object is one
 ])
 def test_referred_object_by_hand(answer, reward):
-    assert iou_reward(answer, sample("rec", boxes=(A,))) == pytest.approx(reward)
+    assert iou_reward(answer, sample("rec", gt_boxes=(A,))) == pytest.approx(reward)
 
 
 @pytest.mark.parametrize("answer, reference, reward", [
@@ -415,12 +404,12 @@ def test_referred_object_by_hand(answer, reward):
 def test_detection_of_a_class_by_hand(answer, reference, reward):
     boxes = json.dumps([{"bbox_2d": list(box[:4]), "label": "ship"} for box in answer]) if answer else "None"
     for written in (boxes, f"```json\n{boxes}\n```" if answer else "[]"):
-        assert count_penalised_ap_reward(written, sample("ovd", boxes=tuple(reference))) == pytest.approx(reward)
+        assert count_penalised_ap_reward(written, sample("ovd", gt_boxes=tuple(reference))) == pytest.approx(reward)
 
 
 @pytest.mark.parametrize("answer", ["", "ship", "none of them", "[10,10,50,50"])
 def test_prose_is_no_detection(answer):
-    assert count_penalised_ap_reward(answer, sample("ovd")) == count_penalised_ap_reward(answer, sample("ovd", boxes=(A,))) == 0
+    assert count_penalised_ap_reward(answer, sample("ovd")) == count_penalised_ap_reward(answer, sample("ovd", gt_boxes=(A,))) == 0
 
 
 @pytest.mark.parametrize("answer, letter", [
@@ -433,7 +422,7 @@ def test_prose_is_no_detection(answer):
     ("image b", None), ("a harbour", None),                            # within words only capitals are letters
 ])
 def test_one_letter_is_read_and_two_are_refused(answer, letter):
-    paid = {right: choice_reward(answer, sample("pair", right, choices=tuple("ABCD"))) for right in "ABCD"}
+    paid = {right: multiple_choice_reward(answer, sample("pair", right, choices=tuple("ABCD"))) for right in "ABCD"}
     assert paid == {right: float(right == letter) for right in "ABCD"}
 
 
@@ -445,7 +434,7 @@ def seg(*boxes, side=20):
     mask = np.zeros((20, 20), np.uint8)
     for x1, y1, x2, y2 in boxes:
         mask[y1:y2, x1:x2] = 1                                         # any value but 0 is the target
-    return sample("seg", mask=Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST), frame=20)
+    return sample("seg", gt_mask=Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST), image_size=20)
 
 
 def instance(*box, **points):
@@ -481,35 +470,36 @@ def test_no_target_has_to_be_said(answer, reward):
 
 
 def test_mask_may_be_a_file(tmp_path):
-    seg((2, 2, 6, 6), side=40).mask.save(tmp_path / "mask.png")
-    assert mask_reward(instance(2, 2, 4, 6), sample("seg", mask=tmp_path / "mask.png", frame=20)) == .5
+    seg((2, 2, 6, 6), side=40).gt_mask.save(tmp_path / "mask.png")
+    assert mask_reward(instance(2, 2, 4, 6), sample("seg", gt_mask=tmp_path / "mask.png", image_size=20)) == .5
 
 
-def test_sam_sees_box_and_points_and_its_mask_is_trimmed_to_the_box(monkeypatch):
+def test_sam_sees_box_and_points_and_its_mask_is_clipped_to_the_box():
     calls = []
 
     def sam(sample, box, points):
         calls.append((box, points))
         return np.ones((20, 20), bool)                                 # spills over the whole image
 
-    monkeypatch.setitem(rewards.JUDGES, "sam", sam)
     pretty = json.dumps([{"bbox_2d": [2, 2, 6, 6], **EYES}], indent=12)  # with many blanks between the numbers
     for answer in (instance(2, 2, 6, 6, **EYES), pretty):
-        assert mask_reward(answer, seg((2, 2, 6, 6))) == 1
+        assert mask_reward(answer, seg((2, 2, 6, 6)), sam=sam) == 1
         assert calls.pop() == ((2, 2, 6, 6), [(3, 3), (4, 5)])
     for points, seen in (({}, []), ({"keypoint2": [4, 5]}, [(4, 5)]), ({"keypoint1": ["x", 1], "keypoint2": [3]}, [])):
-        assert mask_reward(instance(2, 2, 6, 6, **points), seg((2, 2, 6, 6))) == 1  # points that are missing or none
+        assert mask_reward(instance(2, 2, 6, 6, **points), seg((2, 2, 6, 6)), sam=sam) == 1  # points that are missing or none
         assert calls.pop() == ((2, 2, 6, 6), seen)
     for no_box in (json.dumps(EYES), instance(6, 6, 2, 2, **EYES), "None"):
-        assert mask_reward(no_box, seg((2, 2, 6, 6))) == 0 and not calls  # SAM is not asked
+        assert mask_reward(no_box, seg((2, 2, 6, 6)), sam=sam) == 0 and not calls  # SAM is not asked
 
 
-def test_masks_of_several_instances_are_united(monkeypatch):
-    monkeypatch.setitem(rewards.JUDGES, "sam", lambda sample, box, points: np.eye(20, dtype=bool))
-    diagonal = sample("seg", mask=Image.fromarray(np.eye(20, dtype=np.uint8)), frame=20)
-    assert mask_reward(instance(0, 0, 20, 20), diagonal) == 1
-    assert mask_reward(instance(0, 0, 5, 5) + instance(10, 10, 20, 20), diagonal) == 15 / 20
-    assert mask_reward(instance(0, 10, 10, 20), diagonal) == 0         # what SAM finds outside the box does not count
+def test_masks_of_several_instances_are_united():
+    def sam(sample, box, points):
+        return np.eye(20, dtype=bool)
+
+    diagonal = sample("seg", gt_mask=Image.fromarray(np.eye(20, dtype=np.uint8)), image_size=20)
+    assert mask_reward(instance(0, 0, 20, 20), diagonal, sam=sam) == 1
+    assert mask_reward(instance(0, 0, 5, 5) + instance(10, 10, 20, 20), diagonal, sam=sam) == 15 / 20
+    assert mask_reward(instance(0, 10, 10, 20), diagonal, sam=sam) == 0         # what SAM finds outside the box does not count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -519,12 +509,12 @@ def test_masks_of_several_instances_are_united(monkeypatch):
                                                 (1 / 3, .875, -.125)])  # cos 60 degrees is a half
 def test_length_reward_by_hand(used, right, wrong):
     """Beyond the longest completion nothing comes back: the cosine of the released code rises again."""
-    assert length_reward(True, used) == pytest.approx(right)
-    assert length_reward(False, used) == pytest.approx(wrong)
+    assert length_reward({"accuracy": 1}, used) == pytest.approx(right)
+    assert length_reward({"accuracy": 0.5}, used) == pytest.approx(wrong)
     pair = sample("pair", "B", choices=tuple("ABCD"))
-    assert reward_parts(completion("B"), pair, used)["length"] == pytest.approx(right)
+    assert score_completion(completion("B"), pair, used)["length"] == pytest.approx(right)
     for missed in (completion("C"), completion("A or B"), completion("C", think="B"), "B", ""):
-        assert reward_parts(missed, pair, used)["length"] == pytest.approx(wrong)
+        assert score_completion(missed, pair, used)["length"] == pytest.approx(wrong)
 
 
 @pytest.mark.parametrize("written, penalty", [
@@ -540,7 +530,7 @@ def test_repetition_by_hand(written, penalty):
 def test_only_pair_has_further_terms():
     for task in RIGHT:
         more = {"length", "repetition"} if task == "pair" else set()
-        assert set(reward_parts("", RIGHT[task][0])) == {"format", "accuracy"} | more
+        assert set(score_completion("", RIGHT[task][0])) == {"format", "accuracy"} | more
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -553,15 +543,15 @@ RIGHT = {
     "det": (det(A, B), text(A, B), text(C)),
     "rcap": (sample("rcap", "1 red ship"), "1 red ship", "two tanks"),
     "ground": (sample("ground", f"a ship {text(A)}", (A,)), f"a ship {text(A)}", f"two tanks {text(B)}"),
-    "cap": (sample("cap", "many planes", references=("few cars", "many planes")), "few cars", "x"),
+    "cap": (sample("cap", "many planes", gt_texts=("few cars", "many planes")), "few cars", "x"),
     "change": (sample("change", "a house has appeared"), "a house has appeared", "no change"),
     "vqa": (sample("vqa", "yes"), "yes", "no"),
-    "rec": (sample("rec", boxes=(A,)), SHIP, text(B)),
-    "ovd": (sample("ovd", boxes=(A,)), f"[{SHIP}]", "None"),
+    "rec": (sample("rec", gt_boxes=(A,)), SHIP, text(B)),
+    "ovd": (sample("ovd", gt_boxes=(A,)), f"[{SHIP}]", "None"),
     "seg": (seg((10, 10, 20, 20)), SHIP, "None"),
     "pair": (sample("pair", "B", choices=tuple("ABCD")), "B", "C"),
 }
-RIGHT["seg"][0].mask.paste(255, (10, 10, 20, 20))
+RIGHT["seg"][0].gt_mask.paste(255, (10, 10, 20, 20))
 tasks = pytest.mark.parametrize("task", RIGHT)
 
 
@@ -573,7 +563,7 @@ def test_every_task_has_a_right_and_a_wrong_answer_here():
 def test_only_the_right_answer_in_its_place_earns_1(task):
     sample, right, wrong = RIGHT[task]
     def accuracy(written):
-        return reward_parts(written, sample)["accuracy"]
+        return score_completion(written, sample)["accuracy"]
     assert accuracy(completion(right)) == accuracy(f"<answer>{right}</answer>") == pytest.approx(1)
     assert accuracy(completion(right + "\n")) == accuracy(completion(f"  {right}")) == pytest.approx(1)
     for missed in (wrong, "", " ", "?"):
@@ -601,8 +591,8 @@ soup = st.lists(st.sampled_from(TOKENS), max_size=20).map("".join)
 def test_any_text_is_paid_alike_twice_and_within_bounds(task, written):
     truth = RIGHT[task][0]
     for given_text in (written, completion(written), completion(RIGHT[task][1], think=written)):
-        parts = reward_parts(given_text, truth, .3)
-        assert parts == reward_parts(given_text, truth, .3)
+        parts = score_completion(given_text, truth, .3)
+        assert parts == score_completion(given_text, truth, .3)
         assert all(math.isfinite(v) and -1 <= v <= 1 for v in parts.values())
         assert 0 <= parts["format"] <= 1 and 0 <= parts["accuracy"] <= 1
     assert 0 <= TASKS[task].reward(written, truth) <= 1
@@ -631,7 +621,7 @@ def test_common_subsequence_is_that_of_the_plain_table(a, b):
     table = np.zeros((len(a) + 1, len(b) + 1), int)
     for i, j in itertools.product(range(len(a)), range(len(b))):
         table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
-    assert common_subsequence(a, b) == table[-1, -1]
+    assert lcs_length(a, b) == table[-1, -1]
 
 
 @quick
@@ -714,7 +704,7 @@ def test_a_wrong_box_never_pays(reference, predicted, data):
     wrong = data.draw(st.sampled_from([(200, 200, 300, 250), (5, 5, 1, 1), (101, 0, 102, 3)]))
     more = predicted.copy()
     more.insert(data.draw(st.integers(0, len(predicted))), wrong)
-    truth = sample("det", boxes=tuple(reference))
+    truth = sample("det", gt_boxes=tuple(reference))
     for reward in (detection_reward, count_penalised_ap_reward, iou_reward):
         assert reward(text(*more), truth) <= reward(text(*predicted), truth) + 1e-12
 
@@ -725,7 +715,7 @@ def test_moving_a_box_towards_its_reference_never_lowers_the_reward(reference, s
     far, near = ([f"{v:.6f}" for v in np.add(start, t * np.subtract(reference, start))] for t in sorted((a, b)))
     other = (200, 200, 300, 300)
     for boxes, rest in itertools.product(((reference,), (reference, other)), ((), (other,))):
-        truth = sample("det", boxes=boxes)
+        truth = sample("det", gt_boxes=boxes)
         for reward in (detection_reward, count_penalised_ap_reward, iou_reward):
             assert reward(text(*rest, far), truth) <= reward(text(*rest, near), truth) + 1e-9
 
@@ -735,8 +725,8 @@ def test_moving_a_box_towards_its_reference_never_lowers_the_reward(reference, s
 def test_reference_itself_earns_everything_in_any_order_and_nothing_earns_more(boxes, rng):
     shuffled = rng.sample(boxes, len(boxes))
     for reward in (detection_reward, count_penalised_ap_reward):
-        assert reward(text(*shuffled), sample("det", boxes=tuple(boxes))) == pytest.approx(1)
-        assert reward(text(*shuffled), sample("det", boxes=tuple(boxes))) <= 1
+        assert reward(text(*shuffled), sample("det", gt_boxes=tuple(boxes))) == pytest.approx(1)
+        assert reward(text(*shuffled), sample("det", gt_boxes=tuple(boxes))) <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -777,5 +767,5 @@ def test_hostile_text_is_paid_within_bounds(name):
     for task, (truth, right, _) in RIGHT.items():
         assert 0 <= TASKS[task].reward(written, truth) <= 1
         for given_text in (written, completion(written), completion(right, think=written)):
-            parts = reward_parts(given_text, truth)
+            parts = score_completion(given_text, truth)
             assert parts["format"] in (0, 1) and 0 <= parts["accuracy"] <= 1 and -1 <= parts.get("repetition", 0) <= 0

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
-import run
 import train_grpo
 import train_sft
 from conftest import ROOT, SFT, rows, script, succeed
-from data import BadInput
-from scoring.curves import plot_curves
+from metrics.plots import plot_curves
+from runtime import checkpoint
+from runtime.errors import UserError
 
 FIELDS = ("step", "stage", "task", "reward", "reward_std", "parts", "kl", "entropy", "clip_frac", "grad_norm", "loss", "lr",
           "len_mean", "truncated_frac", "zero_std_frac", "rollout_s", "update_s", "tokens_per_s")
@@ -105,11 +105,11 @@ def test_interrupted_evaluation_goes_on_but_not_with_another_model(sft, dataset,
     def evaluated(stop_after=None):
         batches, predict = [], evaluate.predict
 
-        def counted(model, processor, samples, *more):
+        def counted(sampler, samples, *more):
             if len(batches) == stop_after:
                 raise KeyboardInterrupt
             batches.append([s.id for s in samples])
-            return predict(model, processor, samples, *more)
+            return predict(sampler, samples, *more)
 
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, "predict", counted)
@@ -139,7 +139,7 @@ class Killed(BaseException):
 
 def here(monkeypatch, main, *args, die_at_save=None):
     """A training script in this process; dies half-way through writing checkpoint number `die_at_save`."""
-    saves, save = [], run.dcp.save
+    saves, save, lock, locks = [], checkpoint.dcp.save, checkpoint.lock, []
 
     def torn(tensors, checkpoint_id, **options):
         saves.append(checkpoint_id)
@@ -149,17 +149,21 @@ def here(monkeypatch, main, *args, die_at_save=None):
             raise Killed
         save(tensors, checkpoint_id=checkpoint_id, **options)
 
+    def recorded(out):
+        locks.append(lock(out))
+        return locks[-1]
+
     with monkeypatch.context() as patch:
-        patch.setattr(run.dcp, "save", torn)
+        patch.setattr(checkpoint.dcp, "save", torn)
+        patch.setattr(checkpoint, "lock", recorded)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(sys, "argv", ["script", *map(str, args)])
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             main()
         finally:
-            run.signals.clear()
-            while run.locks:
-                os.close(run.locks.pop())
+            for file in locks:  # as the end of a process would
+                file.close()
             for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
                 signal.signal(number, handler)
 
@@ -230,7 +234,7 @@ def test_resume_with_other_flags_is_refused(sft, staged, dataset, tmp_path, monk
     shutil.copytree(sft if stage == "sft" else staged, tmp_path, dirs_exist_ok=True)
     sft_flags = ["--task", "det,cls", "--model", "scratch", "--data", dataset, "--steps", 30, *SFT, "--out"]
     main, flags = (train_sft.main, sft_flags) if stage == "sft" else (train_grpo.main, grpo_flags)
-    with pytest.raises(BadInput, match="lr"):
+    with pytest.raises(UserError, match="lr"):
         here(monkeypatch, main, *flags, tmp_path, "--resume", "--lr", 7e-4)
 
 
@@ -245,7 +249,7 @@ def test_damaged_checkpoint_is_refused(staged, tmp_path, monkeypatch, grpo_flags
     shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "checkpoint" / name
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    with pytest.raises(BadInput, match=f"{name} is damaged") as error:
+    with pytest.raises(UserError, match=f"{name} is damaged") as error:
         here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
     assert "\n" not in str(error.value)
     assert (tmp_path / "metrics.jsonl").read_text() == (staged / "metrics.jsonl").read_text()

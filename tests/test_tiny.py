@@ -1,12 +1,14 @@
-"""The embedded checkpoint: small, in the format for every task, right about as often as its card says, with room for GRPO."""
+"""The embedded checkpoint: small, in the format for every task, as accurate as its card says, with room for GRPO."""
 
 from pathlib import Path
 
 import pytest
 
-import model as qwen
-from data import load
-from evaluate import heldout_rewards
+from data import load_samples
+from metrics.held_out import held_out_rewards
+from model import load_model
+from rewards import REWARD_PARTS, RewardPart
+from rollout import Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = ("cls", "mlc", "det", "rcap", "ground", "cap", "change", "vqa", "rec", "ovd", "seg", "pair")
@@ -14,7 +16,11 @@ TRAINED = ("cls", "mlc", "det", "rcap", "ground", "cap", "change", "vqa", "rec",
 
 @pytest.fixture(scope="module")
 def shipped():
-    return qwen.load("tiny")
+    return Sampler(*load_model("tiny"))
+
+
+def held_out(sampler, task, n):
+    return load_samples("synthetic", task, sampler.processor.image_size, split="heldout")[:n]
 
 
 def test_it_is_small():
@@ -24,12 +30,20 @@ def test_it_is_small():
 @pytest.mark.parametrize("task, greedy", [("det", (0.3, 0.6)), ("cls", (0.95, 1.0))])
 def test_it_answers_in_format_and_leaves_detection_room(shipped, task, greedy):
     """Over the first 64 held-out scenes: the card's 256 take longer."""
-    scores = heldout_rewards(*shipped, load("synthetic", task, shipped[1].frame, split="heldout")[:64], max_new_tokens=96)
+    scores = held_out_rewards(shipped, held_out(shipped, task, 64), max_new_tokens=96)
     assert scores["format"] > 0.95 and greedy[0] <= scores["greedy"] <= greedy[1]
     assert scores["sampled"] <= scores["greedy"]
 
 
 @pytest.mark.parametrize("task", TRAINED)
 def test_it_answers_every_task_in_its_format(shipped, task):
-    scores = heldout_rewards(*shipped, load("synthetic", task, shipped[1].frame, split="heldout")[:16], max_new_tokens=160)
+    scores = held_out_rewards(shipped, held_out(shipped, task, 16), max_new_tokens=160)
     assert scores["format"] > 0.9 and scores["sampled"] > 0.05
+
+
+def test_a_new_reward_part_is_a_held_out_reward_of_its_tasks(monkeypatch):
+    monkeypatch.setattr("metrics.held_out.predict", lambda sampler, samples, *args, **_: [["abc"]] * len(samples))
+    monkeypatch.setitem(REWARD_PARTS, "brevity", RewardPart(lambda text, **_: 1 / len(text), tasks=("cls",)))
+    for task, new in (("cls", {"brevity": 1 / 3}), ("pair", {})):
+        found = held_out_rewards(None, load_samples("synthetic", task, 28)[:3], max_new_tokens=8)
+        assert list(found.items()) == [("sampled", 0), ("greedy", 0), ("format", 0), *new.items()]

@@ -1,4 +1,4 @@
-"""Scores of a set: the published figures come out of the published answers, and small sets out as counted by hand."""
+"""Scores of a set: the published answers give the published numbers, and small sets the numbers counted by hand."""
 
 import json
 import math
@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import BadInput, Sample, load
-from rewards import TASKS, average_precision
-from scoring import scores
-from scoring.published import BENCHMARKS, read_earthdial_results, table
-from scoring.scores import (
+from boxes import average_precision
+from data import load_samples
+from metrics import benchmarks
+from metrics.benchmarks import (
     accuracy,
     accuracy_by_type,
     box_accuracy,
@@ -25,6 +24,7 @@ from scoring.scores import (
     box_precision,
     choice_accuracy,
     coco_ap,
+    earthdial_tokens,
     mask_iou,
     matched_boxes,
     meteor,
@@ -32,7 +32,11 @@ from scoring.scores import (
     polygons,
     rouge,
 )
-from tiny.scenes import Thing, on_thing
+from metrics.published import BENCHMARKS, read_earthdial_results, table
+from rewards import TASKS
+from runtime.errors import UserError
+from sample import Sample
+from tiny.scenes import SceneObject, point_on_object
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 HALF = (10, 10, 50, 30, 0)                                                # IoU with A: exactly 0.5
@@ -43,17 +47,17 @@ def released(name):
     return Path(os.environ["EO_DATA"]) / "earthdial_results" / f"{name}.jsonl"
 
 
-def sample(task, answer="", boxes=(), **fields):
-    return Sample("x", task, (), "?", answer, 112, boxes, **fields)
+def sample(task, answer="", gt_boxes=(), **fields):
+    return Sample("x", task, (), "?", answer, 112, gt_boxes, **fields)
 
 
-def det(*boxes, **fields):
-    return sample("det", "", boxes, **fields)
+def det(*gt_boxes, **fields):
+    return sample("det", "", gt_boxes, **fields)
 
 
 @lru_cache
 def synthetic(task):
-    return list(load("synthetic", task, 56)[:16])
+    return list(load_samples("synthetic", task, 56)[:16])
 
 
 def text(*boxes):
@@ -62,7 +66,7 @@ def text(*boxes):
 
 @pytest.fixture(scope="session")
 def wordnet(tmp_path_factory):
-    """nltk's WordNet, put together from Debian's packages where nltk has none. METEOR never asks for the names of the
+    """nltk's WordNet, assembled from Debian's packages where nltk has none. METEOR never asks for the names of the
     lexicographer files, which those packages lack, so any 45 names do."""
     nltk = pytest.importorskip("nltk")
     try:
@@ -81,21 +85,22 @@ def wordnet(tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The published figures, from EarthDial's released answers
+# The published numbers, from EarthDial's released answers
 
 @real
 @pytest.mark.parametrize("name, task, function, expected", [
     ("rs_detection_results_GeoChat", "det", box_precision, {
         "box_precision@0.5_small": 11.43, "box_precision@0.5_medium": 31.73, "box_precision@0.5_large": 39.07,
         "box_precision@0.5_single": 34.27, "box_precision@0.5_multiple": 13.41,
-        "upright_precision@0.5_small": 15.48, "upright_precision@0.5_medium": 35.72, "upright_precision@0.5_large": 43.82,
+        "upright_precision@0.5_small": 15.48, "upright_precision@0.5_medium": 35.72,
+        "upright_precision@0.5_large": 43.82,
         "upright_precision@0.5_single": 40.22, "upright_precision@0.5_multiple": 15.33}),
     ("rs_image_caption_results_RSICD_Captions", "cap", rouge, {"rouge1": 33.77, "rougeL": 27.61}),
     ("rs_region_captioning_results_GeoChat", "rcap", rouge, {"rouge1": 73.35, "rougeL": 73.31}),
     ("rs_classification_results_WHU_19", "cls", accuracy, {"accuracy": 96.42, "token_recall": 96.42}),
     ("rs_vqa_results_RSVQA_LR", "vqa", accuracy_by_type, {
         "presence": 92.59, "comp": 92.75, "rural_urban": 94, "average": 92.70}),
-    # no published figures for these 25 lines: box by box and word by word as the released scripts do
+    # No published numbers for these 25 lines: box by box and word by word as the released scripts do
     ("rs_grounding_description_results_NWPU_VHR_10", "ground", box_precision, {
         "box_precision@0.5": 11.36, "box_precision@0.25": 47.73}),
     ("rs_grounding_description_results_NWPU_VHR_10", "ground", rouge, {"rouge1": 27.08, "rougeL": 26.57}),
@@ -111,7 +116,8 @@ def test_released_answers_score_as_published(name, task, function, expected):
 @real
 @pytest.mark.parametrize("name, task, expected", [
     ("rs_image_caption_results_RSICD_Captions", "cap", 56.18), ("rs_region_captioning_results_GeoChat", "rcap", 62.72),
-    ("rs_grounding_description_results_NWPU_VHR_10", "ground", 24.71), ("rs_change_detection__LEVIR_MCI", "change", 79.11)])
+    ("rs_grounding_description_results_NWPU_VHR_10", "ground", 24.71),
+    ("rs_change_detection__LEVIR_MCI", "change", 79.11)])
 def test_released_answers_have_the_published_meteor(wordnet, name, task, expected):
     samples, answers = read_earthdial_results(released(name), task)
     assert 100 * meteor(answers, samples)["meteor"] == pytest.approx(expected, abs=.05)
@@ -123,25 +129,26 @@ def test_released_answers_have_the_published_meteor(wordnet, name, task, expecte
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_of_every_task_lie_between_0_and_1(task):
     samples = synthetic(task)
-    for answers in ([s.answer for s in samples], [None] * len(samples), ["[1,2], maybe ]["] * len(samples)):
+    for answers in ([s.gt_answer for s in samples], [None] * len(samples), ["[1,2], maybe ]["] * len(samples)):
         for name in TASKS[task].scores:
-            assert all(0 <= value <= 1 for value in getattr(scores, name)(answers, samples).values())
+            assert all(0 <= value <= 1 for value in getattr(benchmarks, name)(answers, samples).values())
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_nothing_answered_and_nothing_asked_score_0(task):
     for samples in (synthetic(task), []):
         for name in TASKS[task].scores:
-            found = getattr(scores, name)([None] * len(samples), samples)
+            found = getattr(benchmarks, name)([None] * len(samples), samples)
             assert not any(value for key, value in found.items() if key != "chance")
 
 
 @pytest.mark.parametrize("function, module, pip", [
-    (rouge, "rouge_score.rouge_scorer", "rouge-score"), (meteor, "nltk.corpus", "nltk"), (accuracy, "nltk.tokenize", "nltk"),
-    (box_precision, "shapely", "shapely"), (matched_boxes, "shapely", "shapely"), (coco_ap, "pycocotools.coco", "pycocotools")])
+    (rouge, "rouge_score.rouge_scorer", "rouge-score"), (meteor, "nltk.corpus", "nltk"),
+    (accuracy, "nltk.tokenize", "nltk"), (box_precision, "shapely", "shapely"),
+    (matched_boxes, "shapely", "shapely"), (coco_ap, "pycocotools.coco", "pycocotools")])
 def test_missing_package_is_named(function, module, pip, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BadInput, match=f"pip install {pip}$"):
+    with pytest.raises(UserError, match=f"pip install {pip}$"):
         function(["a"], [sample("rcap", "a", (A,))])
 
 
@@ -161,18 +168,19 @@ def test_token_recall_of_a_perfect_list_is_below_1():
 
 def test_labels_with_commas_are_one_label_and_wrong_ones_cost_precision():
     choices = ("beaches, dunes, sands", "pastures", "vineyards")
-    samples = [sample("mlc", "Pastures, beaches, dunes, sands", choices=choices), sample("mlc", "vineyards", choices=choices)]
+    samples = [sample("mlc", answer, choices=choices) for answer in ("Pastures, beaches, dunes, sands", "vineyards")]
     found = multilabel(["beaches, dunes, sands, vineyards", None], samples)
     assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
 
 
 def test_average_over_question_types_is_by_samples_and_without_counts():
-    samples = [sample("vqa", a, subset=s) for a, s in (("yes", "comp"), ("no", "comp"), ("no", "presence"), ("3", "count"))]
+    targets = ("yes", "comp"), ("no", "comp"), ("no", "presence"), ("3", "count")
+    samples = [sample("vqa", answer, subset=subset) for answer, subset in targets]
     found = accuracy_by_type(["Yes", "yes", "no", "4"], samples)
     assert found == {"comp": .5, "count": 0, "presence": 1, "average": pytest.approx(2 / 3)}
 
 
-def test_choices_stand_beside_chance():
+def test_choice_accuracy_comes_with_chance():
     samples = [sample("pair", "A", choices=tuple("ABCD")), sample("pair", "B", choices=tuple("AB"))]
     assert choice_accuracy(["(A)", "A or B"], samples) == {"accuracy": .5, "chance": 3 / 8}
 
@@ -183,7 +191,8 @@ def test_choices_stand_beside_chance():
 def test_box_precision_counts_each_box_and_matching_each_object_once():
     samples = [det(A, B, subset="small"), det(A, subset="large"), det(C)]
     answers = [text(A, HALF, HALF), text(POOR, B), None]
-    shares = {"0.5": 3 / 5, "0.5_multiple": 3 / 3, "0.5_single": 0 / 2, "0.5_small": 3 / 3, "0.5_large": 0 / 2, "0.25": 4 / 5}
+    shares = {"0.5": 3 / 5, "0.5_multiple": 3 / 3, "0.5_single": 0 / 2, "0.5_small": 3 / 3, "0.5_large": 0 / 2,
+              "0.25": 4 / 5}
     assert box_precision(answers, samples) == pytest.approx(
         {f"{kind}_precision@{key}": share for kind in ("box", "upright") for key, share in shares.items()})
     shares = {"precision": 1 / 5, "recall": 1 / 4, "f1": 2 / 9}
@@ -191,13 +200,13 @@ def test_box_precision_counts_each_box_and_matching_each_object_once():
         {f"{kind}_{key}": share for kind in ("matched", "upright_matched") for key, share in shares.items()})
 
 
-def test_one_sure_box_of_three_objects_has_full_box_precision():
+def test_one_right_box_of_three_objects_has_full_box_precision():
     assert box_precision([text(A)], [det(A, B, C)])["box_precision@0.5"] == 1
     assert matched_boxes([text(A)], [det(A, B, C)])["matched_recall"] == pytest.approx(1 / 3)
 
 
 def test_matching_makes_as_many_pairs_as_it_can():
-    """Each taking its best reference would pair the first box with A and leave none for the second."""
+    """If each took its best target, that would pair the first box with A and leave none for the second."""
     wide = (10, 10, 50, 70, 0)  # IoU 2/3 with A, 1 with itself
     assert matched_boxes([text(A, (10, 10, 50, 34))], [det(A, wide)])["matched_recall"] == 1
 
@@ -223,27 +232,29 @@ def test_turned_boxes_overlap_as_polygons():
 
 
 def test_theta_turns_clockwise_as_the_scenes_are_drawn():
-    """The corners of a thing's outline, as it is painted, are those of its polygon (but for the last pixel)."""
-    thing = Thing("court", "red", "large", (0, 40, 100, 60, 30), False)
-    corners = np.array(polygons(np.array([thing.box]))[0].exterior.coords)[:4]
-    assert np.abs(corners - [on_thing(thing, u, v) for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))]).max() < 1.2
+    """The corners of an object's outline, as it is painted, are those of its polygon (up to the last pixel)."""
+    obj = SceneObject("court", "red", "large", (0, 40, 100, 60, 30), False)
+    corners = np.array(polygons(np.array([obj.box]))[0].exterior.coords)[:4]
+    assert np.abs(corners - [point_on_object(obj, u, v) for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))]).max() < 1.2
     assert corners[1][1] > 40  # the right end of a flat box goes down
 
 
 @pytest.mark.parametrize("answer, boxes", [
-    (text(A, B, C), (A, B)), (text(C, A), (A,)), (text(HALF, A), (A, B)), (text(POOR), (A,)), (text(C, C, C, B), (A, B, C))])
+    (text(A, B, C), (A, B)), (text(C, A), (A,)), (text(HALF, A), (A, B)), (text(POOR), (A,)),
+    (text(C, C, C, B), (A, B, C))])
 def test_coco_ap_of_one_image_is_that_of_the_reward(answer, boxes):
-    predicted, reference = np.array(json.loads(f"[{answer}]"), float), np.array(boxes, float)[:, :4]
-    assert coco_ap([answer], [det(*boxes)])["ap"] == pytest.approx(average_precision(predicted, reference))
+    predicted, target = np.array(json.loads(f"[{answer}]"), float), np.array(boxes, float)[:, :4]
+    assert coco_ap([answer], [det(*boxes)])["ap"] == pytest.approx(average_precision(predicted, target))
 
 
-def test_coco_ap_counts_false_boxes_where_nothing_is():
+def test_coco_ap_counts_false_boxes_where_there_is_no_target():
     """Found one of two: precision 1 up to recall 0.5, 51 of 101 points. A false box before it halves the precision."""
     assert coco_ap([text(A), None], [det(A), det(B)])["ap"] == pytest.approx(51 / 101)
-    assert coco_ap([text(C), text(A), None], [det(), det(A), det(B)]) == pytest.approx({"ap": 51 / 202, "ap50": 51 / 202})
+    found = coco_ap([text(C), text(A), None], [det(), det(A), det(B)])
+    assert found == pytest.approx({"ap": 51 / 202, "ap50": 51 / 202})
 
 
-def test_coco_ap_is_the_mean_over_categories_with_references():
+def test_coco_ap_is_the_mean_over_categories_with_targets():
     samples = [det(A, category="ship"), det(B, category="plane"), det(category="car")]
     assert coco_ap([text(A), "none", text(C)], samples) == pytest.approx({"ap": .5, "ap50": .5})
 
@@ -258,7 +269,7 @@ def test_box_accuracy_is_strict_and_takes_one_box():
 
 def test_mask_iou_is_the_mean_of_ious_and_the_ratio_of_sums():
     square = Image.fromarray(np.pad(np.full((56, 56), 255, np.uint8), ((0, 56), (0, 56))))
-    samples = [sample("seg", mask=square)] * 2 + [sample("seg", mask=Image.new("L", (112, 112)))] * 2
+    samples = [sample("seg", gt_mask=square)] * 2 + [sample("seg", gt_mask=Image.new("L", (112, 112)))] * 2
     answers = ['{"bbox_2d": [0, 0, 56, 28]}', "a square", "none", '{"bbox_2d": [0, 0, 28, 56]}']
     S = 56 * 56
     assert mask_iou(answers, samples) == pytest.approx({"giou": .5 / 4, "ciou": (S / 2) / (S + S + 0 + S / 2)})
@@ -268,35 +279,36 @@ def test_mask_iou_is_the_mean_of_ious_and_the_ratio_of_sums():
 # Texts
 
 def test_rouge_is_the_mean_over_references_of_stemmed_words():
-    found = rouge(["two ships"], [sample("cap", references=("Two red ship .", "a bridge"))])
+    found = rouge(["two ships"], [sample("cap", gt_texts=("Two red ship .", "a bridge"))])
     assert found == pytest.approx({"rouge1": (4 / 5 + 0) / 2, "rougeL": (4 / 5 + 0) / 2})  # P 2/2, R 2/3 and 0
 
 
-def test_rouge_l_minds_the_order():
+def test_rouge_l_depends_on_the_order():
     assert rouge(["ship red"], [sample("rcap", "red ship")]) == pytest.approx({"rouge1": 1, "rougeL": 1 / 2})
 
 
 def test_captions_are_compared_in_treebank_tokens_and_regions_in_words():
-    assert scores.tokens("It can't move. A road.", "change") == ["It", "ca", "n't", "move", ".", "A", "road", "."]
-    assert scores.tokens("1 large-vehicle.", "rcap") == ["1", "large-vehicle."]
+    assert earthdial_tokens("It can't move. A road.", "change") == ["It", "ca", "n't", "move", ".", "A", "road", "."]
+    assert earthdial_tokens("1 large-vehicle.", "rcap") == ["1", "large-vehicle."]
 
 
 def test_descriptions_are_compared_without_their_boxes():
     words = ["there", "is", "3", "ships", "at", "left,", "1", "pier", "."]
-    for boxed in ("there is <ref>3 ships</ref> <box>[[[8, 4, 22, 9, 0]][[7, 4, 21, 8, 0]]]</box> at left, 1 pier [1,2,3,4] .",
+    boxes = "[[[8, 4, 22, 9, 0]][[7, 4, 21, 8, 0]]]"
+    for boxed in (f"there is <ref>3 ships</ref> <box>{boxes}</box> at left, 1 pier [1,2,3,4] .",
                   "there is 3 ships [[8, 41, 22, 49, 0], [7, 49, 21, 58, 3]]  at left, 1 pier ."):
-        assert scores.tokens(boxed, "ground") == words
+        assert earthdial_tokens(boxed, "ground") == words
 
 
 def test_meteor_takes_the_best_reference(wordnet):
     """Three words in one chunk: the penalty is 0.5 (1/3)^3, and precision and recall are 1."""
-    captions = sample("cap", references=("no match", "a red ship"))
+    captions = sample("cap", gt_texts=("no match", "a red ship"))
     assert meteor(["a red ship"], [captions])["meteor"] == pytest.approx(1 - .5 / 27)
     assert meteor(["a crimson ship"], [captions]) == pytest.approx({"meteor": 1 - .5 / 27})  # by WordNet a synonym
 
 
 @pytest.mark.parametrize("error", [LookupError(), OSError("no lexnames"), ValueError("damaged")])
-def test_without_wordnet_there_is_a_line_on_how_to_get_it_and_no_figure(error, monkeypatch, capsys):
+def test_without_wordnet_there_is_a_line_on_how_to_get_it_and_no_score(error, monkeypatch, capsys):
     def fail():
         raise error
     monkeypatch.setattr("nltk.corpus.wordnet", SimpleNamespace(ensure_loaded=fail))
@@ -314,28 +326,29 @@ def test_without_wordnet_there_is_a_line_on_how_to_get_it_and_no_figure(error, m
     ("xBD_image_captioning", "change", 0), ("FMoW", "cls", 0), *((f"xBD_testset_{i}", "cls", 0) for i in (1, 2, 3)),
     *((f"xBD_reg_cls_testset_{i}", "cls", 0) for i in (1, 2)), ("xBD_object_detection", "det", 0),
     ("xBD_referred_object_detection", "det", 0)])
-def test_temporal_result_files_are_read_as_they_are(name, task, n_references):
+def test_temporal_result_files_are_read_unmodified(name, task, n_references):
     path = released(f"rs_change_detection__{name}")
     samples, answers = read_earthdial_results(path, task)
     assert len(samples) == len(answers) == len(path.read_text().splitlines())
-    assert all(s.task == task and s.frame == 100 and len(s.references) == n_references for s in samples)
-    assert all(bool(s.boxes) == (task == "det") and s.answer and "<image>" not in s.question for s in samples)
-    assert not any(s.answer.startswith('["') for s in samples)
+    assert all(s.task == task and s.image_size == 100 and len(s.gt_texts) == n_references for s in samples)
+    assert all(bool(s.gt_boxes) == (task == "det") and s.gt_answer and "<image>" not in s.question for s in samples)
+    assert not any(s.gt_answer.startswith('["') for s in samples)
 
 
 def results(tmp_path, *rows):
     path = tmp_path / "results.jsonl"
-    lines = [row if isinstance(row, str) else json.dumps({"question": "[refer] <image> \n Where?"} | row) for row in rows]
+    question = {"question": "[refer] <image> \n Where?"}
+    lines = [row if isinstance(row, str) else json.dumps(question | row) for row in rows]
     path.write_text("\n".join(lines))
     return path
 
 
 def test_released_scorers_rules_on_boxes_are_kept_and_counted(tmp_path, capsys):
-    """References with a minus sign or a point are not seen; a prediction's theta is 0 in xBD alone."""
+    """Targets with a minus sign or a point are not seen; a prediction's theta is 0 in xBD alone."""
     boxes = "[[1, 2, 3, 4, 5]][[-1, 2, 3, 4, 5]][[1.5, 2, 3, 4, 5]]"
     box = {"answer": "[[1, 2, 3, 4, 45]]", "gt_bbox": boxes, "size_group": "small"}
     (first,), answers = read_earthdial_results(results(tmp_path, box), "det")
-    assert (first.boxes, first.subset, answers) == (((1, 2, 3, 4, -5),), "small", ["[[1, 2, 3, 4, -45]]"])
+    assert (first.gt_boxes, first.subset, answers) == (((1, 2, 3, 4, -5),), "small", ["[[1, 2, 3, 4, -45]]"])
     assert "2 boxes with a minus sign or a point" in capsys.readouterr().err
     xbd = {"answer": "[[1, 2, 3, 4, 45]][[5, 6]]", "caption0": "[[1, 2, 3, 4, 0]]"}
     assert read_earthdial_results(results(tmp_path, xbd), "det")[1] == ["[[1, 2, 3, 4, 0]][[5, 6]]"]
@@ -345,18 +358,20 @@ def test_description_of_fifty_boxes_is_left_out_and_counted(tmp_path, capsys):
     def row(n):
         return {"answer": "a", "groundtruth": "b", "obj_ids": json.dumps(["[[1, 2, 3, 4, 0]]" * n])}
     samples, answers = read_earthdial_results(results(tmp_path, row(49), row(50)), "ground")
-    assert [len(s.boxes) for s in samples] == [49] and len(answers) == 1 and "1 descriptions of 50" in capsys.readouterr().err
+    assert [len(s.gt_boxes) for s in samples] == [49] and len(answers) == 1
+    assert "1 descriptions of 50" in capsys.readouterr().err
 
 
 def test_empty_captions_are_no_references_and_lists_are_opened(tmp_path):
     apart = {"answer": "a", "caption0": "one .", "caption1": "", "caption2": " two . "}
     listed = {"answer": "a", "caption0": '["one .", "two ."]'}
     samples, _ = read_earthdial_results(results(tmp_path, apart, listed), "change")
-    assert [s.references for s in samples] == [("one .", "two .")] * 2
+    assert [s.gt_texts for s in samples] == [("one .", "two .")] * 2
 
 
 def test_vocabulary_of_a_multi_label_question_keeps_labels_with_commas_whole(tmp_path):
-    row = {"question": "<image> \\n Which ones are depicted? Peatbogs, beaches, dunes, sands, airports. Answer with a list.",
+    row = {"question": "<image> \\n Which ones are depicted? Peatbogs, beaches, dunes, sands, airports. "
+                       "Answer with a list.",
            "answer": "beaches, dunes, sands", "annotation": "airports, beaches, dunes, sands"}
     samples, answers = read_earthdial_results(results(tmp_path, row), "mlc")
     assert samples[0].choices == ("Peatbogs", "beaches, dunes, sands", "airports")
@@ -377,14 +392,14 @@ def test_vocabulary_of_a_multi_label_question_keeps_labels_with_commas_whole(tmp
     ({"answer": "a", "gt_bbox": "[[1, 2, 3, 4, 5]]"}, "det", "`size_group` is missing")])
 def test_bad_result_is_named_by_file_and_line(tmp_path, row, task, message):
     good = {"answer": "a", "caption0": "[[1, 2, 3, 4, 5]]" if task == "det" else "b"}
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(UserError) as error:
         read_earthdial_results(results(tmp_path, good, row), task)
     said = str(error.value)
     assert "results.jsonl: line 2" in said and message in said and "\n" not in said
 
 
 def test_file_without_results_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="no results"):
+    with pytest.raises(UserError, match="no results"):
         read_earthdial_results(results(tmp_path), "cls")
 
 
@@ -396,24 +411,26 @@ def test_table_shows_every_published_row_and_this_run(benchmark):
     task, names, rows = BENCHMARKS[benchmark]
     shown = table(benchmark, {names[0]: .12341})
     lines = shown.split("\n")
-    assert task in TASKS and all(len(figures) == len(names) for figures in rows.values())
+    assert task in TASKS and all(len(values) == len(names) for values in rows.values())
     assert len({len(line) for line in lines}) == 1 and lines[0].split() == [benchmark, *names]
     assert [line.split("  ")[0] for line in lines[1:]] == [*rows, "this run"]
-    assert [line.split()[-len(names):] for line in lines[1:-1]] == [[f"{v:.2f}" for v in figures] for figures in rows.values()]
+    published = [[f"{value:.2f}" for value in values] for values in rows.values()]
+    assert [line.split()[-len(names):] for line in lines[1:-1]] == published
     assert lines[-1].split()[2:] == ["12.34", *["-"] * (len(names) - 1)]
 
 
 def test_columns_of_the_tables_are_names_of_scores():
-    """A misspelt column would show "-" for ever. Sizes are known to the benchmarks alone, and METEOR needs WordNet."""
+    """A misspelt column would always show "-". Sizes are known to the benchmarks alone, and METEOR needs WordNet."""
     elsewhere = {"meteor", *(f"box_precision@0.5_{size}" for size in ("small", "medium", "large"))}
     for benchmark, (task, names, _) in BENCHMARKS.items():
         samples = synthetic(task)
-        found = {key for f in TASKS[task].scores for key in getattr(scores, f)([s.answer for s in samples], samples)}
+        answers = [s.gt_answer for s in samples]
+        found = {key for name in TASKS[task].scores for key in getattr(benchmarks, name)(answers, samples)}
         assert set(names) - elsewhere <= found, benchmark
 
 
 def test_tables_hold_the_papers_28_benchmarks():
-    """One of them, the type of disaster in xBD, stands in two of its tables."""
+    """One of them, the type of disaster in xBD, is in two of its tables."""
     assert len(set(BENCHMARKS) - {"vrsbench", "cross-view"}) + 1 == 28
     assert BENCHMARKS["rsicd"][2]["EarthDial"] == (33.77, 27.61, 56.18)
     assert BENCHMARKS["xbd-det"][2]["GeoVLM-R1"] == (38.15, 48.13) and "GPT-4o" not in BENCHMARKS["xbd-refer"][2]
