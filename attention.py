@@ -1,21 +1,27 @@
 """Attention with a shared prompt: one function, three modes.
 
-The G completions of a group have one prompt, most of it image tokens. It is computed once:
+The G completions of a group have the same prompt, most of it image tokens. It is computed once:
 
     prefill  the prompt alone; its keys and values go into the cache           (rollout.py)
-    decode   one new token per row, B*G rows, against the cache                (rollout.py)
-    group    the row [prompt | c1 | .. | cG], P + G*C tokens instead of G*(P + C), for log-probs
-             and gradients                                          (model.token_logprobs)
+    decode   one new token for each of N rows, against the cache               (rollout.py)
+    packed   the packed row [prompt | c1 | .. | cG], P + G*C tokens instead of G*(P + C), for
+             log-probs and gradients                                     (model.token_logprobs)
 
-A completion attends to the prompt and to itself up to now, as G separate rows would: the same
-mathematics. transformers' decoder calls `shared_prompt_attention` by its registered name, so none
-of its model code is copied.
+In a packed row a completion must not attend to the other completions. The usual way is a block mask
+of (P + G*C)^2. It is never built: the linear layers see the packed row, but attention unpacks it.
+There each completion is a row, which attends to the prompt's keys and causally to its own. That is
+the same mathematics as G separate sequences of prompt and completion.
 
-Shapes: B prompts, G completions each, N = B*G rows, P prompt tokens and C completion tokens (padded
-on the right), L tokens of a row, H query heads, K key/value heads, D head size.
+transformers' decoder calls `shared_prompt_attention` by its registered name, so none of its model
+code is copied.
+
+Shapes: B prompts, G completions of each, N = B*G rows (a row is one completion), P prompt tokens
+and C completion tokens (padded on the right), L tokens that go in, W slots of the cache that are
+read, H query heads, K key/value heads, D head size.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -24,45 +30,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-try:
-    import flash_attn
-except ImportError:  # optional: PyTorch's own attention gives the same result
-    flash_attn = None
+flash_attn = None  # optional: PyTorch's own attention gives the same result
+if torch.cuda.is_available():
+    with suppress(ImportError):
+        import flash_attn
 
 
 @dataclass
 class SharedPrompt:
-    """What the attention has to know beside q, k and v. Passed to the decoder as a keyword."""
-    mode: str                      # "prefill", "decode" or "group", as above
+    """What attention needs beside q, k and v. Passed to the decoder as a keyword."""
+    mode: str  # "prefill", "decode" or "packed", as above
     P: int
     G: int = 1
-    mask: Tensor | None = None     # group: completion_mask, or None without padding
-                                   # decode: (B, 1, 1, P) True on the prompt's tokens
-    slot: Tensor | None = None     # decode: (1,) index of the new token in its completion
-    filled: Tensor | None = None   # decode: (W,) True on the first W slots up to that one
-    # layer -> [prompt k, prompt v (B, K, P, D)], in decode also [.., own k, own v (N, K, C, D)]
+    # packed: (N, 1, C, P + C) bool, from make_completion_attention_mask; None without padding
+    completion_attention_mask: Tensor | None = None
+    # decode: (B, 1, 1, P) bool: which of the prompt's tokens are no padding
+    prompt_mask: Tensor | None = None
+    # decode: (1,) index of the new token in its completion
+    slot: Tensor | None = None
+    # decode: (W,) bool: which of the first W slots of the completion hold a token; W is at least
+    # slot + 1
+    filled: Tensor | None = None
+    # layer -> [prompt_k, prompt_v (B, K, P, D)], in decode mode also
+    # [.., completion_k, completion_v (N, K, C or more, D)]
     cache: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
-def completion_mask(attention_mask: Tensor, G: int, C: int) -> Tensor:
+def make_completion_attention_mask(attention_mask: Tensor, G: int, C: int) -> Tensor:
     """Which keys a completion attends to, (N, 1, C, P + C) bool: its prompt without the padding,
-    and itself up to now. attention_mask: (B, P), True on tokens.
+    and its own tokens up to the current one. attention_mask: (B, P), True on tokens.
 
-    Only needed where a prompt is padded; otherwise plain causal attention is the same and faster.
+    Only needed where a prompt is padded. Without padding, causal attention is the same and faster.
     """
     B = len(attention_mask)
-    own = torch.ones(C, C, dtype=torch.bool, device=attention_mask.device).tril()
+    causal = torch.ones(C, C, dtype=torch.bool, device=attention_mask.device).tril()
     prompt = attention_mask[:, None].expand(-1, C, -1)                          # (B, C, P)
-    mask = torch.cat([prompt, own.expand(B, -1, -1)], 2)                        # (B, C, P + C)
+    mask = torch.cat([prompt, causal.expand(B, -1, -1)], 2)                     # (B, C, P + C)
     return mask.repeat_interleave(G, 0).unsqueeze(1)                            # (N, 1, C, P + C)
 
 
 def shared_prompt_attention(
     module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor,
-    attention_mask: None,  # noqa: ARG001  transformers passes it; the mask is in SharedPrompt
+    attention_mask: None,  # noqa: ARG001  transformers passes it; the masks are in SharedPrompt
     scaling: float, shared_prompt: SharedPrompt, **_: object,
 ) -> tuple[Tensor, None]:
-    """q (B, H, L, D), k and v (B, K, L, D), rotated -> (output (B, L, H, D), no weights).
+    """q (B, H, L, D), k and v (B, K, L, D) -> (output (B, L, H, D), None: attention weights are not
+    returned). q and k are rotated already. In decode mode B is N, and L is 1.
 
     transformers' decoder layers call it; `module` is the layer's attention.
     """
@@ -73,27 +86,29 @@ def shared_prompt_attention(
         cache = shared_prompt.cache[module.layer_idx]
         return decode_attention(q, k, v, scaling, shared_prompt, cache), None
 
-    out = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], scaling)                # the prompt itself
+    prompt_out = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], scaling)         # (B, H, P, D)
     if shared_prompt.mode == "prefill":
         shared_prompt.cache[module.layer_idx] = [k, v]
-        return out.transpose(1, 2), None
+        return prompt_out.transpose(1, 2), None
 
     def with_prompt(x: Tensor) -> Tensor:                                       # (N, K, P + C, D)
-        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_completion(x, P, G)], 2)
+        prompt = x[:, :, :P].repeat_interleave(G, 0)
+        return torch.cat([prompt, unpack_completions(x, P, G)], 2)
 
-    own_q = by_completion(q, P, G)                                              # (N, H, C, D)
-    own = attend(own_q, with_prompt(k), with_prompt(v), scaling, shared_prompt.mask)
-    own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)               # (B, H, G*C, D)
-    return torch.cat([out, own], 2).transpose(1, 2), None
+    out = attend(                                                               # (N, H, C, D)
+        unpack_completions(q, P, G), with_prompt(k), with_prompt(v), scaling,
+        shared_prompt.completion_attention_mask)
+    out = out.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)               # (B, H, G*C, D)
+    return torch.cat([prompt_out, out], 2).transpose(1, 2), None
 
 
-def by_completion(x: Tensor, P: int, G: int) -> Tensor:
-    """The completions of a packed row as rows: (B, heads, P + G*C, D) -> (N, heads, C, D)."""
+def unpack_completions(x: Tensor, P: int, G: int) -> Tensor:
+    """Packed rows (B, heads, P + G*C, D) -> their completions, one a row (N, heads, C, D)."""
     return x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Attention of L queries to S >= L keys -> (., H, L, D).
+    """Attention of L queries to S >= L keys -> (.., H, L, D).
 
     Without a mask it is causal, aligned at the end: the last query attends to all keys.
     """
@@ -117,20 +132,20 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
     """One new token per row: q (N, H, 1, D), k and v (N, K, 1, D) -> (N, 1, H, D).
 
     It attends to its group's prompt and to its own completion so far. Its key and value are written
-    into the cache in place. The prompt's keys and values are read once for the G rows of a group,
-    not copied to each: the rows become G times as many queries of one row.
+    into the cache in place. The prompt's keys and values are read once for all G rows of a group,
+    not copied to each: the queries of the G rows are stacked.
     """
     package = flash_attn_for(q)
     if package:
         kernel = package.flash_attn_with_kvcache
         return flash_decode_attention(kernel, q, k, v, scaling, shared_prompt, cache)
 
-    prompt_k, prompt_v, own_k, own_v = cache
+    prompt_k, prompt_v, completion_k, completion_v = cache
     B, K, P, _ = prompt_k.shape
     G, W = shared_prompt.G, len(shared_prompt.filled)
     r = q.shape[1] // K                                  # query heads per key/value head
-    own_k.index_copy_(2, shared_prompt.slot, k)
-    own_v.index_copy_(2, shared_prompt.slot, v)
+    completion_k.index_copy_(2, shared_prompt.slot, k)
+    completion_v.index_copy_(2, shared_prompt.slot, v)
     q = q.view(-1, K, r, q.shape[3]) * scaling                                  # (N, K, r, D)
 
     def by_prompt(x: Tensor) -> Tensor:                                         # (B, K, G*r, .)
@@ -140,13 +155,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
         return x.view(B, K, G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
 
     prompt_scores = by_prompt(q) @ prompt_k.transpose(2, 3)                     # (B, K, G*r, P)
-    prompt_scores = prompt_scores.masked_fill(~shared_prompt.mask, float("-inf"))
-    own_scores = q @ own_k[:, :, :W].transpose(2, 3)                            # (N, K, r, W)
-    own_scores = own_scores.masked_fill(~shared_prompt.filled, float("-inf"))
-    scores = torch.cat([by_row(prompt_scores), own_scores], -1)                 # (N, K, r, P + W)
+    prompt_scores = prompt_scores.masked_fill(~shared_prompt.prompt_mask, float("-inf"))
+    completion_scores = q @ completion_k[:, :, :W].transpose(2, 3)              # (N, K, r, W)
+    completion_scores = completion_scores.masked_fill(~shared_prompt.filled, float("-inf"))
+    scores = torch.cat([by_row(prompt_scores), completion_scores], -1)          # (N, K, r, P + W)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     out = by_row(by_prompt(weights[..., :P]) @ prompt_v)                        # (N, K, r, D)
-    out = out + weights[..., P:] @ own_v[:, :, :W]
+    out = out + weights[..., P:] @ completion_v[:, :, :W]
     return out.reshape(len(q), 1, K * r, -1)
 
 
@@ -154,23 +169,26 @@ def flash_decode_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, sc
                            shared_prompt: SharedPrompt, cache: list[Tensor]) -> Tensor:
     """decode_attention by two calls of flash-attn's kernel: over the prompt, over the completion.
 
-    Softmaxes over disjoint keys are joined by their log-sum-exps p (prompt) and o (own): the share
-    of the prompt is e^p / (e^p + e^o) = sigmoid(p - o).
+    Two softmaxes over disjoint keys are joined by their log-sum-exps a (prompt) and b (completion):
+    the prompt's share of the weight is e^a / (e^a + e^b) = sigmoid(a - b).
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                            # (N, 1, heads, D)
-    prompt_k, prompt_v, own_k, own_v = (x.transpose(1, 2) for x in cache)
+    prompt_k, prompt_v, completion_k, completion_v = (x.transpose(1, 2) for x in cache)
     prompt_q = q.reshape(len(prompt_k), shared_prompt.G, *q.shape[2:])          # (B, G, H, D)
-    prompt_lengths = shared_prompt.mask.sum((1, 2, 3), dtype=torch.int32)       # (B,)
-    own_lengths = shared_prompt.slot.expand(len(q)).int()                       # (N,)
-    prompt, p = kernel(
+    prompt_lengths = shared_prompt.prompt_mask.sum((1, 2, 3), dtype=torch.int32)  # (B,)
+    completion_lengths = shared_prompt.slot.expand(len(q)).int()                # (N,)
+    prompt_out, prompt_lse = kernel(                                            # lse: (B, H, G)
         prompt_q, prompt_k, prompt_v, softmax_scale=scaling, cache_seqlens=prompt_lengths,
-        return_softmax_lse=True)                                                # p: (B, H, G)
-    own, o = kernel(                                     # appends k and v to the cache in place
-        q, own_k, own_v, k, v, softmax_scale=scaling, cache_seqlens=own_lengths,
-        return_softmax_lse=True)                                                # o: (N, H, 1)
-    p = p.transpose(1, 2).reshape(o.shape)                                      # (N, H, 1)
-    share = torch.sigmoid(p - o).transpose(1, 2).unsqueeze(-1)                  # (N, 1, H, 1)
-    return (share * prompt.reshape(own.shape) + (1 - share) * own).to(v.dtype)
+        return_softmax_lse=True)
+    # Given k and v, the kernel appends them to the cache in place.
+    completion_out, completion_lse = kernel(                                    # lse: (N, H, 1)
+        q, completion_k, completion_v, k, v, softmax_scale=scaling,
+        cache_seqlens=completion_lengths, return_softmax_lse=True)
+    prompt_out = prompt_out.reshape(completion_out.shape)                       # (N, 1, H, D)
+    prompt_lse = prompt_lse.transpose(1, 2).reshape(completion_lse.shape)       # (N, H, 1)
+    share = torch.sigmoid(prompt_lse - completion_lse)                          # (N, H, 1)
+    share = share.transpose(1, 2).unsqueeze(-1)                                 # (N, 1, H, 1)
+    return (share * prompt_out + (1 - share) * completion_out).to(v.dtype)
 
 
 def flash_attn_for(q: Tensor) -> ModuleType | None:
@@ -178,6 +196,6 @@ def flash_attn_for(q: Tensor) -> ModuleType | None:
     return flash_attn if q.is_cuda and q.dtype != torch.float32 else None
 
 
-# The one thing beside definitions that importing this file does: transformers finds an attention
-# by its name only, and a model is built with that name (model.ATTENTION).
+# The only side effect of importing this file: transformers finds an attention function by its name,
+# and a model is built with that name (model.ATTENTION).
 AttentionInterface.register("shared_prompt", shared_prompt_attention)

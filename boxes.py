@@ -1,8 +1,9 @@
 """Boxes: read them from text, write them as text, convert and compare them.
 
-A box is (x1, y1, x2, y2), or (x1, y1, x2, y2, theta): the rectangle turned by theta degrees about
-its centre. Boxes that are read come from a model under optimisation, so nothing here raises on any
-text, and nothing takes more than linear time in its length.
+A box is (x1, y1, x2, y2), axis-aligned (HBB), or (x1, y1, x2, y2, theta), oriented (OBB): the
+rectangle turned by theta degrees about its centre. Boxes that are read come from a model under
+optimisation, so no text makes anything here raise, and bounds on its numbers and boxes keep it
+fast.
 """
 
 import json
@@ -148,7 +149,7 @@ def average_precision(predicted: np.ndarray, target: np.ndarray) -> float:
     for threshold in np.linspace(0.5, 0.95, 10):
         unmatched, hits = np.ones(len(target), bool), np.zeros(len(ious))
         for i, row in enumerate(np.where(ious >= threshold, ious, 0)):
-            best = (row * unmatched).argmax()
+            best = np.where(unmatched, row, 0).argmax()
             if unmatched[best] and row[best] > 0:
                 hits[i] = 1
                 unmatched[best] = False

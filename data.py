@@ -1,7 +1,7 @@
 """Which samples a run sees, and in which order: loading, splits, shuffling, prefetching.
 
-Public data sets are read by readers/; the embedded one is drawn by tiny/scenes.py. The order is a
-function of the seed and the step alone, so a resumed run and a run on more ranks see the same
+Public data sets are read by readers/; the embedded one is rendered by tiny/scenes.py. The order is
+a function of the seed and the step alone, so a resumed run and a run on more ranks see the same
 samples.
 """
 
@@ -24,8 +24,8 @@ from runtime.errors import UserError
 from sample import Sample
 from tiny.scenes import QUESTIONS, Scenes
 
-PATCH = 28              # Qwen2.5-VL makes one token of 28 x 28 pixels
-HELD_OUT_SEED = 2**31   # seed of synthetic scenes that no --seed can be
+TOKEN_SIZE = 28         # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
+HELD_OUT_SEED = 2**31   # of synthetic scenes: outside the range of --seed
 HELD_OUT_SAMPLES = 256  # held-out samples that a training run is scored on
 
 
@@ -57,9 +57,9 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
     Raises UserError, in one line, for anything in the source that a user has to fix.
     """
     check_task(task)
-    if image_size % PATCH or image_size <= 0:
-        raise UserError(f"--image-size {image_size} is not a multiple of {PATCH}, the side of a "
-                        "vision token in pixels")
+    if image_size % TOKEN_SIZE or image_size <= 0:
+        raise UserError(f"--image-size {image_size} is not a multiple of {TOKEN_SIZE}, the side of "
+                        "a vision token in pixels")
     if source == "synthetic":
         if task not in QUESTIONS:
             raise UserError(f"--data synthetic has no questions of task {task}; add one to "
@@ -77,16 +77,17 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
 @lru_cache(maxsize=32)  # the train and the held-out split come from one reading
 def read_source(source: str, task: str, image_size: int, images: str | None) -> list[Sample]:
     """All samples of a file or folder, in its order."""
-    path, skipped = Path(source), Counter()
+    path = Path(source)
+    skipped = Counter()
     if not path.exists():
         raise UserError(f"--data {source}: no such file or folder (or write: synthetic)")
     image_folder = Path(images) if images else None
     samples = list(read_samples(path, task, image_size, image_folder, skipped))
-    if skipped:
-        notes = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
-        print(f"{path}: {len(samples)} samples of {task}; {notes}", file=sys.stderr)
+    notes = "".join(f"; {n} {what}" for what, n in sorted(skipped.items()))
     if not samples:
-        raise UserError(f"{path}: no samples of task {task}")
+        raise UserError(f"{path}: no samples of task {task}{notes}")
+    if notes:
+        print(f"{path}: {len(samples)} samples of {task}{notes}", file=sys.stderr)
     return samples
 
 
@@ -110,8 +111,9 @@ def split_samples(samples: Sequence[Sample], split: str, source: str) -> list[Sa
         kept = [s for s in samples if (image_name(s) in held_out) == (split == "heldout")]
     if not kept:
         raise UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
-                        + ("" if published else "; it has too few images to hold some out"))
-    return sorted(kept, key=record_hash)  # or the first 256 of class folders would be one class
+                        + ("" if published else "; it has too few images to hold some out: add "
+                           "images, or set `split` in each record"))
+    return sorted(kept, key=record_hash)  # in its order, the first 256 could be one class
 
 
 def published_split(samples: Sequence[Sample]) -> str | None:
@@ -127,8 +129,8 @@ def record_hash(sample: Sample) -> tuple[int, str]:
 
 
 def image_name(sample: Sample) -> str:
-    """File name of the first image, the same in whatever folder it lies; for an image inside a
-    table a hash of its content."""
+    """File name of the first image without its folder; for an image inside a table a hash of its
+    content."""
     return Path(getattr(sample.images[0], "filename", sample.images[0])).name
 
 
@@ -142,11 +144,12 @@ def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
     uncategorised = next((s.id for s in samples if not s.category), None)
     if uncategorised:
         raise UserError(f"{uncategorised}: has no category, and --shots draws evenly from "
-                        "categories; leave --shots out")
-    drawn, kept = Counter(), []
+                        "categories; give each record a `category`, or leave --shots out")
+    counts = Counter()
+    kept = []
     for i in sorted(range(len(samples)), key=lambda i: record_hash(samples[i])):
-        if drawn[samples[i].category] < shots:
-            drawn[samples[i].category] += 1
+        if counts[samples[i].category] < shots:
+            counts[samples[i].category] += 1
             kept.append(i)
     return [samples[i] for i in sorted(kept)]
 
@@ -169,7 +172,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 def get_batch(samples: Sequence[Sample], step: int, size: int, seed: int) -> list[Sample]:
     """The samples of one step: a function of (seed, step), so a resumed run sees the same data.
 
-    The stream is one shuffled pass over the data after the other. A batch may span two passes, so
+    The stream is pass after pass over the data, each shuffled anew. A batch may span two passes, so
     no pass drops its tail.
     """
     batch = []
@@ -184,16 +187,17 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def prefetch(steps: Iterable[tuple[int, list]], encode: Callable,
-             workers: int = 4) -> Iterator[tuple[int, list, list]]:
+def prefetch(steps: Iterable[tuple[int, list]],
+             encode: Callable) -> Iterator[tuple[int, list, list]]:
     """(step, samples) -> (step, samples, each of them encoded), in order.
 
     Threads encode the next step's samples while this step trains. Reading, decoding and resizing
     images, which is most of the work, releases Python's lock.
     """
-    pool, current = ThreadPoolExecutor(workers), None
+    pool = ThreadPoolExecutor(max_workers=4)
+    current = None
     try:
-        for step, samples in chain(steps, [(None, [])]):
+        for step, samples in chain(steps, [(None, [])]):  # the empty one yields the last real step
             upcoming = step, samples, [pool.submit(encode, sample) for sample in samples]
             if current:
                 step, samples, encoded = current
@@ -219,7 +223,7 @@ def sample_to_row(sample: Sample) -> dict:
 
 
 def sample_from_row(row: dict) -> Sample:
-    """The sample that sample_to_row wrote; a synthetic scene is drawn again. Raises LookupError,
+    """The sample that sample_to_row wrote; a synthetic scene is rendered again. Raises LookupError,
     TypeError, ValueError or AttributeError for a row that is none."""
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:

@@ -31,7 +31,7 @@ from metrics.report import write_report
 from model import load_model
 from readers.json_records import iter_json_records
 from reward_models import load_reward_models
-from rewards import REWARD_PARTS, TASKS, extract_answer, score_completion
+from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
 from runtime.distributed import device, to_compute_dtype, world_size
@@ -54,7 +54,8 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--data", default="synthetic",
                        help="`synthetic`, or a file or folder that readers/ knows")
     flags.add_argument("--images",
-                       help="folder that image names are relative to (default: the file's own)")
+                       help="folder that image names are relative to (default: the folder of the "
+                            "file, or where its format keeps images)")
     flags.add_argument("--split", choices=("all", "heldout", "train"),
                        help="`heldout`: what training leaves out, which is the source's test or "
                             "val split, or a tenth of the images (default: heldout for synthetic "
@@ -68,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
     flags = parser.add_argument_group("decoding (greedy)")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
-                       help="longest completion (tiny: 160 for ground, ovd, seg)")
+                       help="longest completion (with tiny use 160 for ground, ovd, seg)")
     flags.add_argument("--batch", type=positive_int, default=32, help="prompts decoded together")
     return parser.parse_args()
 
@@ -86,6 +87,7 @@ def check_args(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     check_args(args)
+    scorers = [getattr(benchmarks, name) for name in TASKS[args.task].scores]
     args.out.mkdir(parents=True, exist_ok=True)
     reward_models = load_reward_models([args.task], args.sbert, args.sam)
     if args.predictions:
@@ -94,22 +96,17 @@ def main() -> None:
         samples, completions = run_model(args)
 
     answers = [extract_answer(completion) for completion in completions]
-    parts = []
-    for completion, sample in zip(completions, samples):
-        values = score_completion(completion, sample, **reward_models)
-        parts.append({name: value for name, value in values.items()
-                      if not REWARD_PARTS[name].train_only})
+    parts = [score_completion(completion, sample, **reward_models)
+             for completion, sample in zip(completions, samples)]
     write_predictions(args.out, samples, completions, answers, parts)
-    if not args.predictions:
-        (args.out / "predictions.partial").unlink()
 
     scores = {"n": len(samples)}
     for name in parts[0]:
         key = "format" if name == "format" else f"{name}_reward"
         scores[key] = float(np.mean([values[name] for values in parts]))
     scores["words"] = float(np.mean([len(completion.split()) for completion in completions]))
-    for name in TASKS[args.task].scores:
-        scores |= getattr(benchmarks, name)(answers, samples, **reward_models)
+    for scorer in scorers:
+        scores |= scorer(answers, samples, **reward_models)
     text = json.dumps({"task": args.task, **scores}, indent=1)
     (args.out / "scores.json").write_text(text + "\n")
 
@@ -122,6 +119,8 @@ def main() -> None:
     entries = [(sample, [{"text": completion, "parts": values}])
                for sample, completion, values in zip(samples, completions, parts)]
     write_report(args.out / "report.html", entries, f"{args.task}: {model}")
+    if not args.predictions:  # last: until here an error costs no completion
+        (args.out / "predictions.partial").unlink()
 
 
 def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
@@ -162,7 +161,8 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
 
 def prediction_settings(args: argparse.Namespace, samples: Sequence[Sample]) -> str:
     """All that the completions depend on, as a line of JSON."""
-    flags = {name: str(value) for name, value in vars(args).items() if name not in ("out", "batch")}
+    other = ("out", "batch", "benchmark", "sbert", "sam", "predictions")
+    flags = {name: str(value) for name, value in vars(args).items() if name not in other}
     files = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, which cannot change
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps(flags | {"weights": weights, "samples": fingerprint(samples)})
@@ -187,7 +187,7 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{source}: not a record of predictions.jsonl ({error!r})")
         if task == "seg" and samples[-1].gt_mask is None:
-            raise UserError(f"{source}: its mask lies in a table; score it with --data instead")
+            raise UserError(f"{source}: its mask is in a table; score it with --data instead")
     return samples, completions
 
 

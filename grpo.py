@@ -1,16 +1,17 @@
 """Group Relative Policy Optimization: tensors in, tensors out. No models, no text, no images.
 
 For each prompt, G completions are sampled. A completion's advantage says how much better its
-reward is than the mean of its group. PPO's clipped ratio moves the policy along the advantages,
-and a KL penalty holds it near a frozen reference model.
+reward is than the mean of its group. The policy moves along the advantages; a clipped ratio, as in
+PPO (Schulman et al. 2017), limits each move, and a KL penalty holds it near a frozen reference
+model.
 
     GRPO      Shao et al. 2024, arXiv 2402.03300
-    DAPO      Yu et al. 2025, arXiv 2503.14476: mean over tokens, not sequences; wider upper clip
+    DAPO      Yu et al. 2025, arXiv 2503.14476: mean over tokens, not completions; wider upper clip
     Dr. GRPO  Liu et al. 2025, arXiv 2503.20783: no division by the group's std or by the length
-    GSPO      Zheng et al. 2025, arXiv 2507.18071: one ratio per sequence
+    GSPO      Zheng et al. 2025, arXiv 2507.18071: one ratio per completion
 
 Shapes: B prompts, G completions each, C completion tokens (padded); b of the B prompts in a
-micro-batch. `mask` is True on the tokens that carry loss.
+micro-batch. `loss_mask` is True on the tokens that carry loss.
 """
 
 from collections.abc import Callable
@@ -24,15 +25,15 @@ MAX_LOG_RATIO = 10.0  # beyond it is noise, and one overflowing exp would make t
 
 def compute_advantages(
     rewards: Tensor,                             # (B, G), this rank's prompts
-    reward_parts: dict[str, Tensor],             # noqa: ARG001  {name: (B, G)}, unweighted
-    mask: Tensor,                                # noqa: ARG001  (B, G, C) True on completion tokens
+    reward_parts: dict[str, Tensor],             # {name: (B, G)}, unweighted
+    mask: Tensor,                                # (B, G, C) True on the completions' tokens
     divide_by_std: bool,
-    all_reduce_sum: Callable[[Tensor], Tensor],  # noqa: ARG001  for statistics over all ranks
+    all_reduce_sum: Callable[[Tensor], Tensor],  # for statistics over all ranks
 ) -> tuple[Tensor, Tensor]:
     """A_i = r_i - mean(r) over the group, or divided by std(r) + 1e-4 (GRPO, section 4.1.2).
 
-    Dr. GRPO leaves the division out: it favours prompts that are nearly solved or nearly hopeless.
-    The std is unbiased (divisor G - 1), as in TRL.
+    The division favours prompts that are nearly solved or nearly hopeless, so Dr. GRPO leaves it
+    out. The std is unbiased (divisor G - 1), as in TRL.
 
     Returns the advantages, (B, G, 1), or (B, G, C) where each token has its own, and the groups to
     keep, (B,) bool; the others carry no loss. To try another estimator, edit this function: the
@@ -46,31 +47,35 @@ def compute_advantages(
 def groups_with_signal(rewards: Tensor) -> Tensor:
     """(B, G) -> (B,) True where the rewards of a group differ.
 
-    Where they are equal, all advantages are 0 and there is nothing to learn. Such a group is
-    masked, or its KL penalty would still pull at the policy.
+    Where they are equal, all advantages are 0 and there is nothing to learn. Such a group is left
+    out of the loss; otherwise its KL penalty would still pull at the policy.
     """
     return rewards.amax(1) - rewards.amin(1) > 1e-6
 
 
-def token_weights(mask: Tensor, loss: str, max_tokens: int,
+def token_weights(loss_mask: Tensor, loss: str, max_new_tokens: int,
                   all_reduce_sum: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
-    """The weight w_it of each token in the loss, (B, G, C), over all prompts of an optimiser step.
+    """The weight w_it of each token in the loss, (B, G, C), over all prompts of a step.
 
-        grpo, gspo   1 / (N |o_i|)   mean over N sequences of the mean over tokens (GRPO, eq. 3)
-        dapo         1 / sum |o_i|   mean over all tokens (DAPO, eq. 8)
-        dr_grpo      1 / (N C_max)   constant, so length does not matter (Dr. GRPO, section 3.2)
+        grpo, gspo   1 / (N |o_i|)   mean over N completions of the mean over tokens (GRPO, eq. 3)
+        dapo         1 / sum |o_i|   mean over all tokens of the step (DAPO, eq. 8)
+        dr_grpo      1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
 
-    N counts every sampled sequence; one without loss is a zero in the mean. DAPO replaces groups
-    without signal by new ones; here its mean is over the tokens that carry loss.
+    N counts every completion of the step; one without loss is a zero in the mean. DAPO replaces
+    groups without signal by new ones; here its mean is over the tokens that carry loss. C_max is
+    max_new_tokens.
 
     Computed before the step is split into micro-batches, and with counts of all ranks. So the
     losses of micro-batches and ranks simply add up, and their number changes nothing.
     """
-    lengths = mask.sum(2, keepdim=True)                                    # (B, G, 1) |o_i|
+    B, G, _ = loss_mask.shape
     if loss == "dapo":
-        return mask / all_reduce_sum(mask.sum()).clamp(min=1)
-    N = all_reduce_sum(torch.tensor(mask.shape[0] * mask.shape[1], device=mask.device))
-    return mask / (N * (max_tokens if loss == "dr_grpo" else lengths.clamp(min=1)))
+        return loss_mask.float() / all_reduce_sum(loss_mask.sum()).clamp(min=1)
+    N = all_reduce_sum(torch.tensor(B * G, device=loss_mask.device))
+    if loss == "dr_grpo":
+        return loss_mask.float() / (N * max_new_tokens)
+    lengths = loss_mask.sum(2, keepdim=True).clamp(min=1)                  # (B, G, 1) |o_i|
+    return loss_mask.float() / (N * lengths)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def policy_loss(
     old_logprobs: Tensor,         # (b, G, C), no gradient
     ref_logprobs: Tensor | None,  # (b, G, C), no gradient; None if beta is 0
     advantages: Tensor,           # (b, G, 1) or (b, G, C)
-    mask: Tensor,                 # (b, G, C)
+    loss_mask: Tensor,            # (b, G, C)
     weights: Tensor,              # (b, G, C), from token_weights
     *,
     loss: str, clip_low: float, clip_high: float, beta: float,
@@ -98,20 +103,22 @@ def policy_loss(
 
         L = - sum_it w_it [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - beta KL ]
 
-    rho is the token's ratio pi / pi_old (GRPO, eq. 3), or for gspo the geometric mean of the
-    sequence's ratios (GSPO, eq. 7). In the first optimiser step on a rollout old_logprobs equal
-    logprobs, so rho = 1 and the gradient is that of A log pi.
+    rho is the token's ratio pi / pi_old (GRPO, eq. 3), or for gspo the geometric mean of the ratios
+    of the completion's tokens (GSPO, eq. 7). In the first optimiser step on a rollout old_logprobs
+    equal logprobs, so rho = 1 and the gradient of the first term is that of -sum w A log pi.
 
-    Also returns sums over the masked tokens, for metrics: clipped tokens and KL, no gradient.
+    Also returns sums over the tokens that carry loss, for metrics: how many were clipped, and KL.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # not *: 0 times inf would be NaN
+    # where, not a product with the mask: 0 * inf is NaN
+    log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0.0)
     if loss == "gspo":
-        lengths = mask.sum(2, keepdim=True).clamp(min=1)
+        lengths = loss_mask.sum(2, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(2, keepdim=True) / lengths).expand_as(logprobs)
     rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = rho * advantages
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages
     kl = kl_k3(logprobs, ref_logprobs) if beta else torch.zeros_like(logprobs)
-    token_loss = torch.where(mask, -torch.minimum(unclipped, clipped) + beta * kl, 0.0)
-    sums = {"clipped": ((clipped < unclipped) & mask).sum(), "kl": kl.detach()[mask].sum()}
+    token_loss = torch.where(loss_mask, -torch.minimum(unclipped, clipped) + beta * kl, 0.0)
+    sums = {"clipped": ((clipped < unclipped) & loss_mask).sum(),
+            "kl": kl.detach()[loss_mask].sum()}
     return (token_loss * weights).sum(), sums

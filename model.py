@@ -1,11 +1,11 @@
 """Qwen2.5-VL: load and save, prompts as tensors, rotary positions, token log-probs.
 
 The model is transformers' own; attention.py lets the G completions of a group share their prompt.
-token_logprobs is the one function that scores tokens: for the policy, the old policy, the reference
-and SFT.
+All log-probs of given tokens come from token_logprobs: for the policy, the old policy, the
+reference and SFT.
 
-Shapes: B prompts, G completions each, P prompt tokens and C completion tokens (padded on the
-right), V vocabulary, E hidden size, L tokens of a row, M scored tokens.
+Shapes: B prompts, G completions of each, P prompt tokens and C completion tokens (padded on the
+right), V vocabulary, E hidden size, L tokens that go in, M tokens with a log-prob.
 """
 
 import math
@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
-from attention import SharedPrompt, completion_mask
+from attention import SharedPrompt, make_completion_attention_mask
 from runtime.distributed import autocast, compute_dtype, device, to_compute_dtype
 from runtime.errors import UserError, first_line
 from sample import Sample, format_prompt, load_images
@@ -50,7 +50,7 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
 
     image_size  None takes the size that a checkpoint of this project was saved with, else 448
     Only safetensors and only transformers' own code are read. Raises UserError if the checkpoint
-    cannot be read or is not whole.
+    is unreadable or incomplete.
     """
     disable_progress_bar()  # transformers' own; it would break up the lines of a training run
     folder = Path(__file__).parent / "tiny" if name == "tiny" else name
@@ -71,34 +71,35 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
     if missing:  # transformers only warns, and fills them with random weights
         raise UserError(f"--model {name}: not a whole Qwen2.5-VL: no weights for {min(missing)} "
                         f"and {len(missing) - 1} more")
-    shortest = image_processor.size["shortest_edge"]  # both are areas, in spite of their names
-    longest = image_processor.size["longest_edge"]
+    min_pixels = image_processor.size["shortest_edge"]  # both are areas, in spite of their names
+    max_pixels = image_processor.size["longest_edge"]
     if image_size is None:  # Qwen's own files give a range
-        image_size = math.isqrt(longest) if shortest == longest else 448
+        image_size = math.isqrt(max_pixels) if min_pixels == max_pixels else 448
     # Saved with the model: this project and transformers' users then resize to the same square.
     image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     return model, Processor(tokenizer, image_processor, image_size)
 
 
-def save_model(model: torch.nn.Module, processor: Processor, folder: Path) -> None:
+def save_model(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
     """Save in Hugging Face format. Raises UserError if the files cannot be written.
 
     Written beside `folder` and moved there when complete, so that no run reads half a model.
     """
     disable_progress_bar()
-    partial = folder.with_name(folder.name + ".partial")
+    partial_folder = folder.with_name(folder.name + ".partial")
     try:
-        model.save_pretrained(partial)
-        processor.tokenizer.save_pretrained(partial)
-        processor.image_processor.save_pretrained(partial)
+        shutil.rmtree(partial_folder, ignore_errors=True)  # left by a run that was killed
+        model.save_pretrained(partial_folder)
+        processor.tokenizer.save_pretrained(partial_folder)
+        processor.image_processor.save_pretrained(partial_folder)
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk raises either
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_folder, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({first_line(error)})") from error
 
 
-def add_adapters(model: Qwen, rank: int) -> torch.nn.Module:
+def add_adapters(model: Qwen, rank: int) -> "PeftModel":  # noqa: F821  peft is optional
     """Add LoRA (https://arxiv.org/abs/2106.09685) to all linear layers of the language model.
 
     In place: W x + 2 B A x, with A (rank, in) random and B (out, rank) zero. Only A and B learn, so
@@ -110,14 +111,14 @@ def add_adapters(model: Qwen, rank: int) -> torch.nn.Module:
     except ImportError:
         raise UserError("--lora needs peft: pip install peft")
     to_compute_dtype(model)
-    layers = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
+    targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
 @contextmanager
 def without_adapters(module: torch.nn.Module) -> Iterator[None]:
-    """Switch LoRA off for a while: the model is the one it started from, so the reference needs no
-    copy."""
+    """A context without LoRA. In it the model is the one that training started from, so the
+    reference needs no copy."""
     layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
     for layer in layers:
         layer.enable_adapters(False)
@@ -155,7 +156,7 @@ class Prompts(NamedTuple):
 
 
 def encode(processor: Processor, sample: Sample) -> Prompts:
-    """The sample as the model reads it, its prompt and its images -> Prompts with B = 1."""
+    """The sample's prompt and images as the model reads them -> Prompts with B = 1."""
     return encode_chat(processor, format_prompt(sample), load_images(sample))
 
 
@@ -169,24 +170,25 @@ def encode_chat(processor: Processor, text: str, images: list[Image.Image]) -> P
     image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     # The images have their size already. Resizing them again would shift them against their boxes.
     processed = processor.image_processor(images=images, do_resize=False, return_tensors="pt")
-    grids = processed["image_grid_thw"]
-    image_tokens = iter((grids.prod(1) // merge_size**2).tolist())
-    ids = []
+    image_grid_thw = processed["image_grid_thw"]                                # (images, 3)
+    image_tokens = iter((image_grid_thw.prod(1) // merge_size**2).tolist())
+    input_ids = []
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        ids += [token] * (next(image_tokens) if token == image_token_id else 1)
-    position_ids = mrope_position_ids(ids, grids.tolist(), image_token_id, merge_size)
+        input_ids += [token] * (next(image_tokens) if token == image_token_id else 1)
+    position_ids = mrope_position_ids(
+        input_ids, image_grid_thw.tolist(), image_token_id, merge_size)
     return Prompts(
-        input_ids=torch.tensor([ids]).to(device()),
+        input_ids=torch.tensor([input_ids]).to(device()),
         position_ids=position_ids[:, None].to(device()),
-        lengths=torch.tensor([len(ids)]).to(device()),
+        lengths=torch.tensor([len(input_ids)]).to(device()),
         pixel_values=processed["pixel_values"].to(device()),
-        image_grid_thw=grids.to(device()))
+        image_grid_thw=image_grid_thw.to(device()))
 
 
-def pad_prompts(prompts: Prompts, more: int) -> Prompts:
-    """Longer by `more` tokens. Any token will do, because nothing reads the padding."""
-    return prompts._replace(input_ids=F.pad(prompts.input_ids, (0, more)),
-                            position_ids=F.pad(prompts.position_ids, (0, more)))
+def pad_prompts(prompts: Prompts, num_pads: int) -> Prompts:
+    """Longer by `num_pads` tokens. Any token will do, because nothing reads the padding."""
+    return prompts._replace(input_ids=F.pad(prompts.input_ids, (0, num_pads)),
+                            position_ids=F.pad(prompts.position_ids, (0, num_pads)))
 
 
 def collate(prompts: list[Prompts]) -> Prompts:
@@ -203,32 +205,33 @@ def collate(prompts: list[Prompts]) -> Prompts:
         image_embeds=torch.cat([p.image_embeds for p in prompts]) if has_embeds else None)
 
 
-def mrope_position_ids(input_ids: list[int], grids: list[list[int]], image_token_id: int,
+def mrope_position_ids(input_ids: list[int], image_grid_thw: list[list[int]], image_token_id: int,
                        merge_size: int) -> Tensor:
-    """Rotary positions (3, P) of one row. Text counts up in all three; an image counts its time,
-    its rows and its columns, and text continues after the largest of them.
+    """Rotary positions (3, P) of one prompt. Text counts up in all three; an image counts its time,
+    its height and its width, and text continues after the largest of them.
 
     Equal to transformers' `get_rope_index`, which is not used for two reasons: it gives wrong
     positions without a warning if its token-type argument is missing, and it leaves `rope_deltas`
     in the model for the next call. So positions are always computed here and passed.
     """
-    positions = []
+    position_ids = []
     start = 0  # position of the next token
-    grids = iter(grids)
-    while len(positions) < len(input_ids):
-        if input_ids[len(positions)] == image_token_id:
+    grids = iter(image_grid_thw)
+    while len(position_ids) < len(input_ids):
+        if input_ids[len(position_ids)] == image_token_id:
             t, h, w = next(grids)
-            h, w = h // merge_size, w // merge_size
-            positions += [(start + i, start + j, start + k)
-                          for i in range(t) for j in range(h) for k in range(w)]
+            h //= merge_size
+            w //= merge_size
+            position_ids += [(start + i, start + j, start + k)
+                             for i in range(t) for j in range(h) for k in range(w)]
             start += max(h, w)
         else:
-            positions.append((start, start, start))
+            position_ids.append((start, start, start))
             start += 1
-    return torch.tensor(positions).T
+    return torch.tensor(position_ids).T
 
 
-def last_position_ids(prompts: Prompts) -> Tensor:
+def max_position_ids(prompts: Prompts) -> Tensor:
     """The largest rotary position of each prompt (B,); its completions start one after it.
 
     Not that of the last token: at the end of an image some earlier position may be larger.
@@ -275,13 +278,14 @@ def run_decoder(model: Qwen, inputs_embeds: Tensor, position_ids: Tensor,
     """The language model on (B, L, E) with positions (3, B, L) -> hidden states (B, L, E)."""
     return model.model.language_model(
         inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False,
-        attention_mask={"full_attention": None},  # or transformers would build one of its own
+        attention_mask={"full_attention": None},  # otherwise transformers builds one of its own
         shared_prompt=shared_prompt).last_hidden_state
 
 
 def next_token_logits(model: Qwen, hidden: Tensor, temperature: float) -> Tensor:
-    """Hidden states (M, E) -> float32 logits (M, V) of the distribution that is sampled *and*
-    scored: divided by the temperature, without the vision tokens."""
+    """Hidden states (M, E) -> float32 logits (M, V): divided by the temperature, without the vision
+    tokens. Rollout and token_logprobs both use them, so the log-probs in the loss are those of the
+    distribution that was sampled."""
     config = model.config
     logits = model.lm_head(hidden).float() / temperature
     # A sampled image token has no image, and breaks the next forward pass. The ids are compared one
@@ -293,83 +297,91 @@ def next_token_logits(model: Qwen, hidden: Tensor, temperature: float) -> Tensor
     return logits.masked_fill_(is_vision, float("-inf"))
 
 
-def token_logprobs(model: Qwen, prompts: Prompts, completions: Tensor, mask: Tensor,
+def token_logprobs(model: Qwen, prompts: Prompts, tokens: Tensor, mask: Tensor,
                    temperature: float = 1.0, chunk: int = 1024) -> Tensor:
-    """Log-probs (B, G, C) of completions (B, G, C) under the model, 0 where `mask` is False.
+    """Log-probs (B, G, C) of the completions' tokens (B, G, C), 0 where `mask` is False.
 
-    mask   (B, G, C) True on the tokens to score; the stop token is one of them
-    chunk  how many positions go through the head together. Each chunk is recomputed in the
-           backward pass, so (tokens x V) logits never exist at once.
+    mask   (B, G, C) True on the tokens to compute, the stop token included
+    chunk  number of tokens whose logits are computed together. Each chunk is recomputed in the
+           backward pass, so the logits of all tokens (M, V) never exist at once.
     """
-    B, G, C = completions.shape
+    B, G, C = tokens.shape
     P = prompts.input_ids.shape[1]
-    on = completions.device
     with autocast():
-        # One row per group: [prompt, padding | c1, padding | .. | cG, padding].
+        # One packed row per group: [prompt, padding | c1, padding | .. | cG, padding].
         prompt_embeds = embed_prompts(model, prompts)                           # (B, P, E)
-        own_embeds = embed_tokens(model, completions.flatten(1))                # (B, G*C, E)
-        inputs_embeds = torch.cat([prompt_embeds, own_embeds], 1)               # (B, P + G*C, E)
+        completion_embeds = embed_tokens(model, tokens.flatten(1))              # (B, G*C, E)
+        inputs_embeds = torch.cat([prompt_embeds, completion_embeds], 1)        # (B, P + G*C, E)
 
-        # Every completion continues the positions of the prompt, not those of the row.
-        start = last_position_ids(prompts) + 1                                  # (B,)
-        own_ids = (start[:, None] + torch.arange(C, device=on)).repeat(1, G)    # (B, G*C)
-        position_ids = torch.cat([prompts.position_ids, own_ids.expand(3, -1, -1)], 2)
+        # Every completion continues the positions of its prompt, not those of the packed row.
+        start = max_position_ids(prompts) + 1                                  # (B,)
+        completion_position_ids = start[:, None] + torch.arange(C, device=tokens.device)
+        completion_position_ids = completion_position_ids.repeat(1, G).expand(3, -1, -1)
+        position_ids = torch.cat([prompts.position_ids, completion_position_ids], 2)
 
-        own_mask = None
+        shared_prompt = SharedPrompt("packed", P, G)
         if prompts.has_padding:
-            own_mask = completion_mask(prompts.attention_mask, G, C)
-        shared_prompt = SharedPrompt("group", P, G, own_mask)
+            shared_prompt.completion_attention_mask = make_completion_attention_mask(
+                prompts.attention_mask, G, C)
         hidden = run_decoder(model, inputs_embeds, position_ids, shared_prompt)
 
-        # Token t of a completion is predicted at the place of its token t-1 in the row; the first
-        # one at the last token of the prompt, which the padding may separate from it.
-        predictor = torch.arange(P - 1, P + G * C - 1, device=on).view(G, C).repeat(B, 1, 1)
-        predictor[:, :, 0] = (prompts.lengths - 1)[:, None]
+        # The hidden state before a token predicts it. For the first token of a completion that is
+        # the one of the prompt's last token; padding may lie between them.
+        before = torch.arange(P - 1, P + G * C - 1, device=tokens.device)
+        before = before.view(G, C).repeat(B, 1, 1)                              # (B, G, C)
+        before[:, :, 0] = (prompts.lengths - 1)[:, None]
         b, g, c = mask.nonzero(as_tuple=True)                                   # (M,) each
-        hidden = hidden[b, predictor[b, g, c]]                                  # (M, E)
-        labels = completions[b, g, c]                                           # (M,)
+        hidden = hidden[b, before[b, g, c]]                                     # (M, E)
+        labels = tokens[b, g, c]                                                # (M,)
 
-        def score(hidden: Tensor, labels: Tensor) -> Tensor:
+        def label_logprobs(hidden: Tensor, labels: Tensor) -> Tensor:
             logprobs = next_token_logits(model, hidden, temperature).log_softmax(-1)
             return logprobs.gather(1, labels[:, None]).squeeze(1)
 
         chunks = zip(hidden.split(chunk), labels.split(chunk))
-        scores = torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks])
-    return torch.zeros(B, G, C, device=on).index_put((b, g, c), scores)
+        logprobs = torch.cat([checkpoint(label_logprobs, h, y, use_reentrant=False)
+                              for h, y in chunks])                              # (M,)
+    return torch.zeros(B, G, C, device=tokens.device).index_put((b, g, c), logprobs)
 
 
 def forward_flops(model: Qwen, prompts: list[Prompts], num_tokens: Tensor) -> Tensor:
     """Floating point operations (B,) of a forward pass over groups of num_tokens (B,) completion
-    tokens each: two for each weight of a matrix and each token, or patch of an image.
+    tokens each: 2 per parameter and token (or image patch).
 
     Left out: attention itself, some percent at these lengths, and a vision tower whose embeddings
-    were computed before. A backward pass takes twice as many, with LoRA about as many.
+    were computed before.
     """
-    def num_weights(module: torch.nn.Module) -> int:
-        return sum(weight.numel() for weight in module.parameters())
+    def num_params(module: torch.nn.Module) -> int:
+        return sum(param.numel() for param in module.parameters())
 
-    layers = num_weights(model.model.language_model.layers)
-    head = num_weights(model.lm_head)
-    vision = num_weights(model.model.visual)
-    prompt_flops = []
+    layers = num_params(model.model.language_model.layers)
+    head = num_params(model.lm_head)
+    vision = num_params(model.model.visual)
+    products = []  # parameters x tokens of each prompt
     for p in prompts:
         patches = len(p.pixel_values) if p.image_embeds is None else 0
-        prompt_flops.append(layers * p.input_ids.shape[1] + vision * patches)
-    prompt_flops = torch.tensor(prompt_flops, device=num_tokens.device)
-    return 2 * (prompt_flops + (layers + head) * num_tokens).double()
+        products.append(layers * p.input_ids.shape[1] + vision * patches)
+    products = torch.tensor(products, device=num_tokens.device)
+    return 2 * (products + (layers + head) * num_tokens).double()
+
+
+def update_passes(lora: bool) -> int:
+    """How many forward passes a forward and a backward pass are worth. Backward takes two, for the
+    gradients of inputs and of weights; with LoRA about one, because few weights have gradients."""
+    return 2 if lora else 3
 
 
 class Policy(torch.nn.Module):
-    """The model whose forward is token_logprobs. FSDP gathers the weights of a sharded model when
-    its root is called, so the root has to be what the training loop calls."""
+    """A module whose forward is token_logprobs. FSDP gathers the weights of a sharded model when
+    its root is called, so the training loop has to call the root."""
 
     def __init__(self, model: Qwen) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, prompts: Prompts, completions: Tensor, mask: Tensor,
+    def forward(self, prompts: Prompts, tokens: Tensor, mask: Tensor,
                 temperature: float = 1.0) -> Tensor:
-        return token_logprobs(self.model, prompts, completions, mask, temperature)
+        return token_logprobs(self.model, prompts, tokens, mask, temperature)
 
     def fsdp_units(self) -> list[torch.nn.Module]:
         """The submodules whose weights FSDP gathers one at a time: the vision tower as a whole, and

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards import TASKS, Sam, Sbert, hybrid_reward, mask_reward
-from runtime.distributed import device
+from runtime.distributed import device, rank
 from runtime.errors import UserError, first_line
 from sample import Sample, load_images
 
@@ -39,7 +39,7 @@ def load_reward_models(tasks: Sequence[str], sbert: str | None,
             raise UserError(f"--{name} {model}: no such model can be loaded "
                             f"({first_line(error)})") from error
         users = [task for task in tasks if TASKS[task].reward is reward]
-        if users and not model:
+        if users and not model and rank() == 0:
             print(f"{', '.join(users)}: no --{name}, so {without}", file=sys.stderr)
     return models
 

@@ -2,19 +2,21 @@
 
 A completion earns `format` (did it reason in <think> and then answer in <answer>?) and `accuracy`
 (is the answer right? one formula per task). Both lie in [0, 1]. GeoVLM-R1 (arXiv 2509.25026) adds
-them up, and so do we, with weights as flags. The paper names its rewards but prints no formulas;
+them up, and so do we, with weights as flags. That paper names its rewards but prints no formulas;
 the formulas marked (ours) are reconstructions.
 
-Everything here reads text that a model under optimisation wrote. So nothing raises, nothing takes
-more than linear time, and an ambiguous answer earns nothing.
+Everything here reads text that a model under optimisation wrote. So no text makes it raise, bounds
+on the text's length keep it fast, and an ambiguous answer earns nothing.
 
 A reward is a function of keywords: it names what it needs and takes the rest as **_. There are
 
-    answer  sample           the text in <answer> (stripped), and the Sample with its ground truth
-    think   text             the reasoning, and the whole completion
-    length_fraction          length of the completion over the longest one allowed
-    parts                    the parts of the reward computed so far, {name: value}
-    sbert   sam              frozen models that some rewards use, or None (reward_models.py)
+    answer           the text in <answer>, stripped
+    sample           the Sample with its ground truth
+    think            the reasoning
+    text             the whole completion
+    length_fraction  length of the completion over the longest one allowed; None outside training
+    parts            the parts of the reward computed so far, {name: value}
+    sbert, sam       frozen models that some rewards use, or None (reward_models.py)
 
 TASKS and REWARD_PARTS at the end tie tasks to rewards and rewards to flags and metrics. The tasks
 from `rec` on are those of two systems named Geo-R1: few-shot referring (arXiv 2509.21976) and
@@ -30,14 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boxes import (
-    average_precision,
-    matched_ious,
-    obb_to_hbb,
-    parse_box,
-    parse_boxes,
-    parse_numbers,
-)
+from boxes import average_precision, matched_ious, obb_to_hbb, parse_box, parse_boxes, parse_numbers
 from sample import Sample, gt_hbbs, gt_texts_of, load_gt_mask
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -54,8 +49,7 @@ def format_reward(text: str, **_: object) -> float:
     """1 if the completion is `<think>reasoning</think> <answer>answer</answer>` and nothing else.
 
     Each tag occurs exactly once, in this order; both parts say something; only blanks surround
-    them. Source: GeoVLM-R1 (a format reward of 0 or 1); that empty and repeated tags earn nothing
-    is ours.
+    them. Source: GeoVLM-R1 (a format reward of 0 or 1). Ours: empty and repeated tags earn nothing.
     """
     if any(text.count(tag) != 1 for tag in TAGS):
         return 0.0
@@ -142,9 +136,12 @@ def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
     the longest label of the vocabulary that fits is taken, made of whole words (no "sea" in
     "seaport"); whatever else lies between commas is a label as well.
     """
-    text, *labels = (" ".join(re.findall(r"[^\W_]+|[,;]", t.casefold()))
-                     for t in (text[:MAX_TEXT], *vocabulary))
-    names = sorted((label.replace(" ", "") for label in labels), key=len, reverse=True)
+    def words_and_commas(text: str) -> str:
+        return " ".join(re.findall(r"[^\W_]+|[,;]", text.casefold()))
+
+    text = words_and_commas(text[:MAX_TEXT])
+    names = [words_and_commas(label).replace(" ", "") for label in vocabulary]
+    names.sort(key=len, reverse=True)
     pattern = "|".join(" ?".join(name) for name in names)  # blanks do not matter: SeaLake, sea lake
     pieces = re.split(rf"(?<!\S)({pattern})(?!\S)|[,;]", text)
     return {piece.replace(" ", "") for piece in pieces if piece} - {"", "and"}
@@ -183,7 +180,7 @@ def detection_reward(answer: str, sample: Sample, **_: object) -> float:
     (the paper's "IoU" leaves that open). No targets and an answer of none: 1.
     """
     predicted = parse_boxes(answer)
-    target = gt_hbbs(sample).clip(0, sample.image_size)  # clipped as its answer is
+    target = gt_hbbs(sample).clip(0, sample.image_size)  # clipped to the image, as gt_answer is
     if predicted is None:
         return 0.0
     if len(predicted) == 0 or len(target) == 0:
@@ -224,12 +221,16 @@ def levenshtein_reward(answer: str, sample: Sample, **_: object) -> float:
     """R = Levenshtein ratio 1 - d / (|a| + |g|), best target text g.
 
     d counts insertions and deletions of characters, as in the package of that name, so the ratio
-    is 2 LCS / (|a| + |g|). That the best of several captions counts is ours.
+    is 2 LCS / (|a| + |g|). Ours: the best of several captions counts.
     """
     if len(answer) > MAX_TEXT:
         return 0.0
-    a, *texts = (" ".join(text.lower().split()).removesuffix(".").rstrip()
-                 for text in (answer, *gt_texts_of(sample)))
+
+    def normalize(text: str) -> str:
+        return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+    a = normalize(answer)
+    texts = [normalize(text) for text in gt_texts_of(sample)]
     return max(overlap_f1(lcs_length(g, a), a, g) for g in texts)
 
 
@@ -287,13 +288,13 @@ def predicted_mask(answer: str, sample: Sample, sam: Sam | None = None) -> np.nd
     boxes = parse_boxes(answer)
     if not instances and (boxes is None or len(boxes)):
         return None
-    size = sample.image_size
-    mask = np.zeros((size, size), bool)
+    image_size = sample.image_size
+    mask = np.zeros((image_size, image_size), bool)
     for text in instances[:100]:  # as many as COCO counts; each one may run SAM
         field = r'"(bbox_2d|keypoint[12])"\s{0,9}:\s{0,9}\[([^\[\]]*)\]'
         fields = dict(re.findall(field, text))
         box = obb_to_hbb(parse_box(fields.pop("bbox_2d", "")))
-        x1, y1, x2, y2 = (round(min(max(v, 0), size)) for v in box)
+        x1, y1, x2, y2 = (round(min(max(v, 0), image_size)) for v in box)
         if x2 > x1 and y2 > y1:
             points = [point for point in map(parse_numbers, fields.values()) if len(point) == 2]
             inside = slice(y1, y2), slice(x1, x2)
@@ -304,8 +305,8 @@ def predicted_mask(answer: str, sample: Sample, sam: Sam | None = None) -> np.nd
 def multiple_choice_reward(answer: str, sample: Sample, **_: object) -> float:
     """1 if the answer names the right letter and no other (Geo-R1 cross-view), else 0.
 
-    "B", "b", "(B)", "Image B is right" are read as B (the released reader's regex takes neither
-    "B)" nor a sentence). "A or B" is refused, and so is the article A beside another letter.
+    "B", "b", "(B)", "Image B is right" are read as B (the authors' regex takes neither "B)" nor a
+    sentence). "A or B" is refused, and so is the article A beside another letter.
     """
     found = re.findall(r"(?<!\w)[A-Z](?!\w)", answer) or re.findall(r"^\W*([a-z])\W*$", answer)
     letters = {letter.upper() for letter in found}
@@ -325,7 +326,8 @@ def accuracy_reward(answer: str | None, sample: Sample, **context: object) -> fl
 
 
 def length_reward(parts: Mapping[str, float], length_fraction: float, **_: object) -> float:
-    """Cosine of the completion's length: 1 -> 0.5 for a right answer, 0 -> -0.5 for a wrong one.
+    """A cosine that falls as the completion grows: from 1 to 0.5 if the answer is right, from 0 to
+    -0.5 if it is wrong.
 
     From arXiv 2502.03373, as Geo-R1 cross-view intends it. Its released code always takes the
     right answer's branch, and beyond the longest length its cosine rises again.
@@ -343,16 +345,19 @@ def repetition_penalty(text: str, n: int = 6, **_: object) -> float:
     return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
 
 
-def score_completion(text: str, sample: Sample, length_fraction: float = 0.0,
+def score_completion(text: str, sample: Sample, length_fraction: float | None = None,
                      **reward_models: Callable | None) -> dict[str, float]:
     """A completion's reward by parts, {name: value}: those of REWARD_PARTS that its task has.
 
-    `reward_models` is what load_reward_models returned, sbert and sam. Raises ValueError for a
-    reward function that returns no finite number.
+    length_fraction  known in training only; without it the parts that are train_only are left out
+    reward_models    what load_reward_models returned, sbert and sam
+    Raises ValueError for a reward function that returns no finite number.
     """
-    answer, parts = extract_answer(text), {}
+    answer = extract_answer(text)
+    parts = {}
     for name, part in REWARD_PARTS.items():
-        if part.tasks is None or sample.task in part.tasks:
+        is_used = not part.train_only or length_fraction is not None
+        if is_used and (part.tasks is None or sample.task in part.tasks):
             value = part.compute(answer=answer, sample=sample, text=text, think=extract_think(text),
                                  length_fraction=length_fraction, parts=parts, **reward_models)
             parts[name] = finite(value, f"the reward part {name}", answer, sample)
@@ -362,19 +367,19 @@ def score_completion(text: str, sample: Sample, length_fraction: float = 0.0,
 def finite(value: object, name: str, answer: str | None, sample: Sample) -> float:
     """The value. Raises ValueError if it is no finite number: one NaN would reach all weights."""
     if not (isinstance(value, Real) and math.isfinite(value)):
-        raise ValueError(f"{name} returned {value!r}, not a finite number, for sample {sample.id} "
-                         f"and the answer {str(answer)[:100]!r}")
+        raise ValueError(f"{name} returned {value!r}, expected a finite Python number, for sample "
+                         f"{sample.id} and the answer {str(answer)[:100]!r}; return float(..)")
     return float(value)
 
 
 class RewardPart(NamedTuple):
     compute: Callable[..., float]
     tasks: tuple[str, ...] | None = None  # None: all
-    train_only: bool = False              # not a column of evaluate.py
+    train_only: bool = False              # not in evaluate.py and not in the held-out rewards
 
 
-# A part that is added here gets a flag --NAME-weight, a metric of each training step, and a column
-# in evaluate.py and in the held-out scores. A part may read the `parts` above it.
+# A part that is added here gets a flag --NAME-weight, a metric of each training step, a line
+# NAME_reward in evaluate.py and a row of the held-out rewards. It may read the `parts` above it.
 REWARD_PARTS = {
     "format": RewardPart(format_reward),
     "accuracy": RewardPart(accuracy_reward),

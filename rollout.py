@@ -2,26 +2,27 @@
 
     1. prefill: each prompt goes through the model once; its keys and values are the cache, which
        its G completions share.
-    2. sample_next_token: logits -> distribution -> one token per row, by inverse CDF from uniform
-       numbers that are drawn beforehand.
+    2. sample_next_token: logits -> distribution -> one token per row, by inverse CDF from random
+       numbers that were drawn before.
     3. decode_step: that token goes through the model, and the next one is sampled.
     4. Repeat 3 until all rows have stopped or have C tokens.
 
-No top-p and no top-k: the sampled distribution is the one that model.token_logprobs scores.
+No top-p and no top-k, so that the log-probs in the loss are those of the distribution that was
+sampled.
 
-Step 3 runs in one of three modes, with the same result:
-    eager       on a CPU: rows that have stopped are dropped once they are half of all
-    compiled    Sampler(compile_step=True): torch.compile fuses small operations; fixed shapes
-    CUDA graph  on a GPU, compiled or not: captured once, then replayed with one launch per token
-                instead of some thousand, and no synchronisation; fixed shapes
+Decoding has two modes with the same result:
+    eager   on a CPU: every 8 tokens stopped rows are dropped, if at most half of the rows stay
+    static  on a GPU or with torch.compile: fixed shapes. On a GPU a decode step is captured as a
+            CUDA graph: one launch instead of about a thousand, and no synchronisation
 
-Shapes: N = B*G rows, P prompt tokens, C completion tokens at most, V vocabulary, E hidden size.
+Shapes: B prompts, G completions of each, N = B*G rows (a row is one completion), P prompt tokens,
+at most C completion tokens, W slots of the cache that are read, V vocabulary, E hidden size.
 """
 
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from model import (
     embed_prompts,
     embed_tokens,
     encode,
-    last_position_ids,
+    max_position_ids,
     next_token_logits,
     pad_prompts,
     run_decoder,
@@ -48,11 +49,11 @@ from runtime.distributed import autocast, device
 from runtime.errors import first_line
 from sample import Sample
 
-STOP_CHECK_EVERY = 16  # decoding steps between two checks whether all rows have stopped
-MAX_CUDA_GRAPHS = 3
+STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
+MAX_STATIC_DECODE_STEPS = 3  # each holds a cache of keys and values
 
 
-class Completions(NamedTuple):
+class Rollout(NamedTuple):
     tokens: Tensor    # (B, G, C) padded after the stop token
     mask: Tensor      # (B, G, C) True on the completion's tokens, the stop token included
     logprobs: Tensor  # (B, G, C) of the sampled tokens, as sampled; 0 elsewhere
@@ -61,42 +62,45 @@ class Completions(NamedTuple):
 
 
 class SamplingParams(NamedTuple):
-    """How a token is chosen, and which ones end a completion."""
-    stop_ids: tuple[int, ...]
-    pad_id: int                 # follows the stop token
-    temperature: float | None   # None: greedy
+    stop_ids: tuple[int, ...]  # tokens that end a completion
+    pad_id: int                # follows the stop token
+    temperature: float         # 0: greedy
 
 
 @dataclass
 class DecodeState:
-    """All that a decoding step reads and writes."""
-    shared_prompt: SharedPrompt  # with the keys and values
-    uniforms: Tensor             # (N, C)
-    start: Tensor                # (N,) rotary position of a row's first token
-    t: Tensor                    # (1,) number of tokens that each row has
-    token: Tensor                # (N,) the last of them
-    active: Tensor               # (N,) bool: not stopped yet
-    tokens: Tensor               # (N, C), as are the next three; see Completions
+    """All that a decode step reads and writes."""
+    shared_prompt: SharedPrompt    # with the keys and values
+    random_numbers: Tensor | None  # (N, C); None if greedy
+    start: Tensor                  # (N,) rotary position of a row's first token
+    t: Tensor                      # (1,) number of tokens that each row has
+    last_token: Tensor             # (N,)
+    active: Tensor                 # (N,) bool: not stopped yet
+    tokens: Tensor                 # (N, C), as are the next three; see Rollout
     mask: Tensor
     logprobs: Tensor
     entropy: Tensor
 
-    def tensors(self) -> list[Tensor]:
-        own = [getattr(self, f.name) for f in fields(self) if f.name != "shared_prompt"]
-        cache = [x for layer in self.shared_prompt.cache.values() for x in layer]
-        return [*own, self.shared_prompt.mask, *cache]
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors among the fields."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
-    def select_rows(self, prompts: Tensor, rows: Tensor) -> "DecodeState":
-        """The state of some prompts and of some rows, equally many of each prompt."""
-        by_row = [f.name for f in fields(self) if f.name not in ("shared_prompt", "t")]
-        own = {name: getattr(self, name)[rows] for name in by_row}
+    def all_tensors(self) -> list[Tensor]:
+        """These and those of shared_prompt that outlast a decode step."""
+        cache = [x for layer in self.shared_prompt.cache.values() for x in layer]
+        return [*self.named_tensors().values(), self.shared_prompt.prompt_mask, *cache]
+
+    def select_rows(self, prompt_indices: Tensor, row_indices: Tensor) -> "DecodeState":
+        """The state of these prompts and rows; each prompt has equally many rows."""
         cache = {}
-        for layer, (prompt_k, prompt_v, own_k, own_v) in self.shared_prompt.cache.items():
-            cache[layer] = [prompt_k[prompts], prompt_v[prompts], own_k[rows], own_v[rows]]
+        for layer, (*prompt_kv, completion_k, completion_v) in self.shared_prompt.cache.items():
+            cache[layer] = [*(x[prompt_indices] for x in prompt_kv),
+                            completion_k[row_indices], completion_v[row_indices]]
         shared_prompt = replace(
-            self.shared_prompt, G=len(rows) // len(prompts),
-            mask=self.shared_prompt.mask[prompts], cache=cache)
-        return replace(self, shared_prompt=shared_prompt, **own)
+            self.shared_prompt, G=len(row_indices) // len(prompt_indices),
+            prompt_mask=self.shared_prompt.prompt_mask[prompt_indices], cache=cache)
+        by_row = {name: x[row_indices] for name, x in self.named_tensors().items() if name != "t"}
+        return replace(self, shared_prompt=shared_prompt, **by_row)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,45 +109,47 @@ class DecodeState:
 class Sampler:
     """A model that generates, with what makes its decoding fast. It owns
 
-    model, processor  updated weights have to be written in place: a CUDA graph reads the addresses
-                      that it was captured with
-    decode_step       the function, or its compiled form: each new shape costs some 15 seconds
-    cuda_graphs       the last MAX_CUDA_GRAPHS used, the last used last
-    graph_pool        one pool of memory for all graphs: nothing in it is needed after a step
+    model, processor     updated weights have to be written in place: a CUDA graph reads the
+                         addresses that it was captured with
+    decode_step          the function, or its compiled form: each new shape costs about 15 seconds
+    static_decode_steps  the MAX_STATIC_DECODE_STEPS most recently used, the latest at the end
+    graph_pool           one pool of memory for all CUDA graphs: none of it outlasts a decode step
     """
 
-    def __init__(self, model: Qwen, processor: Processor, compile_step: bool = False) -> None:
+    def __init__(self, model: Qwen, processor: Processor,
+                 compile_decode_step: bool = False) -> None:
         self.model = model
         self.processor = processor
-        self.stop_ids = stop_ids(processor)
+        self.stop_ids = tuple(processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)))
         self.decode_step = decode_step
-        if compile_step:
+        if compile_decode_step:
             self.decode_step = torch.compile(decode_step, dynamic=False)
         self.use_cuda_graphs = torch.cuda.is_available()
-        self.fixed_shapes = compile_step or self.use_cuda_graphs
-        self.cuda_graphs = {}  # (params, shapes) -> (state, function that makes a step on it)
+        self.fixed_shapes = compile_decode_step or self.use_cuda_graphs
+        self.static_decode_steps = {}  # (params, shapes) -> (state, function)
         self.graph_pool = None
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, C: int, G: int = 1, temperature: float = 1.0,
-                 uniforms: Tensor | None = None) -> Completions:
-        """G completions of at most C tokens for each of B prompts.
+    def generate(self, prompts: Prompts, max_new_tokens: int, group: int = 1,
+                 temperature: float = 0.0, random_numbers: Tensor | None = None) -> Rollout:
+        """G = `group` completions of at most C = `max_new_tokens` tokens for each of B prompts.
 
-        uniforms  (N, C) numbers in [0, 1), see the function of this name; token t of a row is the
-                  one in whose part of the cumulated distribution the row's number t falls. So a
-                  row depends on its own numbers only, not on its neighbours, the batch or the
-                  device's generator. None decodes greedily.
+        temperature     0 decodes greedily: no random_numbers, and log-probs at temperature 1
+        random_numbers  (N, C), from `uniforms`. Token t of a row is the first whose cumulative
+                        probability exceeds the row's number t. So a row depends on its own numbers
+                        only, not on other rows or on the device's generator.
         """
-        params = SamplingParams(
-            self.stop_ids, self.processor.tokenizer.pad_token_id,
-            temperature=None if uniforms is None else temperature)
+        C, G = max_new_tokens, group
+        if (temperature > 0) != (random_numbers is not None):
+            raise ValueError("sampling needs random_numbers and a positive temperature")
+        params = SamplingParams(self.stop_ids, self.processor.tokenizer.pad_token_id, temperature)
         if self.fixed_shapes:  # multiples of 64, so that there are few shapes
             prompts = pad_prompts(prompts, -prompts.input_ids.shape[1] % 64)
 
         was_training = self.model.training
-        self.model.eval()  # the scored distribution has no dropout; and checkpointing is off
+        self.model.eval()  # no dropout in the distribution, and no gradient checkpointing
         with autocast():
-            state, hidden = prefill(self.model, prompts, C, G, uniforms)
+            state, hidden = prefill(self.model, prompts, C, G, random_numbers)
             sample_next_token(self.model, state, hidden, params)
             if self.fixed_shapes:
                 state = self.decode_static(state, params)
@@ -157,55 +163,57 @@ class Sampler:
         def by_group(x: Tensor) -> Tensor:                                      # (B, G, max_len)
             return x[:, :max_len].view(-1, G, max_len).clone()
 
-        return Completions(by_group(tokens), by_group(state.mask), by_group(state.logprobs),
-                           by_group(state.entropy), stopped=~state.active.view(-1, G))
+        return Rollout(
+            tokens=by_group(tokens), mask=by_group(state.mask),
+            logprobs=by_group(state.logprobs), entropy=by_group(state.entropy),
+            stopped=~state.active.view(-1, G))
 
-    def decode_texts(self, completions: Completions) -> list[list[str]]:
+    def decode_texts(self, rollout: Rollout) -> list[list[str]]:
         """B x G texts without the stop token. Other special tokens stay visible, because the format
         reward should see them."""
         texts = []
-        for tokens, mask in zip(completions.tokens, completions.mask):          # (G, C) each
+        for tokens, mask in zip(rollout.tokens, rollout.mask):                  # (G, C) each
             rows = [row[is_token].tolist() for row, is_token in zip(tokens, mask)]
             rows = [[token for token in row if token not in self.stop_ids] for row in rows]
             texts.append(self.processor.tokenizer.batch_decode(rows, skip_special_tokens=False))
         return texts
 
     def decode_static(self, state: DecodeState, params: SamplingParams) -> DecodeState:
-        """Decode as decode_eager does, but with all steps on one and the same state, into which
-        this one is copied."""
+        """Like decode_eager, but every decode step runs on the same tensors: those of a static
+        state, into which `state` is copied."""
         C = state.tokens.shape[1]
         if C == 1:
             return state
-        key = (params, *(x.shape for x in state.tensors()))
-        if key in self.cuda_graphs:
-            self.cuda_graphs[key] = self.cuda_graphs.pop(key)  # moves to the end: last used
-        else:
-            self.cuda_graphs[key] = self.capture_cuda_graph(state, params)
-        while len(self.cuda_graphs) > MAX_CUDA_GRAPHS:
-            del self.cuda_graphs[next(iter(self.cuda_graphs))]
-
-        static_state, run_step = self.cuda_graphs[key]
-        for static, new in zip(static_state.tensors(), state.tensors(), strict=True):
+        key = (params, *(x.shape for x in state.all_tensors()))
+        cached = self.static_decode_steps.pop(key, None)
+        static_state, run_decode_step = cached or self.make_static_decode_step(state, params)
+        self.static_decode_steps[key] = static_state, run_decode_step  # at the end: the latest
+        while len(self.static_decode_steps) > MAX_STATIC_DECODE_STEPS:
+            del self.static_decode_steps[next(iter(self.static_decode_steps))]
+        for static, new in zip(static_state.all_tensors(), state.all_tensors(), strict=True):
             static.copy_(new)
         for t in range(1, C):
-            # The check waits for the GPU, so it is rare; the steps after the last stop are no-ops.
+            # The check waits for the GPU, so it is rare. Late decode steps change no completion.
             if t % STOP_CHECK_EVERY == 0 and not static_state.active.any():
                 break
-            run_step()
+            run_decode_step()
         return static_state
 
-    def capture_cuda_graph(
+    def make_static_decode_step(
         self, state: DecodeState, params: SamplingParams
     ) -> tuple[DecodeState, Callable[[], None]]:
-        """-> (a copy of the state, a function that makes a decoding step on it).
-
-        On a GPU the function replays a CUDA graph, or is the step itself if the capture failed.
-        """
+        """-> (a copy of the state, a function that runs a decode step on it)."""
         state = copy.deepcopy(state)
-        run_step = partial(self.decode_step, self.model, state, state.tokens.shape[1], params)
-        if not self.use_cuda_graphs:
-            return state, run_step
+        C = state.tokens.shape[1]
+        run_decode_step = partial(self.decode_step, self.model, state, C, params)
+        if self.use_cuda_graphs:
+            run_decode_step = self.capture_cuda_graph(state, run_decode_step)
+        return state, run_decode_step
 
+    def capture_cuda_graph(self, state: DecodeState,
+                           run_decode_step: Callable[[], None]) -> Callable[[], None]:
+        """The decode step on this state as a CUDA graph -> the function that replays it, or
+        run_decode_step itself if the capture fails."""
         # Run before the capture, on another stream as PyTorch asks: libraries set themselves up.
         current_stream = torch.cuda.current_stream()
         warm_up_stream = torch.cuda.Stream()
@@ -213,7 +221,7 @@ class Sampler:
         with torch.cuda.stream(warm_up_stream):
             for _ in range(3):
                 state.t.fill_(1)
-                run_step()
+                run_decode_step()
         current_stream.wait_stream(warm_up_stream)
 
         if self.graph_pool is None:
@@ -222,81 +230,78 @@ class Sampler:
         try:
             # thread_local: other threads may copy images to the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"):
-                run_step()
+                run_decode_step()
         except RuntimeError as error:
             # torch.cuda.graph leaves its own stream current when the end of the capture fails, and
             # a pool whose captures have all failed trips an assertion at the next one.
             torch.cuda.set_stream(current_stream)
             self.graph_pool = torch.cuda.graph_pool_handle()
-            print("a decoding step cannot be captured as a CUDA graph, and runs slower: "
+            print("a decode step cannot be captured as a CUDA graph, and runs slower: "
                   f"{first_line(error)}", file=sys.stderr)
-            return state, run_step
+            return run_decode_step
         # These two are in the graph's pool, whose memory the next graph overwrites.
         state.shared_prompt.slot = state.shared_prompt.filled = None
-        return state, graph.replay
+        return graph.replay
 
 
 def predict(sampler: Sampler, samples: Sequence[Sample], max_new_tokens: int, group: int = 1,
             temperature: float = 0.0, first: int = 0) -> list[list[str]]:
-    """`group` completions for each sample, as texts; temperature 0 is greedy.
+    """`group` completions for each sample, as texts.
 
     first  number of the first sample: the random numbers of sample i depend on first + i alone
     """
     prompts = collate([encode(sampler.processor, sample) for sample in samples])
-    numbers = None
+    random_numbers = None
     if temperature > 0:
-        rows = range(first, first + len(samples))
-        numbers = uniforms((0,), rows, group, max_new_tokens)
-    completions = sampler.generate(prompts, max_new_tokens, group, temperature, numbers)
-    return sampler.decode_texts(completions)
+        prompt_ids = range(first, first + len(samples))
+        random_numbers = uniforms((0,), prompt_ids, group, max_new_tokens)
+    rollout = sampler.generate(prompts, max_new_tokens, group, temperature, random_numbers)
+    return sampler.decode_texts(rollout)
 
 
-def uniforms(seed: tuple[int, ...], rows: Sequence[int], G: int, C: int) -> Tensor:
-    """Uniform numbers (N, C) for Sampler.generate; those of completion g of prompt b are a function
-    of (seed, b, g), so neither batch nor world size changes them. `rows`: the prompts' b."""
-    numbers = [np.random.default_rng([*seed, b, g]).random(C, dtype=np.float32)
-               for b in rows for g in range(G)]
-    return torch.from_numpy(np.stack(numbers)).to(device())
-
-
-def stop_ids(processor: Processor) -> tuple[int, ...]:
-    return tuple(processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)))
+def uniforms(seed: tuple[int, ...], prompt_ids: Sequence[int], G: int, C: int) -> Tensor:
+    """Uniform random numbers (N, C) in [0, 1) for Sampler.generate. Those of completion g of a
+    prompt depend on (seed, prompt id, g) only, not on the batch or the world size."""
+    random_numbers = [np.random.default_rng([*seed, prompt_id, g]).random(C, dtype=np.float32)
+                      for prompt_id in prompt_ids for g in range(G)]
+    return torch.from_numpy(np.stack(random_numbers)).to(device())
 
 
 # --------------------------------------------------------------------------------------------------
-# The three steps
+# The three functions
 
 def prefill(model: Qwen, prompts: Prompts, C: int, G: int,
-            uniforms: Tensor | None) -> tuple[DecodeState, Tensor]:
+            random_numbers: Tensor | None) -> tuple[DecodeState, Tensor]:
     """The prompts' keys and values with room for those of the completions, and the hidden states
     (N, E) that the first token is sampled from."""
     B, P = prompts.input_ids.shape
-    N, on = B * G, prompts.input_ids.device
+    N = B * G
     shared_prompt = SharedPrompt("prefill", P, G)
     inputs_embeds = embed_prompts(model, prompts)                               # (B, P, E)
     hidden = run_decoder(model, inputs_embeds, prompts.position_ids, shared_prompt)
-    hidden = hidden[torch.arange(B, device=on), prompts.lengths - 1]            # (B, E)
+    hidden = hidden[torch.arange(B, device=hidden.device), prompts.lengths - 1]  # (B, E)
     hidden = hidden.repeat_interleave(G, 0)                                     # (N, E)
 
     slots = max(C, 16)  # flash-attn refuses a cache shorter than its query heads per key head
     for layer, (k, v) in shared_prompt.cache.items():                           # (B, K, P, D) each
         _, K, _, D = k.shape
+        # Contiguous: otherwise the matrix product of each decode step copies them. Zeros: a masked
+        # value is multiplied by a weight of zero, which must not give NaN.
         shared_prompt.cache[layer] = [
-            k.contiguous(), v.contiguous(),  # or the matrix product of each step would copy them
-            k.new_zeros(N, K, slots, D),     # zeros: a masked value is multiplied by a weight of
-            k.new_zeros(N, K, slots, D)]     # zero, which has to give zero and not NaN
+            k.contiguous(), v.contiguous(),
+            k.new_zeros(N, K, slots, D), k.new_zeros(N, K, slots, D)]
     shared_prompt.mode = "decode"
-    shared_prompt.mask = prompts.attention_mask[:, None, None]                  # (B, 1, 1, P)
+    shared_prompt.prompt_mask = prompts.attention_mask[:, None, None]           # (B, 1, 1, P)
 
-    zeros = torch.zeros(N, C, device=on)
+    zeros = torch.zeros(N, C, device=hidden.device)
     state = DecodeState(
-        shared_prompt,
-        uniforms=zeros if uniforms is None else uniforms,
-        start=(last_position_ids(prompts) + 1).repeat_interleave(G),
-        t=torch.zeros(1, dtype=torch.long, device=on),
-        token=torch.zeros(N, dtype=torch.long, device=on),
-        active=torch.ones(N, dtype=torch.bool, device=on),
-        tokens=zeros.long(), mask=zeros.bool(), logprobs=zeros.clone(), entropy=zeros.clone())
+        shared_prompt, random_numbers,
+        start=(max_position_ids(prompts) + 1).repeat_interleave(G),
+        t=torch.zeros(1, dtype=torch.long, device=hidden.device),
+        last_token=torch.zeros(N, dtype=torch.long, device=hidden.device),
+        active=torch.ones(N, dtype=torch.bool, device=hidden.device),
+        tokens=zeros.long(), mask=zeros.bool(),
+        logprobs=zeros.clone(), entropy=zeros.clone())
     return state, hidden
 
 
@@ -305,10 +310,10 @@ def sample_next_token(model: Qwen, state: DecodeState, hidden: Tensor,
     """Append a token to every active row, given the hidden states (N, E) before it."""
     logits = next_token_logits(model, hidden, params.temperature or 1.0)        # (N, V)
     dist = logits.log_softmax(-1)
-    if params.temperature is None:
+    if params.temperature == 0:
         token = dist.argmax(-1)                                                 # (N,)
     else:
-        token = inverse_cdf(dist, state.uniforms.index_select(1, state.t)[:, 0])
+        token = inverse_cdf(dist, state.random_numbers.index_select(1, state.t)[:, 0])
     token = torch.where(state.active, token, params.pad_id)
     logprob = dist.gather(1, token[:, None])[:, 0].where(state.active, 0.0)
     entropy = torch.special.entr(dist.exp()).sum(-1).where(state.active, 0.0)
@@ -316,37 +321,36 @@ def sample_next_token(model: Qwen, state: DecodeState, hidden: Tensor,
     state.mask.index_copy_(1, state.t, state.active[:, None])
     state.logprobs.index_copy_(1, state.t, logprob[:, None])
     state.entropy.index_copy_(1, state.t, entropy[:, None])
-    state.token.copy_(token)
+    state.last_token.copy_(token)
     for stop_id in params.stop_ids:
         state.active &= token != stop_id
     state.t += 1
 
 
-def inverse_cdf(logprobs: Tensor, numbers: Tensor) -> Tensor:
-    """Log-probs (N, V) and uniform numbers (N,) -> tokens (N,)."""
+def inverse_cdf(logprobs: Tensor, random_numbers: Tensor) -> Tensor:
+    """Log-probs (N, V) and uniform random numbers (N,) -> tokens (N,)."""
     cdf = logprobs.double().exp().cumsum(-1)  # float64: the rounding of 150,000 terms adds up
     # Times the last value, which rounding leaves a little off 1. right=True: a number on an edge
     # takes the token after it, so 0 never takes a token of probability 0.
-    numbers = (numbers.double() * cdf[:, -1])[:, None]                          # (N, 1)
-    token = torch.searchsorted(cdf, numbers, right=True).squeeze(1)
+    thresholds = (random_numbers.double() * cdf[:, -1])[:, None]                # (N, 1)
+    token = torch.searchsorted(cdf, thresholds, right=True).squeeze(1)
     # NaN logits give V. On a GPU the gather that follows would abort the process, before the
     # training loop can see the NaN and skip the step.
     return token.clamp(max=logprobs.shape[1] - 1)
 
 
-def decode_step(model: Qwen, state: DecodeState, width: int, params: SamplingParams) -> None:
+def decode_step(model: Qwen, state: DecodeState, W: int, params: SamplingParams) -> None:
     """The last token of each row goes through the model, its keys and values into the cache, and
     the next one is sampled.
 
-    width  slots of the completion that attention reads, at least as many as are filled
-    A CUDA graph allows no synchronisation with the host here, and all that lasts has to be written
-    in place.
+    W  slots of the completion that attention reads, at least as many as hold a token
+    For a CUDA graph, all results must be written in place, without synchronisation with the host.
     """
     slot = state.t - 1                                                          # of the last token
     state.shared_prompt.slot = slot
-    state.shared_prompt.filled = torch.arange(width, device=slot.device) <= slot
+    state.shared_prompt.filled = torch.arange(W, device=slot.device) <= slot
     position_ids = (state.start + slot).expand(3, 1, -1).transpose(1, 2)        # (3, N, 1)
-    inputs_embeds = embed_tokens(model, state.token[:, None])                   # (N, 1, E)
+    inputs_embeds = embed_tokens(model, state.last_token[:, None])              # (N, 1, E)
     hidden = run_decoder(model, inputs_embeds, position_ids, state.shared_prompt)
     sample_next_token(model, state, hidden[:, 0], params)
 
@@ -355,42 +359,42 @@ def decode_step(model: Qwen, state: DecodeState, width: int, params: SamplingPar
 # Eager decoding, where stopped rows are dropped
 
 def decode_eager(model: Qwen, state: DecodeState, params: SamplingParams) -> DecodeState:
-    """Decode until all rows have stopped or are full. Whenever at most half of the rows are needed,
-    the others are dropped."""
+    """Decode until all rows have stopped or have C tokens."""
     C = state.tokens.shape[1]
-    full, rows = state, None  # rows: those of `full` that `state` has, once some are dropped
+    full = state
+    kept_rows = None  # (rows of `state`,) their indices in `full`; None as long as it has all
     for t in range(1, C):
         if not state.active.any():
             break
-        kept = active_rows(state) if t % 8 == 0 else None
-        if kept is not None:
-            scatter_back(full, state, rows)
-            prompts, kept_rows = kept
-            rows = kept_rows if rows is None else rows[kept_rows]
-            state = state.select_rows(prompts, kept_rows)
-        width = min(C, (t + 15) // 16 * 16)  # multiples of 16: few shapes
-        decode_step(model, state, width, params)
-    scatter_back(full, state, rows)
+        selection = active_rows(state) if t % 8 == 0 else None
+        if selection is not None:
+            scatter_back(full, state, kept_rows)
+            prompt_indices, row_indices = selection
+            kept_rows = row_indices if kept_rows is None else kept_rows[row_indices]
+            state = state.select_rows(prompt_indices, row_indices)
+        W = min(C, (t + 15) // 16 * 16)  # multiples of 16: few shapes
+        decode_step(model, state, W, params)
+    scatter_back(full, state, kept_rows)
     return full
 
 
 def active_rows(state: DecodeState) -> tuple[Tensor, Tensor] | None:
-    """(prompts that have active rows, rows of each: as many as the prompt with the most has), or
-    None if these are more than half of all."""
+    """(prompt_indices, row_indices): the prompts with active rows, and the active rows, filled up
+    so that each prompt has equally many. None if these are more than half of the rows."""
     G = state.shared_prompt.G
     active = state.active.view(-1, G)                                           # (B, G)
-    prompts = active.any(1).nonzero()[:, 0]
+    prompt_indices = active.any(1).nonzero()[:, 0]
     most = int(active.sum(1).max())
-    if 2 * len(prompts) * most > active.numel():
+    if 2 * len(prompt_indices) * most > active.numel():
         return None
     # A stable sort puts the active rows first and keeps their order.
-    first = active[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return prompts, (prompts[:, None] * G + first).flatten()
+    order = active[prompt_indices].int().argsort(dim=1, descending=True, stable=True)
+    return prompt_indices, (prompt_indices[:, None] * G + order[:, :most]).flatten()
 
 
-def scatter_back(full: DecodeState, state: DecodeState, rows: Tensor | None) -> None:
+def scatter_back(full: DecodeState, state: DecodeState, kept_rows: Tensor | None) -> None:
     """Write the rows of `state` to their places in the full state."""
-    if rows is None:  # they are the same
+    if kept_rows is None:  # they are the same
         return
     for name in ("tokens", "mask", "logprobs", "entropy", "active"):
-        getattr(full, name)[rows] = getattr(state, name)
+        getattr(full, name)[kept_rows] = getattr(state, name)

@@ -2,7 +2,7 @@
 
 Qwen2.5-VL speaks absolute pixels of the image that it is given. So an image is resized once, here,
 to a square of side `image_size`, and every box is converted to pixels of that resized image when
-its file is read. Prompts, answers, rewards and pictures then need no conversion.
+its file is read. Prompts, answers, rewards and plots then need no conversion.
 """
 
 from collections.abc import Sequence
@@ -79,9 +79,9 @@ def format_target(sample: Sample) -> str:
 
 
 def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
-    """The sample with its target answer as a hasty annotator would draw it: Gaussian noise on the
-    box edges, its std in pixels of the resized image. `gt_boxes`, which the reward reads, stay
-    exact."""
+    """The sample with noisy boxes in its target answer, as public annotation often is: Gaussian
+    noise on the box edges, its std in pixels of the resized image. `gt_boxes`, which the reward
+    reads, stay exact."""
     noise = np.random.default_rng(seed).normal(0, pixels, (len(sample.gt_boxes), 4))
     noisy = [np.add(obb_to_hbb(box), n) for box, n in zip(sample.gt_boxes, noise)]
     return replace(sample, gt_answer=format_boxes(noisy, sample.image_size))
@@ -93,19 +93,20 @@ def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 def load_images(sample: Sample) -> list[Image.Image]:
     """The sample's images as RGB, resized to image_size x image_size. Raises UserError for one
     that cannot be read."""
-    size = (sample.image_size, sample.image_size)
-    images = []
-    for source in sample.images:
+    width_and_height = (sample.image_size, sample.image_size)
+    loaded = []
+    for path in sample.images:
         try:
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = path if isinstance(path, Image.Image) else Image.open(path)
             if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
-                raise UserError(f"{sample.id}: image {source} has {image.mode} pixels; convert it "
+                raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
                                 "to 8 bits per band first")
-            images.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+            resized = image.convert("RGB").resize(width_and_height, Image.Resampling.BICUBIC)
+            loaded.append(resized)
         except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
-            raise UserError(f"{sample.id}: image {source} cannot be read ({error}); replace it or "
+            raise UserError(f"{sample.id}: image {path} cannot be read ({error}); replace it or "
                             "remove the record")
-    return images
+    return loaded
 
 
 def read_image_size(path: Path, source: str) -> tuple[int, int]:
@@ -122,7 +123,7 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
                         "the record")
     if min(size) < 2:
         raise UserError(f"{source}: image {path} is {size[0]} x {size[1]} pixels, too thin to show "
-                        "anything")
+                        "anything; replace it or remove the record")
     return size
 
 
@@ -143,5 +144,5 @@ def load_gt_mask(sample: Sample) -> np.ndarray:
     """The sample's mask (image_size, image_size), True on the target."""
     mask = sample.gt_mask
     image = mask if isinstance(mask, Image.Image) else Image.open(mask)
-    size = (sample.image_size, sample.image_size)
-    return np.asarray(image.convert("L").resize(size, Image.Resampling.NEAREST)) > 0
+    width_and_height = (sample.image_size, sample.image_size)
+    return np.asarray(image.convert("L").resize(width_and_height, Image.Resampling.NEAREST)) > 0

@@ -1,16 +1,18 @@
-"""GRPO, the stage after SFT: sample completions, reward them, make the better ones of each group
-more likely. One task after the other.
+"""GRPO, after SFT: sample completions, reward them, make the better ones of each group more likely.
+One task at a time.
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-specific accuracy reward, advantages
 relative to the group, a clipped ratio, a KL penalty to a frozen reference model, one stage per
 task. Different from it:
 
-- The ratio is that of the token. The paper prints the sequence's; --loss gspo is that one,
-  normalised by length.
+- The ratio is that of a token. The paper prints the ratio of a whole completion; --loss gspo uses
+  it, normalised by length.
 - Advantages are not divided by the group's std unless --divide-by-std says so. IoU rewards of a
   group often differ by very little, and the division would inflate that.
 - A group's prompt is computed once for all its completions.
 - Groups whose rewards are all equal are left out.
+
+A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
 
     torchrun train_grpo.py --task det                    # the embedded default: minutes on a laptop
     python train_grpo.py --task cls,det --out runs/staged   # det starts from the end of cls
@@ -34,13 +36,7 @@ from data import HELD_OUT_SAMPLES, fingerprint, get_batch, load_samples, parse_t
 from metrics.held_out import held_out_rewards
 from metrics.plots import METRICS, plot_curves
 from metrics.report import read_entries, write_report
-from metrics.training import (
-    log_completions,
-    print_held_out,
-    print_step,
-    step_metrics,
-    step_speed,
-)
+from metrics.training import log_completions, print_held_out, print_step, step_metrics, step_speed
 from model import (
     Policy,
     add_adapters,
@@ -66,17 +62,17 @@ from runtime.command_line import (
 from runtime.distributed import (
     all_reduce_max,
     all_reduce_sum,
-    build_policy_and_sampler,
+    build_policy_and_sampling_model,
     full_tensor,
     gather_full_model,
     init_distributed,
     make_ref_model,
     rank,
-    sync_sampler,
+    sync_sampling_model,
     world_size,
 )
 from runtime.errors import UserError
-from runtime.logging import JsonlLog, MetricsLog, NonFiniteGuard, print0
+from runtime.logging import JsonlLog, MetricsLog, NonFiniteGuard, check_tensorboard, print0
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,7 +87,8 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--data", default="synthetic",
                        help="`synthetic`, or a file or folder that readers/ knows")
     flags.add_argument("--images",
-                       help="folder that image names are relative to (default: the file's own)")
+                       help="folder that image names are relative to (default: the folder of the "
+                            "file, or where its format keeps images)")
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--image-size", type=positive_int,
@@ -104,13 +101,13 @@ def parse_args() -> argparse.Namespace:
                        help="B: prompts per step, over all processes")
     flags.add_argument("--group", type=int, default=8, help="G: completions per prompt, at least 2")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
-                       help="C: longest completion (tiny: 160 for ground, ovd, seg)")
+                       help="C: longest completion (with tiny use 160 for ground, ovd, seg)")
     flags.add_argument("--temperature", type=float, default=1.0,
                        help="of sampling, and of the log-probs that are trained on")
     flags.add_argument("--seed", type=non_negative_int, default=0,
                        help="seed of the data order and of sampling")
     flags.add_argument("--compile", action="store_true",
-                       help="torch.compile a decoding step: 15 seconds of warm-up for each shape")
+                       help="torch.compile a decode step: 15 seconds of warm-up for each shape")
     flags = parser.add_argument_group("reward")
     for name, part in REWARD_PARTS.items():
         only = f" (task {', '.join(part.tasks)})" if part.tasks else ""
@@ -177,9 +174,11 @@ def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
     if args.prompts % world_size():
         raise UserError(f"--prompts {args.prompts} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
+    if args.tensorboard:
+        check_tensorboard()
     if args.lora and len(tasks) > 1:
         raise UserError("--lora has one stage, whose reference is the model without adapters; run "
-                        "the tasks one by one, each from the last one's model/")
+                        "the tasks one by one, each from the previous one's model/")
 
 
 def main() -> None:
@@ -194,10 +193,10 @@ def main() -> None:
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    size = processor.image_size
-    data = [load_samples(args.data, task, size, args.images, "train", args.seed, args.shots)
+    image_size = processor.image_size
+    data = [load_samples(args.data, task, image_size, args.images, "train", args.seed, args.shots)
             for task in tasks]
-    held_out = [load_samples(args.data, task, size, args.images, "heldout")[:HELD_OUT_SAMPLES]
+    held_out = [load_samples(args.data, task, image_size, args.images, "heldout")[:HELD_OUT_SAMPLES]
                 for task in tasks]
     reward_models = load_reward_models(tasks, args.sbert, args.sam)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
@@ -210,25 +209,26 @@ def main() -> None:
     completions_log = JsonlLog(args.out / "samples.jsonl", steps_done * args.group)
     run.install_signal_handlers()
     # One model learns, one generates. On one CPU, and with LoRA on one GPU, they are the same.
-    policy, sampling_model = build_policy_and_sampler(Policy(model), mesh)
+    policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     sampler = Sampler(sampling_model, processor, args.compile)
     local_prompts = range(rank(), args.prompts, world_size())   # this rank's prompts of each step
 
     for stage in range(progress["stage"], len(tasks)):
-        ref_model = optimizer = None                            # frees the last stage's memory
-        if args.beta and not adapters:                          # with LoRA it is the policy without
+        ref_model = None                                        # frees the previous stage's memory
+        optimizer = None
+        if args.beta and not adapters:  # with LoRA, the reference is the policy without adapters
             ref_model = make_ref_model(policy, sampling_model, mesh)
-        trained = [weight for weight in policy.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99),
+        trainable = [param for param in policy.parameters() if param.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
         guard = NonFiniteGuard(progress["skipped"])
         if progress["step"]:
             run.load_checkpoint(policy, optimizer, ref_model)
-            sync_sampler(sampling_model, policy)
+            sync_sampling_model(sampling_model, policy)
         score_held_out = partial(held_out_rewards, sampler, held_out[stage], args.max_new_tokens,
                                  args.temperature, **reward_models)
-        before = progress["before"] or score_held_out()         # a resumed stage keeps its own
+        before = progress["before"] or score_held_out()         # a resumed stage keeps its scores
         after = None
         policy.train()
 
@@ -240,10 +240,11 @@ def main() -> None:
             lr = linear_warmup_decay(step, args.steps, args.lr, args.warmup)
 
             # --- rollout: G completions for each prompt -----------------------------------------
-            # From here on B counts this rank's prompts, and C the longest completion.
+            # From here on B counts this rank's prompts, and C is its longest completion.
             t0 = time.perf_counter()
             if args.freeze or args.lora:
                 prompts = [with_image_embeds(sampling_model, prompt) for prompt in prompts]
+            # Random numbers by (seed, stage, step, prompt): the same rollout on any number of ranks
             numbers = uniforms((args.seed, stage, step), local_prompts, args.group,
                                args.max_new_tokens)
             rollout = sampler.generate(collate(prompts), args.max_new_tokens, args.group,
@@ -254,14 +255,14 @@ def main() -> None:
 
             # --- rewards ------------------------------------------------------------------------
             length_fractions = (lengths / args.max_new_tokens).tolist()
-            part_dicts = [[score_completion(text, sample, fraction, **reward_models)
-                           for text, fraction in zip(group_texts, fractions)]
-                          for sample, group_texts, fractions
-                          in zip(samples, texts, length_fractions)]             # B x G x {part: r}
-            reward_parts = {name: torch.tensor([[parts[name] for parts in group_parts]
-                                                for group_parts in part_dicts],
-                                               dtype=torch.float64, device=lengths.device)
-                            for name in part_dicts[0][0]}                       # {part: (B, G)}
+            scored = []                                                         # B x G x {part: r}
+            for sample, group_texts, fractions in zip(samples, texts, length_fractions):
+                scored.append([score_completion(text, sample, fraction, **reward_models)
+                               for text, fraction in zip(group_texts, fractions)])
+            reward_parts = {}                                                   # {part: (B, G)}
+            for name in scored[0][0]:
+                values = [[parts[name] for parts in group] for group in scored]
+                reward_parts[name] = torch.tensor(values, dtype=torch.float64).to(lengths.device)
             rewards = sum(part_weights[name] * reward_parts[name] for name in reward_parts).float()
 
             # --- advantages ---------------------------------------------------------------------
@@ -291,28 +292,31 @@ def main() -> None:
                     # Under FSDP every rank must run equally many forward and backward passes. A
                     # rank with fewer micro-batches runs group 0 again, without loss.
                     is_dummy = i >= len(micro_batches)
-                    groups = [0] if is_dummy else micro_batches[i]              # b of the B prompts
-                    max_len = max(max_lens[b] for b in groups)
-                    tokens = rollout.tokens[groups, :, :max_len]                # (b, G, C)
-                    mask = loss_mask[groups, :, :max_len]
+                    indices = [0] if is_dummy else micro_batches[i]             # of b prompts
+                    max_len = max(max_lens[index] for index in indices)
+                    inputs = collate([prompts[index] for index in indices])
+                    tokens = rollout.tokens[indices, :, :max_len]               # (b, G, C)
+                    mask = loss_mask[indices, :, :max_len]
                     if is_dummy:
                         mask = torch.zeros_like(mask)
-                    inputs = collate([prompts[b] for b in groups]), tokens, mask, args.temperature
-                    logprobs = policy(*inputs)                                  # (b, G, C)
+                    logprobs = policy(inputs, tokens, mask, args.temperature)   # (b, G, C)
                     if inner_step == 0:
-                        # pi_old is scored again, since rollout.logprobs may be rounded to bf16
+                        # pi_old comes from the same function as pi, so rho is exactly 1 here.
+                        # rollout.logprobs differ by rounding: the metric sampling_gap.
                         old_logprobs.append(logprobs.detach())
-                        diff = (old_logprobs[i] - rollout.logprobs[groups, :, :max_len]).abs()
+                        diff = (old_logprobs[i] - rollout.logprobs[indices, :, :max_len]).abs()
                         logprob_diffs.append(diff[mask].sum())
-                        ref_logprobs.append(None)
+                        ref = None
                         if args.beta:
+                            ref_policy = policy if adapters else ref_model
                             with torch.no_grad(), without_adapters(policy):
-                                ref_logprobs[i] = (ref_model or policy)(*inputs)
+                                ref = ref_policy(inputs, tokens, mask, args.temperature)
+                        ref_logprobs.append(ref)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
-                        advantages[groups, :, :max_len], mask, token_weights[groups, :, :max_len],
+                        advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=beta)
-                    loss.backward()
+                    loss.backward()  # ranks' gradients are summed, not averaged: see apply_fsdp
                     losses[-1] += loss.detach()
                     stats.append(sums)
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip_norm)
@@ -320,23 +324,23 @@ def main() -> None:
                 if guard.all_finite(losses[-1], grad_norms[-1], [s.id for s in samples]):
                     optimizer.step()
                 optimizer.zero_grad()
-            sync_sampler(sampling_model, policy)
-            t3 = time.perf_counter()
+            sync_sampling_model(sampling_model, policy)
 
             # --- metrics, log, checkpoint -------------------------------------------------------
             is_last = step + 1 == args.steps
+            metrics = step_metrics(rollout, rewards, reward_parts, loss_mask, stats, logprob_diffs,
+                                   losses, grad_norms)
+            t3 = time.perf_counter()                            # step_metrics waited for the GPU
             row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
-                   **step_metrics(rollout, rewards, reward_parts, loss_mask, stats, logprob_diffs,
-                                  losses, grad_norms),
-                   "lr": lr, "skipped": guard.skipped, "rollout_s": t1 - t0, "update_s": t3 - t2,
+                   **metrics, "lr": lr, "skipped": guard.skipped, "rollout_s": t1 - t0,
+                   "update_s": t3 - t2,
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses), t3 - t0)}
             if (step + 1) % args.eval_every == 0 or is_last:
                 row["heldout"] = after = score_held_out()
             metrics_log.write(row)
-            shown = step % args.prompts                                         # one group per step
-            b = local_prompts.index(shown) if shown in local_prompts else None
+            shown = step % args.prompts                         # one group per step
             log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages,
-                            b)
+                            local_prompts.index(shown) if shown in local_prompts else None)
             print_step(row, t3 - t0)
             stop = run.should_stop()
             if (step + 1) % args.save_every == 0 or is_last or stop:
@@ -344,11 +348,11 @@ def main() -> None:
                             "skipped": guard.skipped}
                 run.save_checkpoint(progress, policy, optimizer, ref_model)
             if stop and not (is_last and stage + 1 == len(tasks)):
-                return print0(f"stopped after step {row['step']}; to continue: "
-                              f"{run.resume_command()} --resume")
+                print0(f"stopped after step {row['step']}; to continue: {run.resume_command()}")
+                return
 
         after = after or score_held_out()                       # resumed after the last step
-        progress = progress | {"step": 0, "before": None}       # of the next stage
+        progress = progress | {"step": 0, "before": None}       # the next stage starts at step 0
         print_held_out(tasks[stage], len(held_out[stage]), before, after)
         if rank() == 0:
             plot_curves([args.out], METRICS, args.out / "curves.png")
@@ -361,24 +365,27 @@ def main() -> None:
             adapters.save_pretrained(args.out / "adapter")
             model = adapters.merge_and_unload()
         save_model(model, processor, args.out / "model")
+    run.close()
     print0(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
 
 
-def pack_groups(sizes: dict[int, tuple[int, int]], max_tokens: int) -> list[list[int]]:
-    """Groups, {group: (prompt tokens, completion tokens)}, -> the groups of each micro-batch.
+def pack_groups(sizes: dict[int, tuple[int, int]], pack_tokens: int) -> list[list[int]]:
+    """{index of a group: (prompt tokens, completion tokens)} -> the indices of each micro-batch.
 
-    Groups of similar size go together, as many as fit in `max_tokens` when padded to the longest
+    Groups of similar size go together, as many as fit in `pack_tokens` when padded to the longest
     prompt and the longest completions among them, at least one.
     """
-    def padded_tokens(groups: list[int]) -> int:
-        return len(groups) * (max(sizes[g][0] for g in groups) + max(sizes[g][1] for g in groups))
+    def padded_tokens(indices: list[int]) -> int:
+        longest_prompt = max(sizes[i][0] for i in indices)
+        longest_completions = max(sizes[i][1] for i in indices)
+        return len(indices) * (longest_prompt + longest_completions)
 
     micro_batches = []
-    for group in sorted(sizes, key=lambda g: sum(sizes[g]), reverse=True):
-        if micro_batches and padded_tokens([*micro_batches[-1], group]) <= max_tokens:
-            micro_batches[-1].append(group)
+    for index in sorted(sizes, key=lambda i: sum(sizes[i]), reverse=True):
+        if micro_batches and padded_tokens([*micro_batches[-1], index]) <= pack_tokens:
+            micro_batches[-1].append(index)
         else:
-            micro_batches.append([group])
+            micro_batches.append([index])
     return micro_batches
 
 

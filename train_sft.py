@@ -2,7 +2,7 @@
 <think>reasoning</think> <answer>answer</answer>.
 
 Plain next-token cross-entropy on the completion, averaged over all T completion tokens of a step
-(the paper sums over tokens; the mean only rescales the learning rate):
+(the paper sums over tokens; with the mean, --clip-norm does not depend on the batch):
 
     L = -1/T sum_t log pi(y_t | image, question, y_<t)
 
@@ -25,14 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (
-    HELD_OUT_SAMPLES,
-    fingerprint,
-    get_batch,
-    load_samples,
-    parse_tasks,
-    prefetch,
-)
+from data import HELD_OUT_SAMPLES, fingerprint, get_batch, load_samples, parse_tasks, prefetch
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from model import Policy, Processor, Qwen, collate, encode, load_model, save_model
@@ -48,17 +41,17 @@ from runtime.command_line import (
 )
 from runtime.distributed import (
     all_reduce_sum,
-    build_policy_and_sampler,
+    build_policy_and_sampling_model,
     device,
     full_tensor,
     gather_full_model,
     init_distributed,
     rank,
-    sync_sampler,
+    sync_sampling_model,
     world_size,
 )
 from runtime.errors import UserError
-from runtime.logging import MetricsLog, NonFiniteGuard, print0
+from runtime.logging import MetricsLog, NonFiniteGuard, check_tensorboard, print0
 from sample import Sample, format_prompt, format_target, jitter_boxes
 from tiny.scratch import new_tiny_model
 
@@ -75,12 +68,13 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--data", default="synthetic",
                        help="`synthetic`, or a file or folder that readers/ knows")
     flags.add_argument("--images",
-                       help="folder that image names are relative to (default: the file's own)")
+                       help="folder that image names are relative to (default: the folder of the "
+                            "file, or where its format keeps images)")
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--box-noise", type=float, default=0.0,
                        help="std in pixels of noise on the box edges of det's targets: hasty "
-                            "annotators, for GRPO to outgrow")
+                            "annotators, whom GRPO can surpass")
     flags.add_argument("--image-size", type=positive_int,
                        help="side in pixels that images are resized to (default: the "
                             "checkpoint's, else 448)")
@@ -121,6 +115,8 @@ def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
+    if args.tensorboard:
+        check_tensorboard()
 
 
 def main() -> None:
@@ -133,11 +129,12 @@ def main() -> None:
         model, processor = model_from_scratch(args, tasks)
     else:
         model, processor = load_model(args.model, args.image_size)
-    size = processor.image_size
-    data = [load_samples(args.data, task, size, args.images, "train", args.seed, args.shots)
+    image_size = processor.image_size
+    data = [load_samples(args.data, task, image_size, args.images, "train", args.seed, args.shots)
             for task in tasks]
-    held_out = {task: load_samples(args.data, task, size, args.images, "heldout")[:HELD_OUT_SAMPLES]
-                for task in tasks}
+    held_out = {
+        task: load_samples(args.data, task, image_size, args.images, "heldout")[:HELD_OUT_SAMPLES]
+        for task in tasks}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     run = Run(args, run_config(args, [fingerprint(samples) for samples in data]),
@@ -146,7 +143,7 @@ def main() -> None:
     metrics_log = MetricsLog(args.out, first_step, args.tensorboard)
     guard = NonFiniteGuard(run.progress["skipped"])
     run.install_signal_handlers()
-    policy, sampling_model = build_policy_and_sampler(Policy(model), mesh)
+    policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     if sampling_model is not policy.model:
         sampling_model.cpu()  # not needed before the end
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99),
@@ -185,23 +182,25 @@ def main() -> None:
         if (step + 1) % 10 == 0 or step == first_step:
             print0(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  "
                    f"{seconds:5.2f} s")
-        stop, is_last = run.should_stop(), step + 1 == args.steps
+        stop = run.should_stop()
+        is_last = step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or is_last or stop:
             run.save_checkpoint({"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
         if stop and not is_last:
-            return print0(f"stopped after step {step + 1}; to continue: {run.resume_command()} "
-                          "--resume")
+            print0(f"stopped after step {step + 1}; to continue: {run.resume_command()}")
+            return
 
-    sync_sampler(sampling_model.to(device()), policy)
+    sync_sampling_model(sampling_model.to(device()), policy)
     sampler = Sampler(sampling_model, processor)
-    for task in dict.fromkeys(tasks):
+    for task in dict.fromkeys(tasks):  # rewards without SBERT and SAM
         rewards = held_out_rewards(sampler, held_out[task], args.max_new_tokens)
         means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
-        print0(f"{task}: mean accuracy reward over {len(held_out[task])} held-out samples: {means}")
+        print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
     model = gather_full_model(policy, sampling_model)
     if rank() == 0:
         save_model(model, processor, args.out / "model")
         plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
+    run.close()
     print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
 
 
@@ -220,8 +219,8 @@ def local_batch(args: argparse.Namespace, data: list, step: int) -> list[Sample]
     """This rank's samples of a step. The tasks take turns, each with a stream of its own."""
     samples = []
     for position in range(step * args.batch, (step + 1) * args.batch):
-        i, task = divmod(position, len(data))
-        samples += get_batch(data[task], i, 1, args.seed + task)
+        i, task_index = divmod(position, len(data))
+        samples += get_batch(data[task_index], i, 1, args.seed + task_index)
     if args.box_noise:
         samples = [jitter_boxes(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
                    for i, s in enumerate(samples)]

@@ -10,11 +10,12 @@ from rollout import Sampler, predict
 from runtime.distributed import all_gather_object, rank, world_size
 from sample import Sample
 
-DRAWS = 4  # sampled completions for each sample
+NUM_SAMPLED = 4  # sampled completions for each sample
+BATCH_SIZE = 32
 
 
 def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens: int,
-                     temperature: float = 1.0, batch_size: int = 32,
+                     temperature: float = 1.0,
                      **reward_models: Sbert | Sam | None) -> dict[str, float]:
     """Means over held-out samples of one task. The ranks share the work and get the same result.
 
@@ -23,15 +24,16 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
     rewards.REWARD_PARTS that is not train_only follows, of the sampled ones.
     """
     greedy, sampled = [], []  # the reward parts of each completion
-    for start in range(rank() * batch_size, len(samples), world_size() * batch_size):
-        batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+    for start in range(rank() * BATCH_SIZE, len(samples), world_size() * BATCH_SIZE):
+        batch = [samples[i] for i in range(start, min(start + BATCH_SIZE, len(samples)))]
         texts = predict(sampler, batch, max_new_tokens)
         greedy += score_all(texts, batch, reward_models)
-        texts = predict(sampler, batch, max_new_tokens, DRAWS, temperature, first=start)
+        texts = predict(sampler, batch, max_new_tokens, NUM_SAMPLED, temperature, first=start)
         sampled += score_all(texts, batch, reward_models)
-    greedy, sampled = mean_parts(greedy), mean_parts(sampled)
-    return {"sampled": sampled.pop("accuracy"), "greedy": greedy["accuracy"],
-            "format": sampled.pop("format"), **sampled}
+    greedy_means = mean_parts(greedy)
+    sampled_means = mean_parts(sampled)
+    return {"sampled": sampled_means.pop("accuracy"), "greedy": greedy_means["accuracy"],
+            "format": sampled_means.pop("format"), **sampled_means}
 
 
 def score_all(texts: Sequence[Sequence[str]], samples: Sequence[Sample],
@@ -45,9 +47,9 @@ def mean_parts(parts: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each reward part over all ranks' completions."""
     parts = list(chain(*all_gather_object(parts)))
     means = {}
-    for name, part in REWARD_PARTS.items():
+    for name in REWARD_PARTS:
         # Sorted, so that the sum rounds the same on any number of ranks
         values = sorted(p[name] for p in parts if name in p)
-        if values and not part.train_only:
+        if values:
             means[name] = float(np.mean(values))
     return means

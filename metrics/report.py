@@ -67,7 +67,7 @@ def write_report(path: Path, entries: Iterable[Entry], title: str, limit: int = 
     counts = Counter(sample.task for sample, _ in shown)
     tasks = "".join(f'<option value="{escape(task)}">{escape(task)} ({n})</option>'
                     for task, n in sorted(counts.items()))
-    colours = f":root {{ --reference: {TARGET_COLOUR}; --predicted: {PREDICTED_COLOUR}; }}"
+    colours = f":root {{ --target: {TARGET_COLOUR}; --predicted: {PREDICTED_COLOUR}; }}"
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -80,7 +80,7 @@ def write_report(path: Path, entries: Iterable[Entry], title: str, limit: int = 
 <form><label>Task <select name="task"><option value="">all ({len(shown)})</option>{tasks}</select></label>
 <label>Answer <select name="answer"><option value="">all</option><option value="right">right ({right})</option>
 <option value="wrong">wrong ({len(shown) - right})</option></select></label> <output>{len(shown)} shown</output>
-<span><svg viewBox="0 0 28 8"><path class="reference" d="M2 4h24"/></svg> reference</span>
+<span><svg viewBox="0 0 28 8"><path class="target" d="M2 4h24"/></svg> target</span>
 <span><svg viewBox="0 0 28 8"><path class="predicted" d="M2 4h24"/></svg> prediction</span></form></header>
 <main>
 {cards}
@@ -114,7 +114,7 @@ def render_card(name: str, entry: Entry, missing: list[str]) -> str:
     return f"""<article class="{kind}" data-task="{task}" data-answer="{verdict}"><svg hidden>{images}</svg>
 <p><b>{task}</b> <b class="{verdict}">{verdict} {accuracy:.2f}</b> {about}</p>
 <h2>{escape(sample.question)}</h2>
-<div class="body">{once}<div class="words"><dl><dt>Reference</dt><dd>{targets}</dd></dl>
+<div class="body">{once}<div class="words"><dl><dt>Target</dt><dd>{targets}</dd></dl>
 <div class="answers">{sections}</div></div></div></article>"""
 
 
@@ -150,12 +150,12 @@ def render_images(name: str, sample: Sample, text: str) -> str:
     target_boxes = "".join(map(render_box, sample.gt_boxes))
     predicted_boxes = "".join(map(render_box, predicted))
     dots = "".join(f'<path d="M{x} {y}h0"/>' for x, y in points)
-    overlay = (f'<g class="reference">{target_boxes}</g>'
+    overlay = (f'<g class="target">{target_boxes}</g>'
                f'<g class="predicted">{predicted_boxes}{dots}</g>')
     captions = [str(i + 1) for i in range(max(len(sample.images), 1))]
     if sample.task == "pair":
         captions = ["ground", *sample.choices]
-    counts = f"{len(sample.gt_boxes)} reference boxes, {len(predicted)} predicted"
+    counts = f"{len(sample.gt_boxes)} target boxes, {len(predicted)} predicted"
     size, html = sample.image_size, ""
     for i, caption in enumerate(map(escape, captions)):
         html += (f'<figure><svg viewBox="0 0 {size} {size}" role="img" '
@@ -244,7 +244,7 @@ ul { display: flex; flex-wrap: wrap; list-style: none; gap: 0 .6rem; }
 figure svg { display: block; width: 100%; border-radius: 6px; background: var(--line); margin-bottom: .3rem; }
 figure g { filter: drop-shadow(0 0 1px #000); } text { fill: var(--soft); text-anchor: middle; }
 rect, path { fill: none; stroke-linecap: round; vector-effect: non-scaling-stroke; }
-.reference { stroke: var(--reference); stroke-width: 3px; } .predicted path { stroke-width: 8px; }
+.target { stroke: var(--target); stroke-width: 3px; } .predicted path { stroke-width: 8px; }
 .predicted { stroke: var(--predicted); stroke-width: 2px; stroke-dasharray: 8 5; }
 """
 

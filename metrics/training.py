@@ -8,31 +8,33 @@ from torch import Tensor
 
 from data import sample_to_row
 from grpo import groups_with_signal
-from model import Prompts, Qwen, forward_flops
-from rollout import Completions
+from model import Prompts, Qwen, forward_flops, update_passes
+from rollout import Rollout
 from runtime.distributed import all_gather_object, all_reduce_means, all_reduce_sum, world_size
 from runtime.logging import JsonlLog, print0
 from sample import Sample
 
 
-def step_metrics(rollout: Completions, rewards: Tensor, reward_parts: dict[str, Tensor],
+def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tensor],
                  loss_mask: Tensor, stats: list[dict[str, Tensor]], logprob_diffs: list[Tensor],
                  losses: list[Tensor], grad_norms: list[Tensor]) -> dict:
     """The step's metrics, means over all ranks. `stats` and `logprob_diffs` hold sums over the
     tokens of each micro-batch; `losses` and `grad_norms` have an entry for each inner step."""
-    num_completions, num_tokens = rewards.numel(), rollout.mask.sum()
-    num_scored = loss_mask.sum() * len(losses)                  # tokens with loss, all inner steps
+    num_completions = rewards.numel()
+    num_tokens = rollout.mask.sum()
+    num_loss_tokens = loss_mask.sum() * len(losses)             # of all inner steps
     means = all_reduce_means({                                  # name: (sum, count) on this rank
         "reward": (rewards.sum(), num_completions),
         "reward_std": (rewards.std(1).sum(), len(rewards)),
-        "kl": (sum(s["kl"] for s in stats), num_scored),
+        "kl": (sum(s["kl"] for s in stats), num_loss_tokens),
         "entropy": (rollout.entropy.sum(), num_tokens),
-        "clip_frac": (sum(s["clipped"] for s in stats), num_scored),
-        "sampling_gap": (sum(logprob_diffs), loss_mask.sum()),  # |log-prob scored - as sampled|
+        "clip_frac": (sum(s["clipped"] for s in stats), num_loss_tokens),
+        "sampling_gap": (sum(logprob_diffs), loss_mask.sum()),  # |old_logprobs - as sampled|
         "len_mean": (num_tokens, num_completions),
         "truncated_frac": ((~rollout.stopped).sum(), num_completions),
         "zero_std_frac": ((~groups_with_signal(rewards)).sum(), len(rewards)),
-        "loss": (sum(losses), len(losses) / world_size()),      # each rank holds a part of it
+        # The ranks' losses add up, so each inner step counts once over all ranks.
+        "loss": (sum(losses), len(losses) / world_size()),
         "grad_norm": (sum(grad_norms), len(grad_norms))})
     parts = all_reduce_means({name: (sum(values.flatten().tolist()), num_completions)
                               for name, values in reward_parts.items()})
@@ -42,11 +44,10 @@ def step_metrics(rollout: Completions, rewards: Tensor, reward_parts: dict[str, 
 def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Tensor, keep: Tensor,
                inner_steps: int, seconds: float) -> dict[str, float]:
     """Tokens and floating point operations per second, of all ranks, computed from shapes."""
-    # A backward pass is as much work as two forward passes, with LoRA as about one.
-    update = inner_steps * (2 if args.lora else 3)
+    update = inner_steps * update_passes(bool(args.lora))
     if args.beta and inner_steps:
         update += 1                                             # the reference model
-    passes = torch.where(keep, 1 + update, 1)                   # (B,) and one in the rollout
+    passes = torch.where(keep, 1 + update, 1)                   # (B,): 1 is the rollout's
     flops = (forward_flops(model, prompts, lengths.sum(1)) * passes).sum()
     return {"flops_per_s": all_reduce_sum(flops).item() / seconds,
             "tokens_per_s": all_reduce_sum(lengths.sum()).item() / seconds}
@@ -77,5 +78,5 @@ def print_step(row: dict, seconds: float) -> None:
 def print_held_out(task: str, num_samples: int, before: dict[str, float],
                    after: dict[str, float]) -> None:
     rows = [f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before]
-    print0("\n".join([f"\n{task}: mean accuracy reward over {num_samples} held-out samples",
+    print0("\n".join([f"\n{task}: mean rewards over {num_samples} held-out samples",
                       f"{'':12s}{'before':>8s}{'after':>8s}", *rows]))

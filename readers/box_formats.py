@@ -5,9 +5,10 @@
     [x1, y1, x2, y2]             pixels of the original image (2U1, VLM-R1)
     four corners                 of an oriented box (DOTA, GeoChat-Bench, VRSBench)
 
-Every box becomes pixels of the resized image, also in a question or within a description. Noise of
-public annotations is counted in `skipped`, by reason. What a user has to fix raises UserError.
-This module opens no files.
+An oriented box (OBB) is a rectangle with an angle, (x1, y1, x2, y2, theta). An axis-aligned box
+(HBB) has theta 0; the envelope of an OBB is the smallest HBB around it. Every box becomes pixels of
+the resized image, also in a question or within a description. `notes` counts, by reason, what was
+left out or changed because of noise. What a user has to fix raises UserError.
 """
 
 import math
@@ -17,15 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from boxes import (
-    clip_and_round,
-    convert_box,
-    format_boxes,
-    format_json,
-    obb_to_hbb,
-    parse_boxes,
-    says_none,
-)
+from boxes import clip_and_round, convert_box, format_boxes, format_json, obb_to_hbb, parse_boxes
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample
 
@@ -33,6 +26,7 @@ GRID = (100, 100)
 MAX_BOXES_PER_QUESTION = 100  # COCO's limit; the 536 ships of one DOTA tile are 5,000 tokens
 
 NUMBER = r"-?\d+(?:\.\d+)?"
+BRACKET = re.compile(r"\[[^\[\]]*\]")  # one box for parse_boxes
 BRACE_BOX = r"\{(?:<-?\d+>){4}(?:\|<-?\d+>)?\}"
 FIVE_NUMBERS = rf"\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{4}}\s*\]"
 BOX = rf"(?:{BRACE_BOX}|\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{3,4}}\s*\])"
@@ -54,32 +48,28 @@ LABELS_WITH_COMMAS = (  # of BigEarthNet
 # --------------------------------------------------------------------------------------------------
 # Boxes
 
-def clip_boxes(boxes: Iterable[Sequence[float]], image_size: int, skipped: Counter) -> tuple:
+def clip_boxes(boxes: Iterable[Sequence[float]], image_size: int, notes: Counter) -> tuple:
     """The boxes (five numbers, pixels of the resized image) that have an area within the image.
-
-    Upright boxes are clipped to the image. A clipped oriented box would be no rectangle, so it
-    stays whole, and its envelope is clipped where it is used.
-    """
+    HBBs are clipped to the image. A clipped OBB would be no rectangle, so it stays whole, and its
+    envelope is clipped where it is used."""
     kept = []
     for box in boxes:
         envelope = obb_to_hbb(box)
         clipped = tuple(min(max(v, 0), image_size) for v in envelope)
         x1, y1, x2, y2 = clipped
         if box[2] <= box[0] or box[3] <= box[1] or x2 <= x1 or y2 <= y1:
-            skipped["boxes without area left out"] += 1
+            notes["boxes without area left out"] += 1
             continue
         if max(abs(a - b) for a, b in zip(clipped, envelope)) > 1e-6:
-            skipped["boxes clipped to the image"] += 1
+            notes["boxes clipped to the image"] += 1
         kept.append(tuple(box) if box[4] else (*clipped, 0))
     return tuple(kept)
 
 
 def min_area_rect(corners: np.ndarray) -> tuple:
-    """The smallest rectangle around a quadrilateral (4, 2), y down: (x1, y1, x2, y2, theta).
-
-    theta is in [0, 90) degrees, clockwise on the screen. One side of the rectangle lies along a
-    side of the quadrilateral (Freeman and Shapira 1975).
-    """
+    """The smallest rectangle around a quadrilateral (4, 2), y down: (x1, y1, x2, y2, theta). theta
+    is in [0, 90) degrees, clockwise on the screen. One side of the rectangle lies along a side of
+    the quadrilateral (Freeman and Shapira 1975)."""
     rectangles = []
     for x, y in np.roll(corners, -1, axis=0) - corners:
         theta = round(math.degrees(math.atan2(y, x)), 6) % 90
@@ -95,15 +85,13 @@ def min_area_rect(corners: np.ndarray) -> tuple:
 
 
 def bounding_box(points: np.ndarray) -> tuple:
-    """The upright box around points (n, 2)."""
+    """The axis-aligned box around points (n, 2)."""
     return (*map(float, points.min(0)), *map(float, points.max(0)), 0)
 
 
 def parse_grid_boxes(text: str, image_size: int) -> list[tuple]:
-    """Boxes of the 0-100 grid in a text, in pixels of the resized image.
-
-    Square brackets have to be doubled and hold five numbers; otherwise they hold pixels.
-    """
+    """Boxes of the 0-100 grid in a text, in pixels of the resized image. Square brackets have to be
+    doubled and hold five numbers; otherwise they hold pixels."""
     found = re.findall(BRACE_BOX, text)
     if not found and "[[" in text:
         found = re.findall(FIVE_NUMBERS, text)
@@ -115,28 +103,28 @@ def parse_pixel_boxes(text: str, size: tuple[int, int], image_size: int, source:
     """Boxes `[x1, y1, x2, y2]` in pixels of the original image, in pixels of the resized image.
 
     size  (width, height) of the original image
-    `none` and `[]` have no boxes. Raises UserError for any other text without boxes, and a bad box.
+    `none` and `[]` have no boxes. Raises UserError for a bad box.
     """
     boxes = parse_boxes(text)
     if boxes is None:
-        raise UserError(f"{source}: the answer {text[:60]!r} has no box [x1, y1, x2, y2]")
-    for x1, y1, x2, y2 in boxes:
+        raise UserError(f"{source}: the text {text[:60]!r} has too many boxes")
+    for bracket, (x1, y1, x2, y2) in zip(BRACKET.findall(text), boxes):
         if not (-1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1):  # 1 px of rounding
-            raise UserError(
-                f"{source}: box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] of {text[:60]!r} is malformed, "
-                f"has no area, or lies outside its image of {size[0]} x {size[1]} pixels")
+            lies = "its axis-aligned envelope lies" if bracket.count(",") == 4 else "lies"
+            raise UserError(f"{source}: box {bracket[:60]!r} is malformed, has no area, or {lies} "
+                            f"outside its image of {size[0]} x {size[1]} pixels")
     return tuple(convert_box(box.tolist(), size, (image_size, image_size)) for box in boxes)
 
 
 def rewrite_boxes(text: str, size: tuple[int, int], image_size: int, source: str,
-                  skipped: Counter) -> tuple[str, tuple]:
+                  notes: Counter) -> tuple[str, tuple]:
     """(the text with its boxes as [x1,y1,x2,y2] in pixels of the resized image, these boxes)."""
     boxes = []
 
     def rewrite(match: re.Match) -> str:
         found = parse_grid_boxes(match[0], image_size)
         if found:
-            found = clip_boxes(found, image_size, skipped)
+            found = clip_boxes(found, image_size, notes)
         else:
             found = parse_pixel_boxes(match[0], size, image_size, source)
         boxes.extend(found)
@@ -156,19 +144,17 @@ def plain_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def tasks_of_question(question: str, answer: str) -> tuple[str, ...]:
-    """The tasks that a question of GeoChat, VRSBench or EarthDial serves.
-
-    The mark decides. Where xBD's marks are ambiguous, it also matters whether the question is
-    closed and whether the answer has boxes.
-    """
+def tasks_of_question(question: str, target: str) -> tuple[str, ...]:
+    """The tasks that a question of GeoChat, VRSBench or EarthDial serves. The mark decides. Where
+    xBD's marks are ambiguous, it also matters whether the question is closed and whether the target
+    has boxes."""
     match = TASK_MARK.match(question)
     mark = match[1] if match else None
     if mark in (None, "identify", "changedet") and CLOSED_QUESTION.search(question):
         return ("mlc",) if "list of classes" in question else ("cls",)
     if mark is None:
         return ("vqa",) if "word" in question.lower() else ()
-    if mark == "grounding" and not BOX_RUN.search(answer):
+    if mark == "grounding" and not BOX_RUN.search(target):
         return ("change", "cap")
     return MARK_TASKS[mark]
 
@@ -192,7 +178,7 @@ def parse_label_list(question: str, source: str) -> tuple[str, ...]:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a target that may already have <think> and <answer> tags."""
+    """(reasoning, gt_answer) of a target that may already have <think> and <answer> tags."""
     text = re.sub(r"<\|\w+\|>", "", text)  # a completion cannot contain chat tokens
     think = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -200,7 +186,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def default_think(task: str, gt_answer: str, n_boxes: int) -> str:
-    """Reasoning for a data set that has none: it adds nothing to the answer."""
+    """Reasoning for a data set that has none: it adds nothing to the target."""
     if task in BOX_TASKS:
         return f"{n_boxes} to find." if n_boxes else "Nothing to find."
     texts = {"cls": f"The scene looks like {gt_answer}.", "mlc": f"The scene shows {gt_answer}.",
@@ -215,8 +201,8 @@ def default_think(task: str, gt_answer: str, n_boxes: int) -> str:
 def make_sample(source: str, task: str, image_size: int, images: Sequence, question: str,
                 gt_answer: str = "", gt_boxes: Sequence = (), label: str = "", think: str = "",
                 category: str = "", **fields) -> Sample:
-    """A Sample. For det, rec and ovd the answer is written here, from the boxes; `label` is the
-    class of ovd's boxes. Raises UserError for an empty answer."""
+    """A Sample. For det, rec and ovd gt_answer is written here, from the boxes; `label` is the
+    class of ovd's boxes. Raises UserError for an empty target."""
     if task == "det":
         gt_answer = format_boxes(gt_boxes, image_size)
     elif task == "rec":
@@ -225,7 +211,7 @@ def make_sample(source: str, task: str, image_size: int, images: Sequence, quest
         gt_answer = format_json(
             [{"bbox_2d": clip_and_round(box, image_size), "label": label} for box in gt_boxes])
     if not gt_answer:
-        raise UserError(f"{source}: the answer is empty")
+        raise UserError(f"{source}: the target is empty (in conversations, the gpt value)")
     if not category and task == "cls":
         category = gt_answer
     return Sample(id=source, task=task, images=tuple(images), question=question,
@@ -236,43 +222,48 @@ def make_sample(source: str, task: str, image_size: int, images: Sequence, quest
 
 def sample_from_text(source: str, task: str, image_size: int, images: Sequence,
                      size: tuple[int, int], question: str, gt_texts: Sequence[str],
-                     skipped: Counter, boxes: Sequence = (), **fields) -> Iterator[Sample]:
+                     notes: Counter, boxes: Sequence = (), **fields) -> Iterator[Sample]:
     """The Sample of a question and its target texts as the data set writes them, or nothing.
 
     size      (width, height) of the first image, before it is resized
-    gt_texts  all right texts; the first one becomes the answer
+    gt_texts  all right texts; the first one becomes gt_answer
     boxes     target boxes in pixels of the resized image, where they are not part of the text
-    Yields nothing, and counts it in `skipped`, if noise leaves no box or, for rec, several.
+    Yields nothing, and counts it in `notes`, if noise leaves no box or, for rec, several.
     """
-    question, gt_boxes = rewrite_boxes(question, size, image_size, source, skipped)
+    question, gt_boxes = rewrite_boxes(question, size, image_size, source, notes)
     gt_answer, nothing_to_find = gt_texts[0], False
     if task in ("det", "rec"):
         boxes = boxes or parse_grid_boxes(gt_answer, image_size)
         if boxes:
-            gt_boxes = clip_boxes(boxes, image_size, skipped)
+            gt_boxes = clip_boxes(boxes, image_size, notes)
+        elif parse_boxes(gt_answer) is None and not BRACKET.search(gt_answer):
+            needs = "boxes or `none`" if task == "det" else "a box"
+            raise UserError(f"{source}: the target {gt_answer[:60]!r} has no box [x1, y1, x2, y2]; "
+                            f"--task {task} needs {needs}")
         else:
             gt_boxes = parse_pixel_boxes(gt_answer, size, image_size, source)
-            nothing_to_find = task == "det"  # `none` is a right answer
+            nothing_to_find = task == "det"  # `none` is a target too
     elif task in BOX_TASKS:
-        nothing_to_find = task != "ground" and says_none(gt_answer)
-        gt_answer, gt_boxes = rewrite_boxes(gt_answer, size, image_size, source, skipped)
+        found = parse_boxes(gt_answer)
+        nothing_to_find = task != "ground" and found is not None and not len(found)
+        gt_answer, gt_boxes = rewrite_boxes(gt_answer, size, image_size, source, notes)
     else:
         gt_texts = [plain_text(text) for text in gt_texts]
         gt_answer = gt_texts[0]
 
-    needs_box = task in BOX_TASKS or task == "rcap"
-    if needs_box and not gt_boxes and not nothing_to_find:
-        skipped["records without a box in the image left out"] += 1
+    needs_box = (task in BOX_TASKS or task == "rcap") and not nothing_to_find
+    if needs_box and not gt_boxes:
+        notes["records without a box in the image left out"] += 1
         return
     if task == "rec" and len(gt_boxes) > 1:
-        skipped["records of several objects left out"] += 1
+        notes["records of several objects left out"] += 1
         return
     if task == "mlc":
         fields["choices"] = parse_label_list(question, source)
     if task == "pair":
         letters = tuple("ABCDEFGHIJ"[: len(images) - 1])
         if gt_answer not in letters:
-            raise UserError(f"{source}: the answer {gt_answer!r} is not the letter of a candidate, "
+            raise UserError(f"{source}: the target {gt_answer!r} is not the letter of a candidate, "
                             f"{', '.join(letters)}")
         fields["choices"] = letters
     if len(gt_texts) > 1:
@@ -281,7 +272,7 @@ def sample_from_text(source: str, task: str, image_size: int, images: Sequence,
 
 
 def sample_per_class(source: str, task: str, image_size: int, images: Sequence,
-                     objects: Iterable[tuple[str, tuple]], skipped: Counter,
+                     objects: Iterable[tuple[str, tuple]], notes: Counter,
                      question: str = "Locate every {}.") -> Iterator[Sample]:
     """One Sample (det, ovd) for each class of an image. `objects` are (class, box in pixels of the
     resized image)."""
@@ -289,9 +280,9 @@ def sample_per_class(source: str, task: str, image_size: int, images: Sequence,
     for label, box in objects:
         boxes_of_class.setdefault(label, []).append(box)
     for label, boxes in sorted(boxes_of_class.items()):
-        boxes = clip_boxes(boxes, image_size, skipped)
+        boxes = clip_boxes(boxes, image_size, notes)
         if len(boxes) > MAX_BOXES_PER_QUESTION:
-            skipped[f"questions for more than {MAX_BOXES_PER_QUESTION} boxes left out"] += 1
+            notes[f"questions for more than {MAX_BOXES_PER_QUESTION} boxes left out"] += 1
         elif boxes:
             yield make_sample(f"{source}, {label}", task, image_size, images,
                               question.format(label), gt_boxes=boxes, label=label, category=label)

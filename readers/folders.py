@@ -41,7 +41,7 @@ from readers.json_records import (
     user_error_on,
 )
 from runtime.errors import UserError
-from sample import INSTRUCTIONS, Sample, read_image_size
+from sample import BOX_TASKS, INSTRUCTIONS, Sample, read_image_size
 
 PAIR_CANDIDATES = 4  # satellite images to choose from in a question of `pair`
 NWPU_CLASSES = dict(enumerate((
@@ -53,11 +53,12 @@ DISASTERS = {  # part of an xBD file's name -> class
     "matthew": "wind", "michael": "wind"}
 
 
-def read_samples(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_samples(path: Path, task: str, image_size: int, image_folder: Path | None,
+                 notes: Counter) -> Iterator[Sample]:
     """The Samples of a file or folder for one task, in its order.
 
-    images   folder that a file's image names are relative to; default: where its format keeps it
-    skipped  counts, by reason, what was left out or changed because of noise
+    image_folder  what image names are relative to; default: where the format keeps its images
+    notes         counts, by reason, what was left out or changed because of noise
     Raises UserError if the format does not serve the task, and for what a user has to fix.
     """
     if path.suffix == ".csv":
@@ -68,18 +69,23 @@ def read_samples(path: Path, task: str, image_size: int, images: Path | None, sk
         name, tasks, reader = "a file of records", INSTRUCTIONS, read_records
     else:
         layouts = (layout for pattern, *layout in FOLDERS if any(path.glob(pattern)))
-        class_folders = ("a folder of class folders", ("cls",), read_class_folders)
-        name, tasks, reader = next(layouts, class_folders)
+        name, tasks, reader = next(layouts, ("one folder per class", ("cls",), read_class_folders))
     if task not in tasks:
-        raise UserError(f"{path}: {name} serves {', '.join(tasks)}, not {task}")
-    yield from reader(path, task, image_size, images, skipped)
+        hint = ""
+        if reader is read_class_folders:  # of any folder that is no other layout
+            name = f"no known layout (docs/data.md lists them), and {name}"
+            hint = "; for a file of records, --data is the file and --images the folder"
+        elif reader is read_pairs and task in BOX_TASKS:
+            hint = "; boxes are not read from CSV"
+        raise UserError(f"{path}: {name} serves {', '.join(tasks)}, not {task}{hint}")
+    yield from reader(path, task, image_size, image_folder, notes)
 
 
 # --------------------------------------------------------------------------------------------------
-# Readers of folders: (path, task, image_size, folder of the images, skipped) -> Samples
+# Readers of folders: (path, task, image_size, image_folder, notes) -> Samples
 
-def read_class_folders(path: Path, task: str, image_size: int, images: Path | None,
-                       skipped: Counter) -> Iterator[Sample]:
+def read_class_folders(path: Path, task: str, image_size: int, image_folder: Path | None,
+                       notes: Counter) -> Iterator[Sample]:
     """EuroSAT and AID: `path[/only folder]/<Class>/<image>`. The question lists the class names."""
     folders = sorted(p for p in path.iterdir() if p.is_dir())
     while len(folders) == 1:  # EuroSAT's class folders are in a folder 2750/
@@ -95,20 +101,19 @@ def read_class_folders(path: Path, task: str, image_size: int, images: Path | No
 
 def reader_of_one_file(pattern: str) -> Callable:
     """A reader of folders that keep their records in the one file of this pattern."""
-    def reader(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+    def reader(path: Path, task: str, image_size: int, image_folder: Path | None,
+               notes: Counter) -> Iterator[Sample]:
         files = sorted(path.glob(pattern))
         if len(files) > 1:
             raise UserError(f"{path}: holds {', '.join(f.name for f in files)}; name one of them")
-        yield from read_records(files[0], task, image_size, images, skipped)
+        yield from read_records(files[0], task, image_size, image_folder, notes)
     return reader
 
 
 def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, task: str,
-                       image_size: int, skipped: Counter) -> Iterator[Sample]:
-    """Samples of an image whose annotation file has one object a line.
-
-    parse  (line, size of the image) -> (class, box in pixels of the resized image)
-    """
+                       image_size: int, notes: Counter) -> Iterator[Sample]:
+    """Samples of an image whose annotation file has one object a line. `parse` maps (line, size of
+    the image) to (class, box in pixels of the resized image)."""
     size = read_image_size(image, str(file))
     with user_error_on("text", str(file)):
         lines = file.read_text().splitlines()
@@ -117,10 +122,11 @@ def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, 
         if line.strip() and not line.startswith(("imagesource:", "gsd:")):  # DOTA's metadata
             with user_error_on(expected, f"{file}: line {i}"):
                 objects.append(parse(line, size))
-    yield from sample_per_class(str(file), task, image_size, (image,), objects, skipped)
+    yield from sample_per_class(str(file), task, image_size, (image,), objects, notes)
 
 
-def read_nwpu(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_nwpu(path: Path, task: str, image_size: int, image_folder: Path | None,
+              notes: Counter) -> Iterator[Sample]:
     """NWPU VHR-10: `ground truth/NNN.txt`, lines (x1,y1),(x2,y2),class in pixels, stray blanks."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
         line = re.sub(r"\s", "", line)
@@ -129,26 +135,28 @@ def read_nwpu(path: Path, task: str, image_size: int, images: Path | None, skipp
         return NWPU_CLASSES[label], convert_box(box, size, (image_size, image_size))
 
     for file in sorted(path.glob("ground truth/*.txt")):
-        image = find_image(images or path / "positive image set", f"{file.stem}.jpg")
+        image = find_image(image_folder or path / "positive image set", f"{file.stem}.jpg")
         yield from samples_from_lines(file, image, parse, "(x1,y1),(x2,y2),class", task, image_size,
-                                      skipped)
+                                      notes)
 
 
-def read_dota(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_dota(path: Path, task: str, image_size: int, image_folder: Path | None,
+              notes: Counter) -> Iterator[Sample]:
     """DOTA: `labelTxt*/X.txt`, lines x1 y1 .. x4 y4 class [difficulty] in pixels. The corners are
-    scaled before they become a box: an oriented rectangle scaled by two factors is no rectangle."""
+    scaled before an oriented box (OBB) is made of them: two scale factors would skew the box."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
         *corners, label = line.split()[:9]
         corners = np.array(corners, float).reshape(4, 2)
         return label, min_area_rect(corners / size * image_size)
 
     for file in sorted(path.glob("labelTxt*/*.txt")):
-        image = find_image(images or path / "images", f"{file.stem}.png")
+        image = find_image(image_folder or path / "images", f"{file.stem}.png")
         yield from samples_from_lines(file, image, parse, "x1 y1 .. x4 y4 class", task, image_size,
-                                      skipped)
+                                      notes)
 
 
-def read_dior_rsvg(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_dior_rsvg(path: Path, task: str, image_size: int, image_folder: Path | None,
+                   notes: Counter) -> Iterator[Sample]:
     """DIOR-RSVG: all objects of the folder, or those of a split if the path is train.txt, val.txt
     or test.txt. A split lists objects by their number in the order of Annotations/*.xml."""
     root, wanted, count = path, None, 0
@@ -162,7 +170,7 @@ def read_dior_rsvg(path: Path, task: str, image_size: int, images: Path | None, 
             objects = list(enumerate(tree.iter("object"), count))
             count += len(objects)
             objects = [(i, node) for i, node in objects if wanted is None or i in wanted]
-            image = (images or root / "JPEGImages") / tree.findtext("filename")
+            image = (image_folder or root / "JPEGImages") / tree.findtext("filename")
             size = read_image_size(image, str(file)) if objects else None
             for i, node in objects:
                 sides = ("xmin", "ymin", "xmax", "ymax")
@@ -170,19 +178,18 @@ def read_dior_rsvg(path: Path, task: str, image_size: int, images: Path | None, 
                 boxes = [convert_box(box, size, (image_size, image_size))]
                 question = phrase_to_question(task, node.findtext("description").strip())
                 yield from sample_from_text(
-                    f"{file}: object {i}", task, image_size, (image,), size, question, [""], skipped,
+                    f"{file}: object {i}", task, image_size, (image,), size, question, [""], notes,
                     boxes, category=node.findtext("name"))
     if wanted and max(wanted) >= count:
         raise UserError(f"{path}: names object {max(wanted)}, but Annotations holds {count}; "
                         "some annotations are missing")
 
 
-def read_xbd(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
-    """xBD: images/*_{pre,post}_disaster.png with labels or masks of the later image.
-
-    cls asks for the disaster, and whether a building is damaged. det, which needs the labels, asks
-    for the buildings of each class of damage.
-    """
+def read_xbd(path: Path, task: str, image_size: int, image_folder: Path | None,
+             notes: Counter) -> Iterator[Sample]:
+    """xBD: images/*_{pre,post}_disaster.png with labels or masks of the later image. cls asks for
+    the disaster, and whether a building is damaged. det, which needs the labels, asks for the
+    buildings of each class of damage."""
     pattern = "images/*_post_disaster.*"
     for post in sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")]):
         pair, source = (post.with_name(post.name.replace("_post_", "_pre_")), post), post.name
@@ -192,18 +199,18 @@ def read_xbd(path: Path, task: str, image_size: int, images: Path | None, skippe
         if task == "cls":
             yield from ask_about_disaster(source, image_size, pair, damaged)
         elif buildings is None:
-            skipped["image pairs without labels/*.json left out"] += 1
+            notes["image pairs without labels/*.json left out"] += 1
         else:
             classified = [(kind, box) for kind, box in buildings if kind != "un-classified"]
             if len(classified) < len(buildings):
-                skipped["buildings of no class left out"] += len(buildings) - len(classified)
-            yield from sample_per_class(source, task, image_size, pair, classified, skipped,
+                notes["buildings of no class left out"] += len(buildings) - len(classified)
+            yield from sample_per_class(source, task, image_size, pair, classified, notes,
                                         "Locate every {} building in the second image.")
 
 
 def read_xbd_annotation(post: Path, size: tuple[int, int], image_size: int) -> tuple:
-    """(buildings, damaged); None for what is not annotated. `buildings` is a list of (damage, box in
-    pixels of the resized image), from labels/*.json. `damaged`, whether any is, comes from the same
+    """(buildings, damaged); None for what is not annotated. `buildings` is a list of (damage, box
+    in pixels of the resized image), from labels/*.json. `damaged`, whether any is, comes from that
     file or from a mask in targets/ or masks/ (0 no building, 1 no damage .. 4 destroyed)."""
     root = post.parent.parent
     label = root / "labels" / f"{post.stem}.json"
@@ -220,7 +227,7 @@ def read_xbd_annotation(post: Path, size: tuple[int, int], image_size: int) -> t
 
 
 def polygon_box(wkt: str, size: tuple[int, int], image_size: int) -> tuple:
-    """The upright box, in pixels of the resized image, of POLYGON ((x y, x y, ..)) in pixels."""
+    """POLYGON ((x y, ..)) in pixels -> its axis-aligned box (HBB), pixels of the resized image."""
     points = np.reshape(re.findall(r"[-\d.e]+", wkt.partition("((")[2]), (-1, 2)).astype(float)
     return bounding_box(points / size * image_size)
 
@@ -243,17 +250,17 @@ def ask_about_disaster(source: str, image_size: int, pair: tuple,
                           think=f"{'A' if damaged else 'No'} building is damaged.")
 
 
-def read_earthreason(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_earthreason(path: Path, task: str, image_size: int, image_folder: Path | None,
+                     notes: Counter) -> Iterator[Sample]:
     """EarthReason: [split/]QAs/X.json with `questions`, images/X.*, and labels/X.png, a mask that
     is empty if there is no target."""
     for file in sorted([*path.glob("QAs/*.json"), *path.glob("*/QAs/*.json")]):
         root = file.parent.parent
         with user_error_on("`questions` of EarthReason", str(file)):
-            questions = json.loads(file.read_text(encoding="utf-8"))["questions"]
             image = find_image(root / "images", f"{file.stem}.jpg").name
-            row = {"image": f"images/{image}", "mask": f"labels/{file.stem}.png"}
-            row["problem"] = questions
-            yield from read_mask(str(file), row, task, image_size, root, skipped)
+            row = {"problem": json.loads(file.read_text(encoding="utf-8"))["questions"],
+                   "image": f"images/{image}", "mask": f"labels/{file.stem}.png"}
+            yield from read_mask(str(file), row, task, image_size, root, notes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,10 +274,11 @@ class Place(NamedTuple):
     city: str
 
 
-def read_pairs(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_pairs(path: Path, task: str, image_size: int, image_folder: Path | None,
+               notes: Counter) -> Iterator[Sample]:
     """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right. The
-    letters of the answers follow the rank of a hash, so that their counts differ by at most 1."""
-    places = read_places(path, images)
+    right letters follow the rank of a hash, so that their counts differ by at most 1."""
+    places = read_places(path, image_folder)
     k = min(PAIR_CANDIDATES, len(places))
     letters = tuple("ABCDEFGHIJ"[:k])
     by_hash = sorted(range(len(places)), key=lambda i: zlib.crc32(places[i].ground.name.encode()))
@@ -291,7 +299,7 @@ def read_pairs(path: Path, task: str, image_size: int, images: Path | None, skip
                           choices=letters, category=city)
 
 
-def read_places(path: Path, images: Path | None) -> list[Place]:
+def read_places(path: Path, image_folder: Path | None) -> list[Place]:
     """The lines of tables without a header: `aerial,ground[,annotation]` (CVUSA) or
     `name,longitude,latitude,city,aerial,ground` (CV-Cities, <city>/img_info.csv)."""
     places, files = [], [path]
@@ -302,25 +310,22 @@ def read_places(path: Path, images: Path | None) -> list[Place]:
             lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
         for i, line in enumerate(lines, 1):
             source = f"{file}: line {i}"
-            forms = "`aerial,ground` or `name,longitude,latitude,city,aerial,ground`"
-            with user_error_on(forms, source):
+            with user_error_on("`aerial,ground` or `name,lon,lat,city,aerial,ground`", source):
                 if len(line) > 5:
                     _, lon, lat, city, aerial, ground = line[:6]
-                    position, root = (float(lon), float(lat)), images or file.parent.parent
+                    position, root = (float(lon), float(lat)), image_folder or file.parent.parent
                 else:
                     aerial, ground = line[:2]
-                    position, city, root = None, "", images or file.parent
+                    position, city, root = None, "", image_folder or file.parent
                 first_image_size((root / ground, root / aerial), source)
                 places.append(Place(source, root / ground, root / aerial, position, city))
     return places
 
 
 def other_places(positions: list) -> list[np.ndarray]:
-    """For each place the indices of other places, whose images are wrong answers to its question.
-
-    If all places have a position, the nearest come first, without those at the same position, which
-    would be right too. Otherwise they are drawn at random, with the place's index as the seed.
-    """
+    """For each place the indices of other places, whose images are wrong candidates. If all places
+    have a position, the nearest come first, without those at the same position, which would be
+    right too. Otherwise they are drawn at random, with the place's index as the seed."""
     n = len(positions)
     few = min(n, 4 * PAIR_CANDIDATES)
     if not positions or None in positions:

@@ -1,8 +1,5 @@
-"""Records of JSON files, EarthDial shards and parquet -> Samples. The format is detected from the
-keys of a record.
-
-A format is one reader and one line of the table RECORDS at the end.
-"""
+"""Records of JSON files, EarthDial shards and parquet -> Samples. The keys of a record tell its
+format, which is one reader and one line of the table RECORDS at the end."""
 
 import io
 import json
@@ -54,7 +51,7 @@ def user_error_on(expected: str, source: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
-        raise UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it") from error
+        raise UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it")
 
 
 def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
@@ -82,10 +79,8 @@ def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_json(path: Path) -> list[tuple[str, object]]:
-    """("file:record", value) of each record of a JSON array or of JSON lines.
-
-    A file whose first line is `{`, as of LEVIR-CC and many COCO files, holds one object.
-    """
+    """iter_json_records, as a list. A file whose first line is `{`, as of LEVIR-CC and many COCO
+    files, holds one object."""
     with user_error_on("a JSON document", str(path)), path.open("rb") as file:
         if file.readline().strip() == b"{":
             return [(str(path), json.loads(path.read_text(encoding="utf-8")))]
@@ -131,23 +126,23 @@ def image_of_cell(cell: dict) -> Image.Image:
     return image
 
 
-def images_of(source: str, record: dict, folder: Path) -> tuple:
-    """The record's images in order: paths below the folder, or PIL images of a table."""
+def images_of(source: str, record: dict, image_folder: Path) -> tuple:
+    """The record's images in order: paths in image_folder, or PIL images of a table."""
     names = [record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
     names = names or record.get("image") or record.get("images")
     names = names if isinstance(names, list) else [names]
     valid = [isinstance(name, str) or isinstance(name, dict) and "bytes" in name for name in names]
     if not names or not all(valid):
         raise UserError(f"{source}: `image` is neither a file name nor a list of file names")
-    return tuple(folder / n if isinstance(n, str) else image_of_cell(n) for n in names)
+    return tuple(image_folder / n if isinstance(n, str) else image_of_cell(n) for n in names)
 
 
-def find_image(folder: Path, name: str) -> Path:
-    """folder / name. If the name has no extension or a wrong one (GeoChat-Bench's aid.jsonl), the
+def find_image(image_folder: Path, name: str) -> Path:
+    """image_folder / name. If it has no extension or a wrong one (GeoChat-Bench's aid.jsonl), the
     image of the same stem."""
     stem = name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
-    paths = [folder / name, *(folder / f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES)]
-    return next((path for path in paths if path.is_file()), folder / name)
+    names = [name, *(f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES)]
+    return image_folder / next((n for n in names if (image_folder / n).is_file()), name)
 
 
 def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
@@ -160,29 +155,33 @@ def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------------
 # From a file to its records
 
-def read_records(path: Path, task: str, image_size: int, images: Path | None, skipped: Counter) -> Iterator[Sample]:
+def read_records(path: Path, task: str, image_size: int, image_folder: Path | None,
+                 notes: Counter) -> Iterator[Sample]:
     """Samples of a JSON array or document, JSON lines, an EarthDial shard or parquet."""
-    folder = images or path.parent
+    image_folder = image_folder or path.parent
     is_table = path.is_dir() or path.suffix == ".parquet"
     records = list(iter_table_rows(path)) if is_table else read_json(path)
     if len(records) == 1 and isinstance(records[0][1], dict) and not format_of(records[0][1]):
         source, document = records[0]
         with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
-            records = list(records_of_document(path, document, skipped))
+            records = list(records_of_document(path, document, notes))
     options = {
         read_conversation: {"marked": any(has_task_mark(record) for _, record in records)},
-        read_benchmark: {"rsvqa_answers": cache(lambda: read_rsvqa_answers(folder))},  # read once
+        read_benchmark: {"rsvqa_answers": cache(lambda: read_rsvqa_answers(image_folder))},
     }
     for source, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{source}: expected an object, found {type(record).__name__}")
         if not format_of(record):
-            raise UserError(f"{source}: no known format has the keys {', '.join(record)}")
+            raise UserError(f"{source}: no known format has the keys {', '.join(record)[:200]}; "
+                            "docs/data.md lists the formats, and the one for your own data")
         _, name, tasks, reader = format_of(record)
         if task not in tasks:
-            raise UserError(f"{source}: {name} serves {', '.join(tasks)}, not {task}")
+            hint = {"ovd": "; `ovd` reads COCO files", "seg": "; `seg` reads EarthReason"}
+            raise UserError(
+                f"{source}: {name} serves {', '.join(tasks)}, not {task}{hint.get(task, '')}")
         with user_error_on(name, source):
-            yield from reader(source, record, task, image_size, folder, skipped,
+            yield from reader(source, record, task, image_size, image_folder, notes,
                               **options.get(reader, {}))
 
 
@@ -198,14 +197,14 @@ def has_task_mark(record: object) -> bool:
         TASK_MARK.match(str(turn.get("value"))) for turn in turns if isinstance(turn, dict))
 
 
-def records_of_document(path: Path, document: dict, skipped: Counter) -> Iterator[tuple[str, dict]]:
+def records_of_document(path: Path, document: dict, notes: Counter) -> Iterator[tuple[str, dict]]:
     """The records of a document that keeps them in several lists, joined by their ids."""
     if "questions" in document:  # RSVQA
         answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
         active = [q for q in document["questions"] if q.get("active", True)]
         if len(active) < len(document["questions"]):
             inactive = len(document["questions"]) - len(active)
-            skipped["questions of other splits left out"] += inactive
+            notes["questions of other splits left out"] += inactive
         for q in active:
             answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
             yield f"{path}: question {q['id']}", q | answer
@@ -219,12 +218,13 @@ def records_of_document(path: Path, document: dict, skipped: Counter) -> Iterato
     elif "images" in document:  # Karpathy
         for i, image in enumerate(document["images"]):
             yield f"{path}: image {i}", image
-    elif all(isinstance(rows, list) for rows in document.values()):  # NWPU-Captions
+    elif all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+             for rows in document.values()):  # NWPU-Captions
         for name, rows in document.items():
             for i, row in enumerate(rows):
                 yield f"{path}: {name} {i}", row | {"category": name}
     else:
-        raise UserError(f"{path}: no known format has the keys {', '.join(document)}")
+        yield str(path), document  # of no known format
 
 
 def read_rsvqa_answers(path: Path) -> dict:
@@ -239,24 +239,25 @@ def read_rsvqa_answers(path: Path) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Readers: (source, record, task, image_size, folder of the images, skipped) -> Samples
+# Readers: (source, record, task, image_size, image_folder, notes) -> Samples
 
-def read_conversation(source: str, record: dict, task: str, image_size: int, folder: Path,
-                      skipped: Counter, marked: bool) -> Iterator[Sample]:
+def read_conversation(source: str, record: dict, task: str, image_size: int, image_folder: Path,
+                      notes: Counter, marked: bool) -> Iterator[Sample]:
     """2U1, VLM-R1, GeoChat_Instruct, VRSBench_train and EarthDial's training shards: `image` (one
     name or several, or image columns) and `conversations`, in turn human and gpt.
 
     marked  GeoChat mixes tasks in one file and marks the turns: only those of the task are taken,
             and the others are counted. In other files every turn belongs to the task.
     """
-    images, turns = images_of(source, record, folder), record["conversations"]
+    images, turns = images_of(source, record, image_folder), record["conversations"]
     if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
-        raise UserError(f"{source}: `conversations` is not a list of objects with a text `value`")
+        raise UserError(f"{source}: `conversations` is not a list of turns with texts; expected "
+                        "`from` and `value` in each turn")
     wrong_role = any(turn.get("from") in ("gpt", "assistant", "system") for turn in turns[::2])
     if len(turns) < 2 or len(turns) % 2 or wrong_role:
         raise UserError(
-            f"{source}: `conversations` has {len(turns)} turns, expected question and answer in "
+            f"{source}: `conversations` has {len(turns)} turns, expected question and target in "
             "pairs, `from` human and gpt in turn, without a system turn")
     split = SPLITS.get(str(record.get("split") or "").lower())
     if split is None:
@@ -272,18 +273,17 @@ def read_conversation(source: str, record: dict, task: str, image_size: int, fol
     for i in range(0, len(turns), 2):
         question, target = turns[i]["value"], turns[i + 1]["value"]
         if marked and task not in tasks_of_question(question, target):
-            skipped["turns with the mark of another task, such as [vqa], left out"] += 1
+            notes["turns with the mark of another task, such as [vqa], left out"] += 1
             continue
         size = size or first_image_size(images, source)
         think, gt_answer = split_reasoning(target)
         turn_source = f"{source}, turn {i // 2}" if len(turns) > 2 else source
-        yield from sample_from_text(
-            turn_source, task, image_size, images, size, question, [gt_answer], skipped, think=think,
-            category=category, split=split)
+        yield from sample_from_text(turn_source, task, image_size, images, size, question,
+                                    [gt_answer], notes, think=think, category=category, split=split)
 
 
-def read_earthdial(source: str, row: dict, task: str, image_size: int, folder: Path,
-                   skipped: Counter) -> Iterator[Sample]:
+def read_earthdial(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+                   notes: Counter) -> Iterator[Sample]:
     """EarthDial's evaluation rows, of its shards or as JSON: `question`, target texts under one of
     the keys below, and `size_group` or `ttype`. Values may be JSON-quoted.
 
@@ -313,7 +313,7 @@ def read_earthdial(source: str, row: dict, task: str, image_size: int, folder: P
         raise UserError(f"{source}: a row with `{key}` and this question serves "
                         f"{', '.join(tasks)}, not {task}")
 
-    images, boxes = images_of(source, row, folder), []
+    images, boxes = images_of(source, row, image_folder), []
     if task in ("det", "rec"):
         brackets = re.findall(r"\[([^\[\]]+)\]", gt_texts[0])
         boxes = [[float(v) for v in re.findall(NUMBER, text)] for text in brackets]
@@ -327,17 +327,17 @@ def read_earthdial(source: str, row: dict, task: str, image_size: int, folder: P
     if task == "vqa":
         subset = unquoted("ttype") or unquoted("vqa_type")
     size = first_image_size(images, source)
-    yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, skipped,
+    yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, notes,
                                 boxes, subset=subset, category=unquoted("category"))
 
 
-def read_benchmark(source: str, row: dict, task: str, image_size: int, folder: Path,
-                   skipped: Counter, rsvqa_answers: Callable[[], dict]) -> Iterator[Sample]:
+def read_benchmark(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+                   notes: Counter, rsvqa_answers: Callable[[], dict]) -> Iterator[Sample]:
     """GeoChat-Bench and VRSBench_EVAL_*: `image_id` or `image`, `question` or `text`, and
     `ground_truth`: polygons in pixels, a box of the grid, or a text.
 
     `obj_corner`, in fractions of the image's sides, is preferred to a box of the grid. lrben and
-    hrben have no ground truth: RSVQA's answers JSON has to be in the images' folder.
+    hrben have no ground truth: RSVQA's answers JSON has to be in image_folder.
     grounding_description has no boxes, so it serves cap.
     """
     question = str(row.get("question") or row.get("text") or "Describe the image.")
@@ -356,7 +356,7 @@ def read_benchmark(source: str, row: dict, task: str, image_size: int, folder: P
     if task not in tasks:
         raise UserError(f"{source}: this row of a benchmark serves {', '.join(tasks)}, not {task}")
 
-    images = (find_image(folder, str(row.get("image_id") or row["image"])),)
+    images = (find_image(image_folder, str(row.get("image_id") or row["image"])),)
     size, boxes = first_image_size(images, source), []
     if has_boxes:
         polygons = []  # (4, 2) each, in fractions of the image's sides
@@ -381,24 +381,25 @@ def read_benchmark(source: str, row: dict, task: str, image_size: int, folder: P
         question = phrase_to_question(task, question)
     category = str(row.get("obj_cls") or "")
     yield from sample_from_text(source, task, image_size, images, size, question, [gt_answer],
-                                skipped, boxes, subset=str(subset or ""), category=category)
+                                notes, boxes, subset=str(subset or ""), category=category)
 
 
-def read_rsvqa(source: str, row: dict, task: str, image_size: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+def read_rsvqa(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+               notes: Counter) -> Iterator[Sample]:
     """RSVQA: a question with its answer; images in Images*/<img_id>.png, .tif or .jpg."""
-    inner = next((path for path in sorted(folder.glob("Images*")) if path.is_dir()), folder)
+    inner = next((p for p in sorted(image_folder.glob("Images*")) if p.is_dir()), image_folder)
     images = (find_image(inner, f"{row['img_id']}.png"),)
     size = first_image_size(images, source)
     gt_texts = [str(row["answer"])]
     yield from sample_from_text(source, task, image_size, images, size, row["question"], gt_texts,
-                                skipped, subset=row["type"], category=row["type"])
+                                notes, subset=row["type"], category=row["type"])
 
 
-def read_few_shot(source: str, row: dict, task: str, image_size: int, folder: Path,
-                  skipped: Counter) -> Iterator[Sample]:
+def read_few_shot(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+                  notes: Counter) -> Iterator[Sample]:
     """Geo-R1's VRSBench-FS, parquet or JSON: `problem`, and `answer` or `solution` as x1, y1, x2,
     y2 in pixels."""
-    images = images_of(source, row, folder)
+    images = images_of(source, row, image_folder)
     values = [float(v) for v in row.get("solution") or row["answer"]]
     size = first_image_size(images, source)
     box = convert_box(values[:4], size, (image_size, image_size))
@@ -408,11 +409,11 @@ def read_few_shot(source: str, row: dict, task: str, image_size: int, folder: Pa
         subset = "unique" if is_unique else "non-unique"
     category = str(row.get("category") or "")
     yield from sample_from_text(source, task, image_size, images, size, row["problem"], [""],
-                                skipped, [box], subset=subset, category=category)
+                                notes, [box], subset=subset, category=category)
 
 
-def read_captions(source: str, row: dict, task: str, image_size: int, folder: Path,
-                  skipped: Counter) -> Iterator[Sample]:
+def read_captions(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+                  notes: Counter) -> Iterator[Sample]:
     """Several captions of an image or a change: `sentences` in Karpathy's layout (RSICD, RSITMD,
     UCM), with `changeflag` in LEVIR-CC (images/<filepath>/{A,B}), `raw`, `raw_1` .. in
     NWPU-Captions, `captions` in RSICD's captions on AID."""
@@ -423,35 +424,35 @@ def read_captions(source: str, row: dict, task: str, image_size: int, folder: Pa
     gt_texts = [row[key] for key in row if key.startswith("raw")] or row.get("captions")
     gt_texts = gt_texts or [sentence["raw"] for sentence in row["sentences"]]
     if task == "change":
-        images = tuple(folder / "images" / row["filepath"] / date / name for date in "AB")
+        images = tuple(image_folder / "images" / row["filepath"] / date / name for date in "AB")
         question = "What has changed from the first image to the second?"
         category = "change" if row["changeflag"] else "no change"
     else:
         category = row.get("category") or Path(name).parent.name
         question = "Describe the image."
-        image = folder / category / name
-        images = (image if image.is_file() else folder / name,)
+        image = image_folder / category / name
+        images = (image if image.is_file() else image_folder / name,)
     size = first_image_size(images, source)
-    yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, skipped,
+    yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, notes,
                                 category=category, split=str(row.get("split") or ""))
 
 
-def read_coco(source: str, row: dict, task: str, image_size: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+def read_coco(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+              notes: Counter) -> Iterator[Sample]:
     """NWPU-FS and other COCO JSON: an image with its `objects`, x, y, width, height in pixels."""
-    image = folder / row["file_name"]
+    image = image_folder / row["file_name"]
     size = read_image_size(image, source)
     objects = [(label, convert_box((x, y, x + w, y + h), size, (image_size, image_size)))
                for label, (x, y, w, h) in row["objects"]]
-    yield from sample_per_class(source, task, image_size, (image,), objects, skipped)
+    yield from sample_per_class(source, task, image_size, (image,), objects, notes)
 
 
-def read_mask(source: str, row: dict, task: str, image_size: int, folder: Path, skipped: Counter) -> Iterator[Sample]:
+def read_mask(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+              notes: Counter) -> Iterator[Sample]:
     """EarthReason in Geo-R1's form: `problem` (one or several) and `mask`, non-zero on the target.
-
-    The answer has a box and two points for each connected piece of at least 1% of the mask.
-    """
-    images, mask = images_of(source, row, folder), row["mask"]
-    mask = image_of_cell(mask) if isinstance(mask, dict) else folder / mask
+    gt_answer has a box and two points for each connected piece of at least 1% of the mask."""
+    images, mask = images_of(source, row, image_folder), row["mask"]
+    mask = image_of_cell(mask) if isinstance(mask, dict) else image_folder / mask
     first_image_size((*images, mask), source)
     gt_mask = load_gt_mask(Sample(source, task, images, "", "", image_size, gt_mask=mask))
     pieces, _ = ndimage.label(gt_mask)  # (image_size, image_size): 0, or the number of the piece
@@ -495,8 +496,7 @@ RECORDS = (
     ({"file_name", "objects"}, "an image of COCO", ("ovd", "det"), read_coco),
     ({"img_id", "question"}, "a question of RSVQA", ("vqa",), read_rsvqa),
     ({"image", "captions"}, "a record of captions", ("cap",), read_captions),
-    ({"filename", "sentences"}, "an image of Karpathy's captions",
-     ("cap", "change"), read_captions),
+    ({"filename", "sentences"}, "a row of Karpathy's captions", ("cap", "change"), read_captions),
     ({"filename", "raw"}, "an image of NWPU-Captions", ("cap",), read_captions),
     ({"image_id"}, "a row of GeoChat-Bench or VRSBench",
      ("det", "rec", "rcap", "cap", "vqa"), read_benchmark),

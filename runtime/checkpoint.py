@@ -36,8 +36,8 @@ from runtime.logging import print0
 # Flags that change neither the data nor the loss.
 MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens",
                         "gradient-checkpointing", "compile", "tensorboard")
-NOT_COMPARED = ("out", "resume", "tensorboard")  # older checkpoints do not have the last
-FOLDERS = ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "adapter", "tensorboard")
+FOLDERS = ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "model.partial",
+           "adapter", "tensorboard")
 FILES = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
 START_AGAIN = "start again without --resume, which clears the folder"
 
@@ -45,12 +45,12 @@ START_AGAIN = "start again without --resume, which clears the folder"
 def run_config(args: Namespace, fingerprints: Sequence[str]) -> dict[str, str]:
     """What makes a run what it is: its flags by name, and the data that it found."""
     flags = {name.replace("_", "-"): str(value) for name, value in vars(args).items()}
-    config = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
+    config = {name: value for name, value in flags.items() if name not in ("out", "resume")}
     return config | {"data (as read)": ", ".join(fingerprints)}
 
 
 class Run:
-    """One training run, whose folder is locked as long as this object lives.
+    """One training run, whose folder is locked until close() or the end of the process.
 
     .out       the folder, args.out
     .config    the settings that a resumed run must share, from run_config
@@ -68,6 +68,7 @@ class Run:
         self.config = config
         self.progress = fresh_progress
         self.received_signals = []
+        self.old_handlers = {}
         if not args.resume and Path(args.model).resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"--model {args.model} lies in --out {self.out}, which a new run "
                             "clears; choose another --out")
@@ -94,20 +95,29 @@ class Run:
         """From now on SIGTERM and SIGINT do not end the process; they make should_stop() true."""
         received = self.received_signals
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: received.append(number))
+            self.old_handlers[number] = signal.signal(
+                number, lambda number, _: received.append(number))
+
+    def close(self) -> None:
+        """Restore the signal handlers and unlock the folder."""
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if self.lock_file:
+            self.lock_file.close()
 
     def should_stop(self) -> bool:
         """True on all ranks if a signal has reached one of them."""
         return all_reduce_max(len(self.received_signals)) > 0
 
     def resume_command(self) -> str:
-        """This run's command line, to which the caller adds --resume. The address where torchrun's
-        nodes meet is not known here."""
+        """This run's command line with --resume. The address where torchrun's nodes meet is not
+        known here."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         nodes = [f"--nnodes={world_size() // local}", "--rdzv-..."] if world_size() > local else []
         torchrun = ["torchrun", *nodes, f"--nproc-per-node={local}"]
         launcher = torchrun if world_size() > 1 else ["python"]
-        return shlex.join([*launcher, *(arg for arg in sys.argv if arg != "--resume")])
+        args = [arg for arg in sys.argv if arg != "--resume"]
+        return shlex.join([*launcher, *args, "--resume"])
 
     def save_checkpoint(self, progress: dict, policy: Module, optimizer: Optimizer,
                         ref_model: Module | None = None) -> None:
@@ -136,8 +146,7 @@ class Run:
         except (CheckpointException, OSError) as error:  # the first is no Exception
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{partial} cannot be written ({reason(error)}); is the disk full? The "
-                            "last checkpoint, if there is one, is intact; --resume continues from "
-                            "it")
+                            "last checkpoint, if any, is intact; --resume continues from it")
         barrier()
         self.progress = progress
 
@@ -147,7 +156,7 @@ class Run:
         the optimiser. Raises UserError if a file is not as it was written. Resume from your own
         checkpoints only: torch.distributed.checkpoint describes them in a pickle."""
         folder = last_checkpoint(self.out)
-        written = json.loads((folder / "run.json").read_text())["files"]
+        written = read_run_json(folder)["files"]
         found = checksums(folder)
         for name in written:
             if written[name] != found.get(name):
@@ -187,24 +196,31 @@ def last_checkpoint(out: Path) -> Path | None:
     return next((f for f in (out / "checkpoint", out / "checkpoint.old") if f.exists()), None)
 
 
-def read_progress(folder: Path, config: dict[str, str]) -> dict:
-    """A checkpoint's progress. Raises UserError if its settings are not those of `config`."""
+def read_run_json(folder: Path) -> dict[str, dict]:
+    """settings, progress and files of a checkpoint. Raises UserError if one of them is missing."""
     file = folder / "run.json"
     try:
         saved = json.loads(file.read_text())
-        before = saved["settings"]
-        changes = {name: f"--{name} was {before.get(name)} and is now {value}"
-                   for name, value in config.items() if value != before.get(name)}
-        progress = dict(saved["progress"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return {name: dict(saved[name]) for name in ("settings", "progress", "files")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--resume: {file} is damaged ({first_line(error)}); "
                         f"{START_AGAIN}") from error
+
+
+def read_progress(folder: Path, config: dict[str, str]) -> dict:
+    """A checkpoint's progress. Raises UserError if its settings are not those of `config`. A flag
+    that an older checkpoint does not know is not compared."""
+    saved = read_run_json(folder)
+    before = saved["settings"]
+    changes = {name: f"--{name} was {before[name]} and is now {value}"
+               for name, value in config.items() if name in before and value != before[name]}
     refused = [change for name, change in changes.items() if name not in MAY_CHANGE_ON_RESUME]
     if refused:
-        raise UserError(f"--resume: {', '.join(refused)}: that would be another run")
+        raise UserError(f"--resume: {', '.join(refused)}: that would be another run; give the old "
+                        "values, or start a new run in another --out")
     for change in changes.values():
         print0(f"--resume: {change}")
-    return progress
+    return saved["progress"]
 
 
 def checksums(folder: Path) -> dict[str, int]:

@@ -74,8 +74,7 @@ def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:
 
 
 def exit_with_error(message: str) -> None:
-    """Exit with status 1. With other ranks at once: an orderly exit would wait for them, and they
-    for this one."""
+    """Exit with status 1; with other ranks at once, as an orderly exit would wait for them."""
     if world_size() == 1:
         sys.exit(message)
     print(message, file=sys.stderr, flush=True)

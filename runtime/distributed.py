@@ -1,5 +1,4 @@
-"""Several processes under plain torchrun: each step's groups divided among the ranks, and the model
-sharded by FSDP2.
+"""Several processes under torchrun: groups divided among the ranks, the model sharded by FSDP2.
 
 A group stays whole on its rank. FSDP gathers weights from all ranks in each forward and backward
 pass, so every rank has to run equally many; a rank with fewer micro-batches adds dummy passes whose
@@ -23,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from runtime.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for a dead one before it fails
 
 
 def rank() -> int:
@@ -55,24 +56,24 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, compute_dtype(), enabled=enabled, cache_enabled=False)
 
 
-def init_distributed(shard_size: int | None = None, minutes: float = 10) -> DeviceMesh | None:
+def init_distributed(shard_size: int | None = None) -> DeviceMesh | None:
     """Join the processes that torchrun started -> the mesh to shard over; None for one process.
 
     shard_size  ranks that share one copy of the model; None for all, a mesh (shards,). Fewer give a
                 mesh (copies, shards), hybrid sharding: weights are gathered within a node only.
-    minutes     how long a rank waits for a dead one before it fails
     Raises UserError if the number of processes is no multiple of shard_size.
     """
     size = shard_size or world_size()
     if world_size() % size:
-        raise UserError(f"--shard-size {size}: {world_size()} processes are no multiple of it")
+        raise UserError(f"--shard-size {size}: {world_size()} processes are no multiple of it; "
+                        f"take a divisor of {world_size()}")
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if world_size() == 1:
         return None
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        dist.init_process_group(backend, timeout=TIMEOUT)
     shape = (world_size() // size, size)
     mesh = init_device_mesh(device().type, shape, mesh_dim_names=("copies", "shards"))
     return mesh if size < world_size() else mesh["shards"]
@@ -100,7 +101,8 @@ def to_compute_dtype(module: Module, vectors: bool = False) -> Module:
     return module
 
 
-def build_policy_and_sampler(policy: Module, mesh: DeviceMesh | None) -> tuple[Module, Module]:
+def build_policy_and_sampling_model(policy: Module,
+                                    mesh: DeviceMesh | None) -> tuple[Module, Module]:
     """A policy on the CPU -> (the policy that learns, sharded; the whole model that generates).
 
     They share their weights where one process has nothing to cast: on a CPU, and with LoRA, whose
@@ -119,7 +121,8 @@ def make_ref_model(policy: Module, sampling_model: Module, mesh: DeviceMesh | No
     """A frozen copy of the policy: the reference model of the KL penalty."""
     # A sharded policy cannot be copied; its sampling model has the same weights.
     model = copy.deepcopy(policy.model if mesh is None else sampling_model)
-    ref_model = type(policy)(to_compute_dtype(model).requires_grad_(False))  # not sharded yet
+    model = to_compute_dtype(model).requires_grad_(False).eval()
+    ref_model = type(policy)(model).eval()  # not sharded yet
     return apply_fsdp(ref_model, mesh, reshard=True)
 
 
@@ -141,7 +144,7 @@ def apply_fsdp(policy: Module, mesh: DeviceMesh | None, reshard: bool | None = N
 
 
 @torch.no_grad()
-def sync_sampler(sampling_model: Module, policy: Module) -> None:
+def sync_sampling_model(sampling_model: Module, policy: Module) -> None:
     """Copy the policy's weights into the sampling model in place, one tensor at a time."""
     if sampling_model is policy.model:
         return
@@ -153,7 +156,7 @@ def gather_full_model(policy: Module, sampling_model: Module) -> Module:
     """The trained weights as a whole model in float32 on the CPU. Overwrites `sampling_model`."""
     # Float32, because bf16 would round; on every rank, or the gathered shards would differ in size.
     sampling_model.cpu().float()
-    sync_sampler(sampling_model, policy)
+    sync_sampling_model(sampling_model, policy)
     return sampling_model
 
 

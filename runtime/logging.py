@@ -38,8 +38,7 @@ class JsonlLog:
         """Append a row, whose NaN and infinities become null. Raises UserError if it cannot."""
         if rank() != 0:
             return
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-               for name, value in row.items()}
+        row = finite_or_null(row)
         try:
             if not self.is_cut_back:
                 lines = self.path.read_text().splitlines(keepends=True) if self.keep_lines else []
@@ -54,24 +53,27 @@ class JsonlLog:
                             "last checkpoint") from error
 
 
+def check_tensorboard() -> None:
+    """Raises UserError if --tensorboard cannot work. Call it before a run clears its folder."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
+
+
 class MetricsLog:
     """The one place where each step's metrics go: out/metrics.jsonl, and with `tensorboard` the
     numbers to out/tensorboard. The steps of an earlier run after `steps_done` are discarded.
 
-    A fork adds wandb here in two lines, `wandb.init(dir=out)` at the end of __init__ and
-    `wandb.log(row, row["step"])` at the end of write, both on the first rank only.
+    A fork adds wandb here: docs/forking.md shows how.
     """
 
     def __init__(self, out: Path, steps_done: int, tensorboard: bool = False) -> None:
         self.jsonl = JsonlLog(out / "metrics.jsonl", steps_done)
         self.tensorboard = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
-            if rank() == 0:
-                self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=steps_done + 1)
+        if tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=steps_done + 1)
 
     def write(self, row: dict) -> None:
         """`row` has numbers, texts and dicts of numbers by name; row["step"] counts from 1."""
@@ -81,6 +83,13 @@ class MetricsLog:
                 if name != "step" and isinstance(value, int | float):
                     self.tensorboard.add_scalar(name, value, row["step"])
             self.tensorboard.flush()  # a killed run loses no step
+
+
+def finite_or_null(value: object) -> object:
+    """The value for JSON, which knows no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: finite_or_null(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flatten(row: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float32 on the CPU everywhere: the tolerances are those of float32
+os.environ["OMP_NUM_THREADS"] = "1"      # bit for bit takes one thread: several round differently from run to run
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -378,12 +378,12 @@ BAD_RECORDS = {  # what is wrong -> (second record, what the message has to say)
     "no turns": (chat(), "0 turns"),
     "turns that are no list": ({"image": "a.png", "conversations": "Where?"}, "conversations"),
     "turn without a text": ({"image": "a.png", "conversations": [{"value": "Where?"}, {"value": None}]}, "value"),
-    "answer without a box": (chat("Where?", "over there"), "over there.*box"),
+    "answer without a box": (chat("Where?", "over there"), "the target 'over there' has no box.*--task det needs boxes or `none`"),
     "box of three numbers": (chat("Where?", "[1,2,3]"), "box"),
-    "box outside the image": (chat("Where?", "[10,10,60,60]"), r"\[10, 10, 60, 60\].*200 x 50"),
-    "box left of the image": (chat("Where?", "[-9,10,60,40]"), r"\[-9, 10, 60, 40\]"),
+    "box outside the image": (chat("Where?", "[10,10,60,60]"), r"\[10,10,60,60\]'.*or lies outside.*200 x 50"),
+    "box left of the image": (chat("Where?", "[-9,10,60,40]"), r"\[-9,10,60,40\]"),
     "box without area": (chat("Where?", "[10,10,10,40]"), r"10,10,10,40.*area"),
-    "one bad box among good ones": (chat("Where?", "[1,2,3,4],[10,10,60,60]"), r"\[10, 10, 60, 60\]"),
+    "one bad box among good ones": (chat("Where?", "[1,2,3,4],[10,10,60,60]"), r"box '\[10,10,60,60\]'"),
     "malformed JSON": ('{"image": "a.png", ', "JSON"),
     "number of 5000 digits": ('{"image": ' + "9" * 5000 + "}", "line 2"),
     "brackets without end": ("[" * 50_000, "line 2"),
@@ -480,7 +480,7 @@ def test_binary_file_is_refused(folder, content):
     ("synthetic", "ship", F, "'ship'.*cls, mlc, det"), ("synthetic", "", F, "''"),
     ("synthetic", "det", 100, "--image-size 100.*28"), ("synthetic", "det", 0, "--image-size 0"),
     ("synthetic", "det", -28, "-28"), ("nowhere.json", "det", F, "--data nowhere.json"),
-    (".", "det", F, "class folders.* det"), ("empty", "cls", F, "empty.*no samples"),
+    (".", "det", F, "no known layout.*one folder per class serves cls, not det; .*--images"), ("empty", "cls", F, "empty.*no samples"),
 ])
 def test_bad_flag_is_named(tmp_path, monkeypatch, source, task, image_size, says):
     (tmp_path / "empty").mkdir()

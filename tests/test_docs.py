@@ -3,6 +3,7 @@ file defines, commands parse (those in the scripts' docstrings too), tables are 
 code blocks of docs/forking.md work when they are pasted."""
 
 import argparse
+import ast
 import importlib.util
 import json
 import re
@@ -238,6 +239,16 @@ def replaced(source, old, new):
     return source.replace(old, new)
 
 
+def with_lines_at_the_end(source, class_name, method_name, code):
+    """The source with code at the end of a method."""
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    methods = {node.name: node for node in classes[class_name].body
+               if isinstance(node, ast.FunctionDef)}
+    lines = source.splitlines(keepends=True)
+    lines.insert(methods[method_name].end_lineno, code)
+    return "".join(lines)
+
+
 @pytest.fixture
 def load(tmp_path):
     """(name, source) -> a module of the project as changed, loaded beside the project's own."""
@@ -364,10 +375,9 @@ def test_all_examples_together_train(tmp_path):
     edit("data.py", "HELD_OUT_SAMPLES = 256", "HELD_OUT_SAMPLES = 8")  # 256 take a minute
     at_the_top, end_of_init, end_of_write = WANDB
     edit("runtime/logging.py", "import json\n", f"import json\n{at_the_top}")
-    edit("runtime/logging.py", "    def write(self, row: dict) -> None:\n"
-         '        """`row` has', f"{end_of_init}\n    def write(self, row: dict) -> None:\n"
-         '        """`row` has')
-    edit("runtime/logging.py", "\n\ndef flatten(", f"\n{end_of_write}\n\ndef flatten(")
+    log = project / "runtime/logging.py"
+    log.write_text(with_lines_at_the_end(log.read_text(), "MetricsLog", "__init__", end_of_init))
+    log.write_text(with_lines_at_the_end(log.read_text(), "MetricsLog", "write", end_of_write))
     (project / "wandb.py").write_text(
         "import json\n\n"
         "def init(**settings):\n    pass\n\n"

@@ -289,7 +289,7 @@ def step(tiny):
         sampler = Sampler(policy, processor)
         stops = torch.tensor(sampler.stop_ids)
         with policy.lm_head.register_forward_hook(lambda _, x, y: y.index_add(-1, stops, torch.full((len(y), 2), 3.5))):
-            rollout = sampler.generate(collate(prompts), C, G, uniforms=torch.rand(B * G, C))
+            rollout = sampler.generate(collate(prompts), C, G, 1.0, torch.rand(B * G, C))
         assert 0 < rollout.stopped.sum() < B * G and not rollout.mask.all()
         yield policy, reference, prompts, rollout, torch.randn(B, G, 1)
 

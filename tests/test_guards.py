@@ -191,8 +191,36 @@ def test_resume_may_change_flags_of_neither_data_nor_loss(
 def test_flags_that_do_not_change_the_run_are_not_compared():
     args = SimpleNamespace(out="a", resume=True, tensorboard=True, lr=1.0, save_every=7)
     config = run_config(args, ["3 samples #1", "4 samples #2"])
-    assert config == {"lr": "1.0", "save-every": "7",
+    assert config == {"tensorboard": "True", "lr": "1.0", "save-every": "7",
                       "data (as read)": "3 samples #1, 4 samples #2"}
+
+
+def test_flag_that_an_older_checkpoint_does_not_know_is_not_compared(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    saved = {"settings": {"lr": "1.0"}, "progress": {"step": 3}, "files": {}}
+    (tmp_path / "checkpoint/run.json").write_text(json.dumps(saved))
+    run = Run(run_args(tmp_path, resume=True), {"lr": "1.0", "new-flag": "7"}, {"step": 0})
+    assert run.progress == {"step": 3}
+    run.close()
+    with pytest.raises(UserError, match="--lr was 1.0 and is now 2.0"):
+        Run(run_args(tmp_path, resume=True), {"lr": "2.0", "new-flag": "7"}, {"step": 0})
+
+
+def test_checkpoint_without_its_list_of_files_is_damaged(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/run.json").write_text(json.dumps({"settings": {}, "progress": {}}))
+    with pytest.raises(UserError, match="run.json is damaged"):
+        Run(run_args(tmp_path, resume=True), {}, {"step": 0})
+
+
+def test_closed_run_gives_back_its_folder_and_the_signal_handlers(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = Run(run_args(tmp_path), {}, {"step": 0})
+    run.install_signal_handlers()
+    assert signal.getsignal(signal.SIGINT) is not before
+    run.close()
+    assert signal.getsignal(signal.SIGINT) is before
+    Run(run_args(tmp_path), {}, {"step": 0}).close()
 
 
 def test_resume_without_a_checkpoint_begins_the_run(tmp_path, capsys):
@@ -364,13 +392,13 @@ def test_tensorboard_gets_what_a_run_logs(sft, dataset, tmp_path, monkeypatch):
         assert [event.value for event in events.Scalars(name)] == pytest.approx(logged)
 
 
-def test_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_one_line_and_costs_no_earlier_run(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard") as error:
-        MetricsLog(tmp_path, 0, tensorboard=True)
+        here(monkeypatch, train_grpo.main, "--tensorboard", "--out", tmp_path)
     assert "\n" not in str(error.value)
-    MetricsLog(tmp_path, 0).write(row(1))
-    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "model").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ from model import (
     STOP_TOKENS,
     collate,
     encode_chat,
-    last_position_ids,
     load_model,
+    max_position_ids,
     save_model,
     token_logprobs,
 )
-from rollout import Completions, Sampler, inverse_cdf, uniforms
+from rollout import Rollout, Sampler, inverse_cdf, uniforms
 from runtime.command_line import linear_warmup_decay
 from runtime.errors import UserError
 
@@ -58,8 +58,10 @@ def stop_ids(processor):
     return processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
 
 
-def generate(model, processor, prompts, C, numbers=None, G=1, temperature=1.0):
-    return Sampler(model, processor).generate(prompts, C, G, temperature, numbers)
+def generate(model, processor, prompts, C, random_numbers=None, G=1, temperature=1.0):
+    """Greedy without random numbers."""
+    temperature = 0.0 if random_numbers is None else temperature
+    return Sampler(model, processor).generate(prompts, C, G, temperature, random_numbers)
 
 
 def random_tokens(processor, *shape):
@@ -150,7 +152,7 @@ def test_positions_equal_get_rope_index(sharp, plain, name):
     inputs = plain_inputs(prompt, prompt.input_ids[:, :0], sharp[1])
     expected, delta = plain.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"])
     assert torch.equal(prompt.position_ids, expected)
-    assert last_position_ids(prompt).item() + 1 == prompt.input_ids.shape[1] + delta.item()  # where the completion continues
+    assert max_position_ids(prompt).item() + 1 == prompt.input_ids.shape[1] + delta.item()  # where the completion continues
 
 
 def test_every_image_token_has_its_pixels(sharp):
@@ -175,13 +177,13 @@ def test_blank_image_changes_the_logprobs_of_policy_and_reference(sharp):
 
 @pytest.mark.parametrize("names", [("one image",), ("two images",), ("image last",), MIXED], ids="+".join)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_group_equals_separate_rows(sharp, plain, names, temperature):
-    """One row [prompt | c1 | .. | cG], or G rows of transformers: the same log-probs and gradients, vision tower included."""
+def test_packed_row_equals_separate_rows(sharp, plain, names, temperature):
+    """One packed row [prompt | c1 | .. | cG], or G rows of transformers: the same log-probs and gradients, vision tower included."""
     (model, processor), G, C = sharp, 3, 7
     prompts = [encode(processor, name) for name in names]
     tokens = random_tokens(processor, len(names), G, C)
     lengths = torch.randint(1, C + 1, (len(names), G))
-    lengths[0] = torch.tensor([C, 0, 2])  # 0: a completion without any token to score
+    lengths[0] = torch.tensor([C, 0, 2])  # 0: a completion without any token in the mask
     mask = torch.arange(C) < lengths[:, :, None]
     weights = torch.randn(mask.shape)
 
@@ -313,7 +315,7 @@ def test_a_rollout_of_a_model_gone_nan_ends(sharp, greedy):
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24])
-def test_impossible_tokens_are_never_drawn(number):
+def test_impossible_tokens_are_never_sampled(number):
     """The smallest and the largest uniform number must not fall on a banned token at either end of the vocabulary, nor
     beyond it where the probabilities add up to a little less than 1."""
     dist = torch.full((1, 150_000), -math.inf)
@@ -327,8 +329,8 @@ def test_vision_tokens_are_banned_where_the_model_wants_them(sharp):
     with likelier(model, vision_ids(processor), 100.0):
         result = generate(model, processor, prompt, 6, torch.rand(4, 6), 4)
         assert not torch.isin(result.tokens, torch.tensor(vision_ids(processor))).any()
-        scored = token_logprobs(model, prompt, result.tokens, result.mask)
-    torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
+        logprobs = token_logprobs(model, prompt, result.tokens, result.mask)
+    torch.testing.assert_close(logprobs, result.logprobs, rtol=0, atol=1e-4)
 
 
 def test_completions_depend_on_their_own_uniforms_only(sharp):
@@ -346,20 +348,20 @@ def test_completions_depend_on_their_own_uniforms_only(sharp):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_logprobs_equal_scored_ones(sharp, temperature):
-    """A peer samples at 0.9 and scores at 1: its ratio is never 1."""
+def test_sampled_logprobs_equal_those_of_the_loss(sharp, temperature):
+    """A peer samples at temperature 0.9 and computes log-probs at 1: its ratio is never 1."""
     (model, processor), G, C = sharp, 4, 12
     prompts = collate([encode(processor, name) for name in MIXED])
     with likelier(model, stop_ids(processor), 3.0):
         result = generate(model, processor, prompts, C, torch.rand(len(MIXED) * G, C), G, temperature)
-        scored = token_logprobs(model, prompts, result.tokens, result.mask, temperature)
+        logprobs = token_logprobs(model, prompts, result.tokens, result.mask, temperature)
     assert not result.mask.all()
-    torch.testing.assert_close(scored, result.logprobs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logprobs, result.logprobs, rtol=0, atol=1e-4)
 
 
 @pytest.fixture
 def stopping(sharp):
-    """(model, processor, uniforms): four prompts, G 8, rows of very different lengths; one whole group stops early."""
+    """(model, processor, random numbers): four prompts, G 8, rows of very different lengths; one whole group stops early."""
     with likelier(sharp[0], stop_ids(sharp[1]), 4.0):
         yield *sharp, torch.rand(len(MIXED) * 8, 40)
 
@@ -371,18 +373,25 @@ def assert_same_completions(one, other):
 
 
 def test_dropping_stopped_rows_changes_no_completion(stopping, monkeypatch):
-    model, processor, numbers = stopping
+    model, processor, random_numbers = stopping
     prompts, rows = collate([encode(processor, name) for name in MIXED]), []
     sample_next_token = rollout.sample_next_token
 
     def count_rows(model, state, *more):
-        rows.append(len(state.token))
+        rows.append(len(state.last_token))
         sample_next_token(model, state, *more)
     monkeypatch.setattr(rollout, "sample_next_token", count_rows)
-    result = generate(model, processor, prompts, 40, numbers, 8)
+    result = generate(model, processor, prompts, 40, random_numbers, 8)
     assert rows[0] == 32 and rows[-1] <= 8 and rows == sorted(rows, reverse=True)        # they were dropped, more than once
     monkeypatch.setattr(rollout, "active_rows", lambda state: None)
-    assert_same_completions(result, generate(model, processor, prompts, 40, numbers, 8))
+    assert_same_completions(result, generate(model, processor, prompts, 40, random_numbers, 8))
+
+
+@pytest.mark.parametrize("temperature, random_numbers", [(1.5, None), (0.0, torch.rand(1, 2))], ids=["greedy", "sampled"])
+def test_temperature_and_random_numbers_go_together(sharp, temperature, random_numbers):
+    """A temperature without random numbers gave greedy completions."""
+    with pytest.raises(ValueError, match="random_numbers"):
+        Sampler(*sharp).generate(encode(sharp[1], "one image"), 2, 1, temperature, random_numbers)
 
 
 class NoHost(TorchDispatchMode):
@@ -393,34 +402,34 @@ class NoHost(TorchDispatchMode):
 
 
 class StaticSampler(Sampler):
-    """A Sampler as on a GPU, with a stand-in for CUDA graphs: the same step on the same tensors, wherever they are, and
+    """A Sampler as on a GPU, with a stand-in for CUDA graphs: the same decode step on the same tensors, wherever they are, and
     nothing else."""
     def __init__(self, *args):
         super().__init__(*args)
         self.fixed_shapes, self.captures = True, 0
 
-    def capture_cuda_graph(self, state, params):
-        state, run_step = super().capture_cuda_graph(state, params)
-        places = [x.data_ptr() for x in state.tensors()]
+    def make_static_decode_step(self, state, params):
+        state, run_decode_step = super().make_static_decode_step(state, params)
+        places = [x.data_ptr() for x in state.all_tensors()]
         self.captures += 1
 
         def replay():
             with NoHost():
-                run_step()
-            assert [x.data_ptr() for x in state.tensors()] == places
+                run_decode_step()
+            assert [x.data_ptr() for x in state.all_tensors()] == places
         return state, replay
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_captured_step_gives_the_same_completions(stopping, greedy):
+def test_captured_decode_step_gives_the_same_completions(stopping, greedy):
     """And gives them again when the same graph is replayed for other prompts of that size."""
-    model, processor, numbers = stopping
-    numbers = None if greedy else numbers
+    model, processor, random_numbers = stopping
+    random_numbers = None if greedy else random_numbers
     batches = [collate([encode(processor, name) for name in names]) for names in (MIXED, MIXED[::-1])]
     sampler = StaticSampler(model, processor)
     for batch in batches:
-        expected = generate(model, processor, batch, 40, numbers, 8)
-        assert_same_completions(sampler.generate(batch, 40, 8, uniforms=numbers), expected)
+        expected = generate(model, processor, batch, 40, random_numbers, 8)
+        assert_same_completions(sampler.generate(batch, 40, 8, 0.0 if greedy else 1.0, random_numbers), expected)
     assert sampler.captures == 1
 
 
@@ -429,19 +438,19 @@ def test_only_the_last_used_graphs_are_kept(stopping):
     sampler, prompt = StaticSampler(model, processor), encode(processor, "one image")
     for G in (1, 2, 3, 1, 4, 1):  # 4 drops 2, the first that was not used again
         sampler.generate(prompt, 3, G)
-    assert sampler.captures == 4 and len(sampler.cuda_graphs) == rollout.MAX_CUDA_GRAPHS
-    assert [state.shared_prompt.G for state, _ in sampler.cuda_graphs.values()] == [3, 4, 1]
+    assert sampler.captures == 4 and len(sampler.static_decode_steps) == rollout.MAX_STATIC_DECODE_STEPS
+    assert [state.shared_prompt.G for state, _ in sampler.static_decode_steps.values()] == [3, 4, 1]
 
 
 def test_two_samplers_share_no_state(sharp, monkeypatch):
-    """The captured graphs and the compiled step belong to a Sampler: no module and no class holds any of it."""
+    """The captured graphs and the compiled decode step belong to a Sampler: no module and no class holds any of it."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(function))
     model, processor = sharp
     one, other, compiled = StaticSampler(model, processor), StaticSampler(model, processor), Sampler(model, processor, True)
     one.stop_ids = (-1,)
     one.graph_pool = "a pool"
     one.generate(encode(processor, "one image"), 3)
-    assert one.cuda_graphs and not other.cuda_graphs and not compiled.cuda_graphs
+    assert one.static_decode_steps and not other.static_decode_steps and not compiled.static_decode_steps
     assert other.graph_pool is None and set(other.stop_ids) == set(stop_ids(processor))
     assert one.decode_step is other.decode_step is rollout.decode_step is not compiled.decode_step
     assert not other.use_cuda_graphs and not Sampler(model, processor).fixed_shapes and compiled.fixed_shapes
@@ -485,14 +494,14 @@ class Cuda:
 def test_decoding_continues_after_a_failed_capture(stopping, monkeypatch, capsys):
     """torch.cuda.graph leaves its stream current when the end of a capture fails; and a pool whose graphs are all gone trips
     an assertion in the next capture. So the stream is restored, and the next capture gets a new pool."""
-    model, processor, numbers = stopping
+    model, processor, random_numbers = stopping
     prompts = collate([encode(processor, name) for name in MIXED])
-    expected = generate(model, processor, prompts, 40, numbers, 8)
+    expected = generate(model, processor, prompts, 40, random_numbers, 8)
     sampler, cuda = Sampler(model, processor), Cuda(failures=1)
     sampler.use_cuda_graphs = sampler.fixed_shapes = True
     cuda.patch(monkeypatch)
-    for _ in range(2):  # the step itself takes the graph's place, and is kept like one
-        assert_same_completions(sampler.generate(prompts, 40, 8, uniforms=numbers), expected)
+    for _ in range(2):  # the decode step itself takes the graph's place, and is kept like one
+        assert_same_completions(sampler.generate(prompts, 40, 8, 1.0, random_numbers), expected)
     assert cuda.current == "main stream" and cuda.captured_in == [1] and sampler.graph_pool == 2
     error = capsys.readouterr().err
     assert "runs slower: RuntimeError: operation not permitted" in error and error.count("\n") == 1
@@ -536,11 +545,11 @@ def test_flash_attention_gives_the_same_logprobs(sharp, monkeypatch):
 
 def test_flash_decoding_gives_the_same_completions(stopping, monkeypatch):
     """Two calls of the kernel, over the prompt and over the completion, are put together by their log-sum-exps."""
-    model, processor, numbers = stopping
+    model, processor, random_numbers = stopping
     prompts = collate([encode(processor, name) for name in MIXED])
-    plain = generate(model, processor, prompts, 40, numbers, 8)
+    plain = generate(model, processor, prompts, 40, random_numbers, 8)
     monkeypatch.setattr(attention, "flash_attn_for", lambda q: FLASH)
-    assert_same_completions(generate(model, processor, prompts, 40, numbers, 8), plain)
+    assert_same_completions(generate(model, processor, prompts, 40, random_numbers, 8), plain)
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
@@ -571,12 +580,12 @@ def test_a_stop_at_the_last_place_is_not_cut_off(sharp, by, stopped):
 def test_rollout_is_right_in_training_with_gradient_checkpointing(sharp):
     """model.train() with checkpointing corrupts transformers' generate from the second token on."""
     (model, processor), C = sharp, 8
-    training, numbers = copy.deepcopy(model), torch.rand(2, C)
+    training, random_numbers = copy.deepcopy(model), torch.rand(2, C)
     training.gradient_checkpointing_enable()
     training.train()
     prompt, modes = encode(processor, "one image"), set()
     training.lm_head.register_forward_hook(lambda *_: modes.add(training.training))
-    expected, result = (generate(m, processor, prompt, C, numbers, 2) for m in (model, training))
+    expected, result = (generate(m, processor, prompt, C, random_numbers, 2) for m in (model, training))
     assert torch.equal(result.tokens, expected.tokens)
     torch.testing.assert_close(result.logprobs, expected.logprobs)
     assert modes == {False} and training.training and not model.training
@@ -605,7 +614,7 @@ def test_texts_lose_the_stop_token_only(sharp):
     tokens = torch.tensor([row + [to_ids("x")[0]] * (width - len(row)) for row in rows])[None]
     mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
     nothing = torch.zeros(tokens.shape)
-    assert Sampler(*sharp).decode_texts(Completions(tokens, mask[None], nothing, nothing, nothing)) == [texts]
+    assert Sampler(*sharp).decode_texts(Rollout(tokens, mask[None], nothing, nothing, nothing)) == [texts]
 
 
 @pytest.mark.parametrize("text", [
@@ -646,6 +655,13 @@ def test_saved_tokenizer_and_image_processor_work_in_transformers(sharp, folder)
     out, ours = images(images=[image], return_tensors="pt"), encode_chat(sharp[1], IMAGE, [image])
     assert out["image_grid_thw"].tolist() == ours.image_grid_thw.tolist() == [[1, 8, 8]]
     torch.testing.assert_close(out["pixel_values"], ours.pixel_values, rtol=0, atol=1e-5)
+
+
+def test_an_interrupted_save_leaves_nothing_in_the_next_one(sharp, folder, tmp_path):
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "adapter_config.json").write_text("{}")
+    save_model(*sharp, tmp_path / "m")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in folder.iterdir()}
 
 
 def test_image_size_survives_save_and_load(sharp, tmp_path):

@@ -63,11 +63,11 @@ def chat(*turns, image="a.png"):
         {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
 
 
-def samples_of(path, task, images=None, skipped=None, image_size=F):
+def samples_of(path, task, images=None, notes=None, image_size=F):
     """The Samples of a source. Checks each: its answer is right, its boxes are in the image, no mark is
     left."""
-    skipped = Counter() if skipped is None else skipped
-    samples = list(read_samples(Path(path), task, image_size, images, skipped))
+    notes = Counter() if notes is None else notes
+    samples = list(read_samples(Path(path), task, image_size, images, notes))
     assert len({s.id for s in samples}) == len(samples)
     for s in samples:
         assert s.task == task and s.image_size == image_size and s.think and s.images
@@ -134,20 +134,20 @@ def test_oriented_box_is_the_smallest_rectangle_around_a_quadrilateral():
 
 def test_boxes_of_every_notation_become_pixels_anywhere_in_a_text():
     """By hand, 112 / 100 = 1.12: 25 -> 28, 50 -> 56, 75 -> 84; pixels of 200 x 50: x * .56, y * 2.24."""
-    skipped = Counter()
+    notes = Counter()
     text, boxes = rewrite_boxes(
         "[grounding] [hr_rgb_0.5] <image> \\n <ref>1 ship</ref> <box>[[[25, 50, 50, 75, 0]]]</box> at left, "
-        "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, F, "here", skipped)
+        "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, F, "here", notes)
     assert text == "1 ship [28,56,56,84] at left, two [0,0,28,28],[56,56,84,84] and [0,0,56,56]."
-    assert [box[4] for box in boxes] == [0, 0, 90, 0] and not skipped
+    assert [box[4] for box in boxes] == [0, 0, 90, 0] and not notes
 
 
 def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():
-    skipped = Counter()
+    notes = Counter()
     noisy = "a {<90><80><102><104>|<0>} b {<50><50><50><60>|<0>} c"
-    text, boxes = rewrite_boxes(noisy, SIZE, F, "here", skipped)
+    text, boxes = rewrite_boxes(noisy, SIZE, F, "here", notes)
     assert text == "a [101,90,112,112] b c" and len(boxes) == 1
-    assert skipped == {"boxes clipped to the image": 1, "boxes without area left out": 1}
+    assert notes == {"boxes clipped to the image": 1, "boxes without area left out": 1}
 
 
 @pytest.mark.parametrize("question, answer, tasks", [
@@ -198,10 +198,10 @@ GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}
     ("ground", "describe the image", "There is a ship [0,0,28,28] at the top left."),
     ("vqa", "Is it rural? Answer with one word.", "no")])
 def test_each_task_takes_its_turns_of_geochats_mix(folder, task, question, answer):
-    skipped = Counter()
-    sample, = samples_of(write(folder / "geochat.json", chat(*GEOCHAT)), task, skipped=skipped)
+    notes = Counter()
+    sample, = samples_of(write(folder / "geochat.json", chat(*GEOCHAT)), task, notes=notes)
     assert (sample.question, sample.gt_answer) == (question, answer)
-    assert skipped == {"turns with the mark of another task, such as [vqa], left out": 5}
+    assert notes == {"turns with the mark of another task, such as [vqa], left out": 5}
     assert (sample.id.endswith(", turn 0") == (task in ("det", "rec")))
 
 
@@ -257,11 +257,11 @@ def test_unmarked_conversations_serve_the_requested_task(folder, task, turns, an
 
 
 def test_rec_leaves_out_questions_for_several_objects(folder):
-    skipped = Counter()
+    notes = Counter()
     source = write(folder / "a.jsonl", chat("Find it.", "[1,2,30,40]"),
                    chat("Find them.", "[1,2,30,40],[5,6,70,40]"))
-    assert len(samples_of(source, "rec", skipped=skipped)) == 1
-    assert skipped == {"records of several objects left out": 1}
+    assert len(samples_of(source, "rec", notes=notes)) == 1
+    assert notes == {"records of several objects left out": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,12 +504,12 @@ COCO = {"images": [{"id": 7, "file_name": "a.png", "width": 200, "height": 50}, 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}])
 def test_coco(folder, layout):
-    skipped = Counter()
+    notes = Counter()
     source = document(folder / "annotations.json", COCO, **layout)
-    airplane, ship = samples_of(source, "ovd", skipped=skipped)
+    airplane, ship = samples_of(source, "ovd", notes=notes)
     assert json.loads(ship.gt_answer) == [{"bbox_2d": [56, 56, 112, 112], "label": "ship"}]
     assert ship.images == (folder / "a.png",)
-    assert airplane.gt_boxes[0][2] == F and skipped == {"boxes clipped to the image": 1}
+    assert airplane.gt_boxes[0][2] == F and notes == {"boxes clipped to the image": 1}
 
 
 DOTA_LINES = ("imagesource:GoogleEarth\ngsd:0.146\n100 25 200 25 200 50 100 50 ship 0\n"
@@ -564,12 +564,12 @@ def test_xbd_asks_for_the_disaster_and_for_damage(xbd):
 
 
 def test_xbd_locates_buildings_by_their_damage(xbd):
-    skipped = Counter()
-    destroyed, intact = samples_of(xbd, "det", skipped=skipped)
+    notes = Counter()
+    destroyed, intact = samples_of(xbd, "det", notes=notes)
     assert destroyed.question == "Locate every destroyed building in the second image."
     assert destroyed.gt_answer == "[28,56,55,84]"
     assert intact.category == "no-damage" and len(intact.images) == 2
-    assert skipped == {"image pairs without labels/*.json left out": 1, "buildings of no class left out": 1}
+    assert notes == {"image pairs without labels/*.json left out": 1, "buildings of no class left out": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -618,11 +618,11 @@ def rsvqa(tmp_path):
 
 
 def test_rsvqa_takes_the_active_questions_of_a_split(rsvqa):
-    skipped = Counter()
-    sample, = samples_of(rsvqa, "vqa", skipped=skipped)
+    notes = Counter()
+    sample, = samples_of(rsvqa, "vqa", notes=notes)
     assert (sample.question, sample.gt_answer, sample.subset) == ("How many?", "34", "count")
     assert sample.images[0].name == "5.tif"
-    assert skipped == {"questions of other splits left out": 1}
+    assert notes == {"questions of other splits left out": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -773,8 +773,8 @@ A = {"image": "a.png"}
 
 @pytest.mark.parametrize("task, record, says", [
     ("pair", chat("<image><image>Which?", "C", image=["a.png", "b.png"]), "'C'.*A"),
-    ("mlc", chat("Which classes?", "sea"), "lists no classes"), ("ovd", chat("?", "x"), "serves.*not ovd"),
-    ("vqa", EARTHDIAL["vqa"][0] | A | {"groundtruth": ""}, "the answer is empty"),
+    ("mlc", chat("Which classes?", "sea"), "lists no classes"), ("ovd", chat("?", "x"), "serves.*not ovd; `ovd` reads COCO"),
+    ("vqa", EARTHDIAL["vqa"][0] | A | {"groundtruth": ""}, "the target is empty"),
     ("det", EARTHDIAL["det"][0] | A | {"groundtruth": "[[1, 2, 3]]"}, "`groundtruth`.*five numbers"),
     ("change", EARTHDIAL["change"][0] | A | {"groundtruth": '["A road.'}, "EarthDial.*JSONDecodeError"),
     ("rcap", EARTHDIAL["vqa"][0] | A, "serves cls, mlc, cap, change, vqa, not rcap"),
@@ -785,18 +785,31 @@ A = {"image": "a.png"}
     ("cap", A | {"captions": [None]}, "captions"), ("cap", {"filename": "a.png", "sentences": []}, "captions"),
     ("seg", A | {"mask": "gone.png", "problem": "?"}, "gone.png"),
     ("seg", A | {"mask": "bad.jsonl", "problem": "?"}, "bad.jsonl.*cannot be read"),
-    ("det", {"picture": "a.png"}, "no known format has the keys picture"),
+    ("det", {"picture": "a.png"}, "no known format has the keys picture; docs/data.md"),
+    ("rec", chat("?", "Farm"), r"the target 'Farm' has no box \[x1, y1, x2, y2\]; --task rec needs a box"),
+    ("det", chat("?", "[1,2, 30,40],[5,10,190,50,30]"), r"box '\[5,10,190,50,30\]'.*its axis-aligned envelope lies outside"),
+    ("ground", chat("?", "A ship " + "[1,2,3,4]," * 1001), "too many boxes"),
+    ("det", A | {"conversations": [{"role": "user", "content": "?"}]}, "expected `from` and `value`"),
 ])
 def test_bad_record_of_each_format_is_named(folder, task, record, says):
     source = write(folder / "bad.jsonl", GOOD.get(task, chat("?", "x")), record)
     refused(source, task, "bad.jsonl: line 2", says)
 
 
+def test_file_that_is_no_known_format_says_where_the_formats_are(folder):
+    """Boxes by image name, a table of boxes, and the folder where a file and its images lie."""
+    for rows in ([[1, 2, 30, 40]], {"boxes": []}):
+        source = document(folder / "mine.json", {"a.png": rows, "b.png": rows})
+        refused(source, "det", r"mine.json.*: no known format has the keys a.png, b.png; docs/data.md lists")
+    refused(write(folder / "mine.csv", "a.png,1,2,30,40"), "det", "serves pair, not det; boxes are not read from CSV")
+    refused(folder, "det", r"no known layout \(docs/data.md.*not det; .*--data is the file and --images the folder")
+
+
 def test_region_that_no_box_marks_is_left_out_and_counted(folder):
-    skipped = Counter()
+    notes = Counter()
     source = write(folder / "a.jsonl", GOOD["rcap"], chat("What is it?", "x"))
-    assert len(samples_of(source, "rcap", skipped=skipped)) == 1
-    assert skipped == {"records without a box in the image left out": 1}
+    assert len(samples_of(source, "rcap", notes=notes)) == 1
+    assert notes == {"records without a box in the image left out": 1}
 
 
 @pytest.mark.parametrize("fixture, file, old, new, task, source, says", [
@@ -878,9 +891,9 @@ EO = Path(os.environ.get("EO_DATA", "."))
     ("rsvqa_lr", "vqa", None, 5005), ("levir_cc", "change", None, 3), ("xbd_sample", "cls", None, 6),
     ("cross_view/cvusa_crossnet", "pair", None, 5)])
 def test_real_files_give_the_known_number_of_samples(source, task, images, n):
-    skipped = Counter()
-    samples = samples_of(EO / source, task, images and EO / images, skipped)
-    assert len(samples) == n and not skipped
+    notes = Counter()
+    samples = samples_of(EO / source, task, images and EO / images, notes)
+    assert len(samples) == n and not notes
     assert all(image.size == (F, F) for image in load_images(samples[0]))
 
 
@@ -922,9 +935,9 @@ def test_real_dota_boxes_cover_their_polygons(monkeypatch):
     shapely = pytest.importorskip("shapely")
     monkeypatch.setattr(box_formats, "MAX_BOXES_PER_QUESTION", 1000)
     labels = EO / "dota_tiles/labelTxt"
-    skipped, lines = Counter(), sum(len(file.read_text().split("\n")) for file in labels.glob("*.txt"))
-    samples = samples_of(EO / "dota_tiles", "det", skipped=skipped, image_size=896)
-    assert lines - 3 <= sum(len(s.gt_boxes) for s in samples) + skipped["boxes without area left out"] <= lines
+    notes, lines = Counter(), sum(len(file.read_text().split("\n")) for file in labels.glob("*.txt"))
+    samples = samples_of(EO / "dota_tiles", "det", notes=notes, image_size=896)
+    assert lines - 3 <= sum(len(s.gt_boxes) for s in samples) + notes["boxes without area left out"] <= lines
     for sample in samples:
         image = Image.open(sample.images[0])
         rows = [line.split() for line in (labels / f"{sample.images[0].stem}.txt").open() if line.strip()]
@@ -942,10 +955,10 @@ def test_real_dota_boxes_cover_their_polygons(monkeypatch):
 
 def test_questions_for_hundreds_of_boxes_are_left_out_and_counted():
     """One tile of DOTA has 536 ships: an answer of 5,000 tokens, which needed 14 GB of activations."""
-    skipped, ships = Counter(), [("ship", (i, 0, i + 1, 1, 0)) for i in range(101)]
-    assert not list(sample_per_class("a.txt", "det", F, ("a.png",), ships, skipped))
-    assert skipped.total() == 1
-    assert len(list(sample_per_class("a.txt", "det", F, ("a.png",), ships[:100], skipped))) == 1
+    notes, ships = Counter(), [("ship", (i, 0, i + 1, 1, 0)) for i in range(101)]
+    assert not list(sample_per_class("a.txt", "det", F, ("a.png",), ships, notes))
+    assert notes.total() == 1
+    assert len(list(sample_per_class("a.txt", "det", F, ("a.png",), ships[:100], notes))) == 1
 
 
 @real
@@ -967,9 +980,9 @@ def test_real_xbd_boxes_are_at_their_place(tmp_path):
         (tmp_path / "labels").mkdir(exist_ok=True)
         label = EO / "xbd_sample/labels_json_example" / f"{name}.json"
         (tmp_path / "labels" / f"{name}.json").write_bytes(label.read_bytes())
-    skipped = Counter()
-    samples = samples_of(tmp_path, "det", skipped=skipped)
-    assert sum(len(s.gt_boxes) for s in samples) + skipped["buildings of no class left out"] == 15
+    notes = Counter()
+    samples = samples_of(tmp_path, "det", notes=notes)
+    assert sum(len(s.gt_boxes) for s in samples) + notes["buildings of no class left out"] == 15
     first = next(s for s in samples if s.category == "destroyed").gt_boxes[0]  # POLYGON ((265.84 3.48, 263.62 65.86, ..
     assert first == pytest.approx(tuple(v * F / 1024 for v in (211.418, 2.5225, 265.844, 65.8606)) + (0,), abs=1e-3)
     assert [s.gt_answer for s in samples_of(tmp_path, "cls")] == ["wind", "yes"]

@@ -59,8 +59,8 @@ class Page(HTMLParser):
         self.text += data if self.elements and self.elements[-1][0] not in ("script", "style") else ""
 
     def rects(self):
-        """{"reference": rectangles, "predicted": rectangles}, each (x, y, width, height, transform)."""
-        found, layer = {"reference": [], "predicted": []}, None
+        """{"target": rectangles, "predicted": rectangles}, each (x, y, width, height, transform)."""
+        found, layer = {"target": [], "predicted": []}, None
         for tag, attributes in self.elements:
             layer = attributes["class"] if tag == "g" else layer
             if tag == "rect":
@@ -112,13 +112,13 @@ def test_page_is_one_file_that_refers_to_nothing_outside(tmp_path):
 
 def test_boxes_of_target_and_prediction_are_drawn_in_the_image(tmp_path):
     rects = Page(written(tmp_path, (sample(), [completion("[14,28,98,98],[1,2,3]", 0.5)]))).rects()
-    assert rects == {"reference": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
+    assert rects == {"target": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
 
 
 def test_turned_target_box_is_drawn_turned_clockwise_about_its_centre(tmp_path):
     rects = Page(written(tmp_path, (sample(gt_boxes=((40, 30, 80, 50, 30),)), [completion("none", 0)]))).rects()
     # SVG turns clockwise, as scenes do
-    assert rects == {"reference": [(40, 30, 40, 20, "rotate(30 60 40)")], "predicted": []}
+    assert rects == {"target": [(40, 30, 40, 20, "rotate(30 60 40)")], "predicted": []}
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -132,7 +132,7 @@ def test_a_perfect_answer_covers_its_target(tmp_path, task):
 
 def test_boxes_without_an_image_are_drawn_in_an_empty_square(tmp_path):
     rects = Page(written(tmp_path, (sample(images=()), [completion("[14,28,98,98]", 0.5)]))).rects()
-    assert rects == {"reference": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
+    assert rects == {"target": [(28, 14, 56, 42, None)], "predicted": [(14, 28, 84, 70, None)]}
 
 
 def test_key_points_of_a_segmentation_are_drawn(tmp_path):
@@ -164,7 +164,7 @@ def test_group_is_side_by_side_in_one_card_with_rewards_and_advantages(tmp_path)
     page = written(tmp_path, (sample(), group))
     assert page.count("<article") == 1 and page.count("<section") == 4 and page.count("data:image/jpeg") == 1
     rects = Page(page).rects()
-    assert [r[0] for r in rects["predicted"]] == [0, 1, 2, 3] and len(rects["reference"]) == 4
+    assert [r[0] for r in rects["predicted"]] == [0, 1, 2, 3] and len(rects["target"]) == 4
     assert re.findall(r"reward (\S+?)advantage (\S+?)Reas", Page(page).text) == [
         ("1.00", "-1.50"), ("1.10", "-0.50"), ("1.20", "+0.50"), ("1.30", "+1.50")]
 

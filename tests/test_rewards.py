@@ -530,7 +530,7 @@ def test_repetition_by_hand(written, penalty):
 def test_only_pair_has_further_terms():
     for task in RIGHT:
         more = {"length", "repetition"} if task == "pair" else set()
-        assert set(score_completion("", RIGHT[task][0])) == {"format", "accuracy"} | more
+        assert set(score_completion("", RIGHT[task][0], 0.0)) == {"format", "accuracy"} | more
 
 
 # ----------------------------------------------------------------------------------------------------------------------

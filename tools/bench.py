@@ -20,7 +20,6 @@ divided by the rate of a large matrix product. Both rates are measured in the sa
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -47,17 +46,19 @@ from model import (
     encode,
     forward_flops,
     token_logprobs,
+    update_passes,
+    without_adapters,
 )
 from rewards import score_completion
-from rollout import Completions, Sampler
+from rollout import Rollout, Sampler
 from runtime.distributed import (
     all_reduce_sum,
     autocast,
-    build_policy_and_sampler,
+    build_policy_and_sampling_model,
     compute_dtype,
     device,
     make_ref_model,
-    sync_sampler,
+    sync_sampling_model,
 )
 from sample import format_prompt, format_target
 from tiny.scratch import new_tiny_model
@@ -67,14 +68,17 @@ VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 
 
 class Ours:
-    """The models, the data, and how this project generates and scores completions."""
+    """The models, the data, and how this project samples completions and computes log-probs."""
 
-    def __init__(self, model, processor, samples, G, C, compile_step=False):
+    def __init__(self, model, processor, samples, G, C, compile_decode_step=False):
         self.processor, self.samples, self.G, self.C = processor, samples, G, C
-        self.policy, self.sampling_model = build_policy_and_sampler(Policy(model), None)
-        self.ref_model = make_ref_model(self.policy, self.sampling_model, None)
+        self.policy, self.sampling_model = build_policy_and_sampling_model(Policy(model), None)
+        self.lora = any(hasattr(module, "lora_A") for module in model.modules())
+        self.ref_model = None  # with LoRA, the reference is the policy without adapters
+        if not self.lora:
+            self.ref_model = make_ref_model(self.policy, self.sampling_model, None)
         self.policy.train()
-        self.sampler = Sampler(self.sampling_model, processor, compile_step)
+        self.sampler = Sampler(self.sampling_model, processor, compile_decode_step)
         self.sampler.stop_ids = (-1,)  # no token stops a completion
         self.prompts = self.encode()
 
@@ -83,8 +87,8 @@ class Ours:
 
     def rollout(self, C):
         """-> tokens (B, G, C)"""
-        numbers = torch.rand(len(self.samples) * self.G, C, device=device())
-        return self.sampler.generate(collate(self.prompts), C, self.G, uniforms=numbers).tokens
+        random_numbers = torch.rand(len(self.samples) * self.G, C, device=device())
+        return self.sampler.generate(collate(self.prompts), C, self.G, 1.0, random_numbers).tokens
 
     def logprobs(self, policy, b, tokens):
         """Log-probs (1, G, C) of the completions (G, C) of prompt b."""
@@ -97,12 +101,14 @@ class Plain(Ours):
 
     def __init__(self, *args):
         super().__init__(*args)
-        for model in (self.policy.model, self.sampling_model, self.ref_model.model):
+        for model in (self.policy.model, self.sampling_model):
             model.set_attn_implementation(PLAIN_ATTENTION)
+        if self.ref_model:
+            self.ref_model.model.set_attn_implementation(PLAIN_ATTENTION)
 
-    def inputs(self, input_ids, attention_mask, rows):
-        """Inputs for the rows of these prompts; each row has its own copy of the image."""
-        prompts = [self.prompts[b] for b in rows]
+    def inputs(self, input_ids, attention_mask, prompt_indices):
+        """Inputs for rows of these prompts; each row has its own copy of the image."""
+        prompts = [self.prompts[b] for b in prompt_indices]
         is_image = input_ids == self.sampling_model.config.image_token_id
         return {"input_ids": input_ids, "attention_mask": attention_mask,
                 "mm_token_type_ids": is_image.int(),
@@ -194,7 +200,7 @@ def one_step(side, optimizer):
     assert tokens.shape == (B, G, C)
     record("rollout")
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    texts = side.sampler.decode_texts(Completions(tokens, mask, None, None, None))
+    texts = side.sampler.decode_texts(Rollout(tokens, mask, None, None, None))
     for sample, group in zip(side.samples, texts):
         for text in group:
             score_completion(text, sample)
@@ -203,19 +209,19 @@ def one_step(side, optimizer):
     advantages, _ = compute_advantages(rewards, {}, mask, False, all_reduce_sum)
     weights = token_weights(mask, "grpo", C)
     for b in range(B):
-        with torch.no_grad():
-            ref_logprobs = side.logprobs(side.ref_model, b, tokens[b])
+        with torch.no_grad(), without_adapters(side.policy):
+            ref_logprobs = side.logprobs(side.ref_model or side.policy, b, tokens[b])
         record("reference")
         logprobs = side.logprobs(side.policy, b, tokens[b])
-        group = slice(b, b + 1)
+        only_b = slice(b, b + 1)
         loss, _ = policy_loss(
-            logprobs, logprobs.detach(), ref_logprobs, advantages[group], mask[group],
-            weights[group], loss="grpo", clip_low=0.2, clip_high=0.2, beta=0.01)
+            logprobs, logprobs.detach(), ref_logprobs, advantages[only_b], mask[only_b],
+            weights[only_b], loss="grpo", clip_low=0.2, clip_high=0.2, beta=0.01)
         loss.backward()
         record("update")
     optimizer.step()
     optimizer.zero_grad()
-    sync_sampler(side.sampling_model, side.policy)
+    sync_sampling_model(side.sampling_model, side.policy)
     record("update")
     return dict(seconds) | {"total": sum(seconds.values())}
 
@@ -245,26 +251,26 @@ def floor(side, bandwidth, rate):
     model, B = side.sampling_model, len(side.samples)
     text = model.config.text_config
     modules = (model.model.language_model.layers, model.lm_head)
-    weights = sum(w.numel() for module in modules for w in module.parameters())
+    num_params = sum(param.numel() for module in modules for param in module.parameters())
     cached_tokens = sum(p.input_ids.shape[1] for p in side.prompts) + B * side.G * side.C / 2
     head_size = text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
-    bytes_read = (weights + cached_tokens * per_token) * compute_dtype().itemsize
+    bytes_read = (num_params + cached_tokens * per_token) * compute_dtype().itemsize
     num_tokens = torch.full((B,), side.G * side.C)
-    update_flops = 3 * forward_flops(model, side.prompts, num_tokens).sum().item()
-    return bytes_read / bandwidth, update_flops / rate
+    flops = forward_flops(model, side.prompts, num_tokens).sum().item()
+    return bytes_read / bandwidth, update_passes(side.lora) * flops / rate
 
 
-def time_case(size, px, G, B, C, repeats, plain, compile_step):
+def time_case(size, px, G, B, C, repeats, plain, compile_decode_step):
     bandwidth, rate = machine_rates()
-    row = {"case": f"{px} px, G {G}", "size": size, "prompts": B, "group": G, "tokens": C,
-           "px": px}
+    result = {"case": f"{px} px, G {G}", "size": size, "prompts": B, "group": G, "tokens": C,
+              "px": px}
     for name, kind in {"ours": Ours, "plain": Plain}.items():
         if name == "plain" and not plain:
             continue
-        side = kind(*build(size, px, B), G, C, compile_step)
-        row["prompt_tokens"] = max(p.input_ids.shape[1] for p in side.prompts)
-        trainable = [w for w in side.policy.parameters() if w.requires_grad]
+        side = kind(*build(size, px, B), G, C, compile_decode_step)
+        result["prompt_tokens"] = max(p.input_ids.shape[1] for p in side.prompts)
+        trainable = [param for param in side.policy.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=torch.cuda.is_available())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -279,44 +285,39 @@ def time_case(size, px, G, B, C, repeats, plain, compile_step):
             side.rollout(2)
             short.append(now() - t0)
         decode_s = (seconds["rollout"] - statistics.median(short)) / (C - 2)
-        row[name] = {part: round(s, 3) for part, s in seconds.items()}
-        row[name] |= {"decode_ms": round(1e3 * decode_s, 2),
-                      "tokens_per_s": round(B * G * C / seconds["total"]),
-                      "peak_gib": round(peak_bytes() / 2**30, 2)}
+        result[name] = {part: round(s, 3) for part, s in seconds.items()}
+        result[name] |= {"decode_ms": round(1e3 * decode_s, 2),
+                         "tokens_per_s": round(B * G * C / seconds["total"])}
+        if torch.cuda.is_available():
+            result[name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if name == "ours":
             floor_decode, floor_update = floor(side, bandwidth, rate)
-            row["floor"] = {"decode_ms": round(1e3 * floor_decode, 3),
-                            "update": round(floor_update, 3),
-                            "gb_per_s": round(bandwidth / 1e9, 1),
-                            "tflop_per_s": round(rate / 1e12, 2),
-                            "update_share": round(floor_update / seconds["update"], 2)}
+            result["floor"] = {"decode_ms": round(1e3 * floor_decode, 3),
+                               "update": round(floor_update, 3),
+                               "gb_per_s": round(bandwidth / 1e9, 1),
+                               "tflop_per_s": round(rate / 1e12, 2),
+                               "update_share": round(floor_update / seconds["update"], 2)}
         del side, optimizer, trainable  # frees the memory for the other side
     if plain:
         parts = ("rollout", "reference", "update", "total", "decode_ms")
-        row["ratio"] = {part: round(row["plain"][part] / row["ours"][part], 2) for part in parts}
-    print(json.dumps(row), flush=True)
+        result["ratio"] = {part: round(result["plain"][part] / result["ours"][part], 2)
+                           for part in parts}
+    print(json.dumps(result), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Memory
 
-def peak_bytes():
-    """Of the GPU since the last reset; without one, of the process since its start."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-
-
 def memory_case(px, G, C, vocabulary):
-    row = {"case": "memory", "px": px, "group": G, "tokens": C, "vocabulary": vocabulary}
+    result = {"case": "memory", "px": px, "group": G, "tokens": C, "vocabulary": vocabulary}
     for name, kind in {"ours": Ours, "plain": Plain}.items():
         side = kind(*build("tiny", px, 1, vocabulary), G, C)
-        row["prompt_tokens"] = side.prompts[0].input_ids.shape[1]
+        result["prompt_tokens"] = side.prompts[0].input_ids.shape[1]
         tokens = torch.randint(10, 500, (G, C), device=device())
-        row[name] = {
+        result[name] = {
             "forward": round(peak_mib(partial(one_pass, side, tokens, False))),
             "forward and backward": round(peak_mib(partial(one_pass, side, tokens, True)))}
-    print(json.dumps(row), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 def one_pass(side, tokens, backward):
@@ -358,10 +359,14 @@ def main():
     parser.add_argument("--prompts", type=int, help="default: 4, on a GPU 8")
     parser.add_argument("--tokens", type=int, help="default: 64, on a GPU 256")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="compile the decoding step")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--ours", action="store_true", help="without the plain side")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     args = parser.parse_args()
+    if args.memory:
+        for flag in ("size", "prompts", "repeats", "compile", "ours"):
+            if getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag} does not go with --memory")
     cuda = args.device == "cuda"
     if not cuda:
         torch.cuda.is_available = lambda: False

@@ -80,7 +80,7 @@ def memory(size: str, gpus: int = 1, lora: bool = False,
     layer = 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + keys_and_values)
     head = 3 * 4 * min(1024, row) * V               # logits, log-softmax, gradient of a chunk
     sizes["activations"] = kept + max(layer, head)
-    # The captured decoding step keeps its cache.
+    # The captured decode step keeps its cache.
     prompts, head_dim = -(-PROMPTS // gpus), E // text.num_attention_heads
     cache = prompts * row * 2 * 2 * layers * text.num_key_value_heads * head_dim
     sizes["keys and values of the rollout"] = cache
