@@ -90,6 +90,11 @@ def read_class_folders(path: Path, task: str, image_size: int, image_folder: Pat
     folders = sorted(p for p in path.iterdir() if p.is_dir())
     while len(folders) == 1:  # EuroSAT's class folders are in a folder 2750/
         folders = sorted(p for p in folders[0].iterdir() if p.is_dir())
+    files = [file for folder in folders for file in folder.iterdir()]
+    if files and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        names = ", ".join(folder.name for folder in folders[:5])
+        raise UserError(f"{path}: no images directly in {names}; if these are splits and not "
+                        "classes, name one of them as --data")
     classes = ", ".join(folder.name for folder in folders)
     question = f"Which class does this scene belong to? Classes: {classes}."
     for folder in folders:

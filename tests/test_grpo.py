@@ -56,7 +56,8 @@ def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_h
 def advantages(rewards, divide_by_std):
     """(B, G), of the default estimator."""
     B, G = rewards.shape
-    values, keep = grpo.compute_advantages(rewards, {}, torch.ones(B, G, C, dtype=torch.bool), divide_by_std, lambda x: x)
+    parts, mask = {"format": torch.ones(B, G), "accuracy": rewards}, torch.ones(B, G, C, dtype=torch.bool)
+    values, keep = grpo.compute_advantages(rewards, parts, mask, divide_by_std, lambda x: x)
     assert values.shape == (B, G, 1) and torch.equal(keep, grpo.groups_with_signal(rewards))
     return values[:, :, 0]
 

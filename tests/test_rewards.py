@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,14 +36,14 @@ from rewards import (
     repetition_penalty,
     score_completion,
 )
+from sample import Sample
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
 def sample(task, gt_answer="", gt_boxes=(), gt_texts=(), choices=(), gt_mask=None, image_size=512):
-    return SimpleNamespace(id="a", task=task, gt_answer=gt_answer, gt_boxes=gt_boxes, gt_texts=gt_texts, choices=choices,
-                           gt_mask=gt_mask, image_size=image_size)
+    return Sample("a", task, (), "", gt_answer, image_size, gt_boxes, gt_texts=gt_texts, choices=choices, gt_mask=gt_mask)
 
 
 def det(*boxes):

@@ -5,6 +5,7 @@ trial, not a test: some 2 minutes per task.
     python tools/every_task.py vqa seg         # some of them
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -34,8 +35,12 @@ def before_and_after(printed: str, name: str) -> tuple[float, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help="default: all")
+    args = parser.parse_args()
     rows = []
-    for task in sys.argv[1:] or TASKS:
+    for task in args.tasks:
         t0, out = time.perf_counter(), Path(tempfile.mkdtemp())
         common = "--task", task, "--max-new-tokens", 160
         run_script("train_sft.py", *common, "--steps", 60, "--batch", 16, "--lr", 3e-4,

@@ -9,6 +9,7 @@ image (330 tokens) per step, 8 completions of at most 256 tokens each, gradient 
 """
 
 import argparse
+from functools import cache
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -36,11 +37,12 @@ def shape(size: str) -> Qwen2_5_VLConfig:
                             tie_word_embeddings=text["tie_word_embeddings"])
 
 
-def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
+@cache
+def parameters(size: str) -> dict[str, int]:
     """Number of weights: all, of a decoder layer, of the vision tower, and of LoRA's adapters per
     rank."""
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = Qwen2_5_VLForConditionalGeneration(shape(size))
     layers = model.model.language_model.layers
     linear = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
     return {"all": count(model), "layer": count(layers[0]), "vision": count(model.model.visual),
@@ -54,8 +56,7 @@ def count(module: torch.nn.Module) -> int:
 def memory(size: str, gpus: int = 1, lora: bool = False,
            reference: bool = True) -> dict[str, float]:
     """GiB on each GPU at the peak of a step, by what takes them."""
-    config = shape(size)
-    text, n = config.text_config, parameters(config)
+    text, n = shape(size).text_config, parameters(size)
     E, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
     trained, frozen = (RANK * n["adapters"], n["all"]) if lora else (n["all"], 0)
     has_ref_copy = reference and not lora           # LoRA's reference: the model, adapters off
