@@ -12,25 +12,29 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from readers.folders import read_samples
 from rewards import TASKS
-from runtime.errors import UserError
+from runtime.errors import NotServedError, UserError
 from sample import Sample
 from tiny.scenes import QUESTIONS, Scenes
 
 TOKEN_SIZE = 28         # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 HELD_OUT_SEED = 2**31   # of synthetic scenes: outside the range of --seed
 HELD_OUT_SAMPLES = 256  # held-out samples that a training run is scored on
+# File or folder names of few-shot and training splits, such as train_1shot.json
+NAMED_TRAIN = re.compile(r"(?:^|[_.-])(?:train(?:ing)?|\d+-?shots?)(?:[_.-]|$)", re.IGNORECASE)
 
 
 # --------------------------------------------------------------------------------------------------
-# Loading: a source is `synthetic`, a file or a folder
+# Tasks and sources
 
 def parse_tasks(text: str) -> list[str]:
     """The tasks of a comma-separated list, or of `all`."""
@@ -44,9 +48,136 @@ def check_task(task: str) -> str:
     return task
 
 
+class Source(NamedTuple):
+    """A value `[TASK=]SOURCE[@IMAGES]` of --data or --eval-data."""
+    path: str            # `synthetic`, or a file or folder that readers/ knows
+    images: str | None   # folder that its image names are relative to; None: where its format is
+    task: str | None     # None: every task that it can serve
+
+
+def parse_sources(values: Sequence[str], images: str | None = None) -> list[Source]:
+    """The sources that a flag names; `images` is the default of @IMAGES."""
+    sources = []
+    for value in values:
+        task, path, folder = None, value, images
+        before, _, after = value.partition("=")
+        if before in TASKS:
+            task, path = before, after
+        if "@" in path and not Path(path).exists():  # a name may contain an @
+            path, _, folder = path.rpartition("@")
+        sources.append(Source(path, folder, task))
+    return sources
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+class Split(NamedTuple):
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    summary: str  # how many of each, from where, by which rule
+
+
+def load_split(sources: Sequence[Source], eval_sources: Sequence[Source], task: str,
+               image_size: int, seed: int = 0, shots: int | None = None) -> Split:
+    """What a run trains on and what it is scored on, of one task, joined from all its sources.
+
+    Each source holds out samples of its own (split_samples). With eval_sources, these give what is
+    held out: their test or val split, or all samples of one without. A file or folder that is named
+    as a few-shot or training split is used whole. Raises UserError, in one line, for what a user
+    has to fix in a source, and if an image of eval_sources is also trained on.
+    """
+    train, held_out, rules = [], [], []
+    for source, samples in read_task(sources, task, image_size):
+        is_whole = eval_sources or NAMED_TRAIN.search(Path(source.path).stem)
+        if isinstance(samples, Scenes):
+            train.append(replace(samples, seed=seed))
+            held_out.append(held_out_scenes(samples))
+            rules.append("other scenes")
+        elif is_whole and not published_split(samples):
+            train.append(sorted(samples, key=record_hash))
+            rules.append(f"none of {source.path}")
+        else:
+            train.append(split_samples(samples, "train", source.path))
+            held_out.append(split_samples(samples, "heldout", source.path))
+            rules.append(f"{published_split(samples) or 'a tenth of the images'} of {source.path}")
+    if eval_sources:
+        held_out, rules = [], []
+        for source, samples in read_task(eval_sources, task, image_size):
+            if isinstance(samples, Scenes):
+                held_out.append(held_out_scenes(samples))
+            elif published_split(samples):
+                held_out.append(split_samples(samples, "heldout", source.path))
+            else:
+                held_out.append(sorted(samples, key=record_hash))
+            rules.append(source.path)
+    train, held_out = join(train), join(held_out)
+    if shots:
+        train = few_shots(train[:2000] if isinstance(train, Scenes) else train, shots)
+    if eval_sources:
+        refuse_shared_images(train, held_out)
+    summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
+    return Split(train, held_out, summary)
+
+
+def held_out_scenes(scenes: Scenes) -> Scenes:
+    """Scenes that no training run sees."""
+    return replace(scenes, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
+
+
+def read_task(sources: Sequence[Source], task: str,
+              image_size: int) -> list[tuple[Source, Sequence[Sample]]]:
+    """All samples of the sources that serve a task. Raises UserError if none does."""
+    found, reasons = [], []
+    for source in sources:
+        if source.task in (None, task):
+            try:
+                found.append((source, load_samples(source.path, task, image_size, source.images)))
+            except NotServedError as error:
+                if source.task:
+                    raise
+                reasons.append(str(error))
+    if not found:
+        raise UserError("; ".join(reasons) or f"no source for task {task}: add {task}=SOURCE")
+    return found
+
+
+def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
+    """The samples of several sources as one sequence."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(isinstance(part, Scenes) for part in parts):
+        raise UserError("--data: synthetic cannot be joined with another source of the same task")
+    return [sample for part in parts for sample in part]
+
+
+def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
+    """Raises UserError if a held-out image is also trained on: the same file, or equal bytes."""
+    trained, held = image_files(train), image_files(held_out)
+    sizes = {path.stat().st_size for path in trained} & {path.stat().st_size for path in held}
+
+    def contents(files: dict[Path, Sample]) -> dict[tuple[int, int], Path]:
+        """Only files of equal size can have equal bytes, so few files are read."""
+        paths = [path for path in files if path.stat().st_size in sizes]
+        return {(path.stat().st_size, zlib.crc32(path.read_bytes())): path for path in paths}
+
+    trained_contents, held_contents = contents(trained), contents(held)
+    for content in sorted(trained_contents.keys() & held_contents.keys()):
+        one, other = trained_contents[content], held_contents[content]
+        raise UserError(f"{trained[one].id} trains on {one}, and {held[other].id} holds it out as "
+                        f"{other}; remove one of the records")
+
+
+def image_files(samples: Sequence[Sample]) -> dict[Path, Sample]:
+    """The image files of samples, each with a sample that uses it."""
+    if isinstance(samples, Scenes):
+        return {}
+    return {image: s for s in samples for image in s.images if isinstance(image, Path)}
+
+
 def load_samples(source: str, task: str, image_size: int, images: str | None = None,
                  split: str = "all", seed: int = 0, shots: int | None = None) -> Sequence[Sample]:
-    """The samples of one task: a list, or `Scenes` where the source is `synthetic`.
+    """The samples of one task from one source: a list, or `Scenes` for `synthetic`.
 
     source      `synthetic`, or a file or folder that readers/ knows
     image_size  side in pixels of the square that images are resized to
@@ -62,11 +193,11 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
                         "a vision token in pixels")
     if source == "synthetic":
         if task not in QUESTIONS:
-            raise UserError(f"--data synthetic has no questions of task {task}; add one to "
-                            "QUESTIONS in tiny/scenes.py")
-        if split == "heldout":
-            return Scenes(task, image_size, HELD_OUT_SEED, HELD_OUT_SAMPLES)
+            raise NotServedError(f"--data synthetic has no questions of task {task}; add one to "
+                                 "QUESTIONS in tiny/scenes.py")
         scenes = Scenes(task, image_size, seed)
+        if split == "heldout":
+            return held_out_scenes(scenes)
         return few_shots(scenes[:2000], shots) if shots else scenes
     samples = read_source(source, task, image_size, images)
     if split != "all":
@@ -82,10 +213,15 @@ def read_source(source: str, task: str, image_size: int, images: str | None) -> 
     if not path.exists():
         raise UserError(f"--data {source}: no such file or folder (or write: synthetic)")
     image_folder = Path(images) if images else None
-    samples = list(read_samples(path, task, image_size, image_folder, skipped))
+    found = read_samples(path, task, image_size, image_folder, skipped)
+    samples = list(islice(found, 1))  # NotServedError: the source is of other tasks
+    try:
+        samples += found
+    except NotServedError as error:  # this record is, others are not
+        raise UserError(str(error)) from error
     notes = "".join(f"; {n} {what}" for what, n in sorted(skipped.items()))
     if not samples:
-        raise UserError(f"{path}: no samples of task {task}{notes}")
+        raise NotServedError(f"{path}: no samples of task {task}{notes}")
     if notes:
         print(f"{path}: {len(samples)} samples of {task}{notes}", file=sys.stderr)
     return samples

@@ -21,8 +21,11 @@ from tqdm import tqdm
 from data import (
     check_task,
     fingerprint,
-    load_samples,
+    join,
+    load_split,
+    parse_sources,
     published_split,
+    read_task,
     sample_from_row,
     sample_to_row,
 )
@@ -37,6 +40,7 @@ from runtime.command_line import HelpFormatter, positive_int, run_main
 from runtime.distributed import device, to_compute_dtype, world_size
 from runtime.errors import UserError
 from sample import Sample
+from tiny.scenes import Scenes
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,11 +55,15 @@ def parse_args() -> argparse.Namespace:
                        help="score the answers of this file; no model is run")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
-    flags.add_argument("--data", default="synthetic",
-                       help="`synthetic`, or a file or folder that readers/ knows")
+    flags.add_argument("--data", nargs="+", default=["synthetic"],
+                       metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="`synthetic`, or files and folders in a format of docs/data.md; "
+                            "several of one task are joined")
+    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="sources of the held-out samples (default: a part of --data)")
     flags.add_argument("--images",
-                       help="folder that image names are relative to (default: the folder of the "
-                            "file, or where its format keeps images)")
+                       help="default of @IMAGES, the folder that image names are relative to "
+                            "(default: the folder of the file, or where its format keeps images)")
     flags.add_argument("--split", choices=("all", "heldout", "train"),
                        help="`heldout`: what training leaves out, which is the source's test or "
                             "val split, or a tenth of the images (default: heldout for synthetic "
@@ -132,14 +140,7 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     model, processor = load_model(args.model, args.image_size)
     to_compute_dtype(model, vectors=True).to(device())
     sampler = Sampler(model, processor)
-    source = args.data, args.task, processor.image_size, args.images
-    split = args.split
-    if split is None:
-        has_split = args.data == "synthetic" or published_split(load_samples(*source))
-        split = "heldout" if has_split else "all"
-    samples = list(load_samples(*source, split)[: args.limit])
-    hint = "; for a file that a model was trained on add --split heldout" if split == "all" else ""
-    print(f"{len(samples)} samples of {args.task} from {args.data} ({split}){hint}")
+    samples = load_evaluation(args, processor.image_size)
 
     file, settings = args.out / "predictions.partial", prediction_settings(args, samples)
     lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a torn last line is cut
@@ -157,6 +158,26 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
             log.flush()
             bar.update(len(batch))
     return samples, completions
+
+
+def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
+    """The samples to score; a line says which they are."""
+    sources = parse_sources(args.data, args.images)
+    eval_sources = parse_sources(args.eval_data, args.images)
+    found = [samples for _, samples in read_task(sources, args.task, image_size)]
+    has_split = any(isinstance(samples, Scenes) or published_split(samples) for samples in found)
+    split = args.split or ("heldout" if has_split or eval_sources else "all")
+    if split == "all":
+        samples = join(found)
+    else:
+        loaded = load_split(sources, eval_sources, args.task, image_size)
+        samples = loaded.train if split == "train" else loaded.held_out
+    if not samples:
+        raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(args.data)}")
+    samples = list(samples[: args.limit])
+    hint = "; for a file that a model was trained on add --split heldout" if split == "all" else ""
+    print(f"{len(samples)} samples of {args.task} from {' '.join(args.data)} ({split}){hint}")
+    return samples
 
 
 def prediction_settings(args: argparse.Namespace, samples: Sequence[Sample]) -> str:

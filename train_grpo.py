@@ -32,7 +32,15 @@ from pathlib import Path
 import torch
 
 import grpo
-from data import HELD_OUT_SAMPLES, fingerprint, get_batch, load_samples, parse_tasks, prefetch
+from data import (
+    HELD_OUT_SAMPLES,
+    fingerprint,
+    get_batch,
+    load_split,
+    parse_sources,
+    parse_tasks,
+    prefetch,
+)
 from metrics.held_out import held_out_rewards
 from metrics.plots import METRICS, plot_curves
 from metrics.report import read_entries, write_report
@@ -84,11 +92,15 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
-    flags.add_argument("--data", default="synthetic",
-                       help="`synthetic`, or a file or folder that readers/ knows")
+    flags.add_argument("--data", nargs="+", default=["synthetic"],
+                       metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="`synthetic`, or files and folders in a format of docs/data.md; "
+                            "several of one task are joined")
+    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="sources of the held-out samples (default: a part of --data)")
     flags.add_argument("--images",
-                       help="folder that image names are relative to (default: the folder of the "
-                            "file, or where its format keeps images)")
+                       help="default of @IMAGES, the folder that image names are relative to "
+                            "(default: the folder of the file, or where its format keeps images)")
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--image-size", type=positive_int,
@@ -194,10 +206,13 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     image_size = processor.image_size
-    data = [load_samples(args.data, task, image_size, args.images, "train", args.seed, args.shots)
-            for task in tasks]
-    held_out = [load_samples(args.data, task, image_size, args.images, "heldout")[:HELD_OUT_SAMPLES]
-                for task in tasks]
+    sources = parse_sources(args.data, args.images)
+    eval_sources = parse_sources(args.eval_data, args.images)
+    splits = [load_split(sources, eval_sources, task, image_size, args.seed, args.shots)
+              for task in tasks]
+    data = [split.train for split in splits]
+    held_out = [split.held_out[:HELD_OUT_SAMPLES] for split in splits]
+    print0("\n".join(split.summary for split in splits))
     reward_models = load_reward_models(tasks, args.sbert, args.sam)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
 

@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import HELD_OUT_SAMPLES, fingerprint, get_batch, load_samples, parse_tasks, prefetch
+from data import (
+    HELD_OUT_SAMPLES,
+    Source,
+    fingerprint,
+    get_batch,
+    load_split,
+    parse_sources,
+    parse_tasks,
+    prefetch,
+)
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from model import Policy, Processor, Qwen, collate, encode, load_model, save_model
@@ -65,11 +74,15 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
-    flags.add_argument("--data", default="synthetic",
-                       help="`synthetic`, or a file or folder that readers/ knows")
+    flags.add_argument("--data", nargs="+", default=["synthetic"],
+                       metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="`synthetic`, or files and folders in a format of docs/data.md; "
+                            "several of one task are joined")
+    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="sources of the held-out samples (default: a part of --data)")
     flags.add_argument("--images",
-                       help="folder that image names are relative to (default: the folder of the "
-                            "file, or where its format keeps images)")
+                       help="default of @IMAGES, the folder that image names are relative to "
+                            "(default: the folder of the file, or where its format keeps images)")
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--box-noise", type=float, default=0.0,
@@ -125,16 +138,18 @@ def main() -> None:
     check_args(args, tasks)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
+    sources = parse_sources(args.data, args.images)
     if args.model == "scratch":
-        model, processor = model_from_scratch(args, tasks)
+        model, processor = model_from_scratch(args, sources, tasks)
     else:
         model, processor = load_model(args.model, args.image_size)
     image_size = processor.image_size
-    data = [load_samples(args.data, task, image_size, args.images, "train", args.seed, args.shots)
-            for task in tasks]
-    held_out = {
-        task: load_samples(args.data, task, image_size, args.images, "heldout")[:HELD_OUT_SAMPLES]
-        for task in tasks}
+    eval_sources = parse_sources(args.eval_data, args.images)
+    splits = [load_split(sources, eval_sources, task, image_size, args.seed, args.shots)
+              for task in tasks]
+    data = [split.train for split in splits]
+    held_out = {task: split.held_out[:HELD_OUT_SAMPLES] for task, split in zip(tasks, splits)}
+    print0("\n".join(dict.fromkeys(split.summary for split in splits)))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     run = Run(args, run_config(args, [fingerprint(samples) for samples in data]),
@@ -204,12 +219,13 @@ def main() -> None:
     print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
 
 
-def model_from_scratch(args: argparse.Namespace, tasks: list[str]) -> tuple[Qwen, Processor]:
+def model_from_scratch(args: argparse.Namespace, sources: list[Source],
+                       tasks: list[str]) -> tuple[Qwen, Processor]:
     """tiny's architecture with random weights, and a tokenizer learned from the data."""
     image_size = args.image_size or 112
     corpus = []
     for task in tasks:
-        samples = load_samples(args.data, task, image_size, args.images, "train")
+        samples = load_split(sources, [], task, image_size).train
         corpus += [format_prompt(sample) + format_target(sample)
                    for sample in get_batch(samples, 0, 500, args.seed)]
     return new_tiny_model(corpus, image_size)

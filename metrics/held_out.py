@@ -23,6 +23,8 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
     greedy ones; `format` the format reward of the sampled ones. Each further part of
     rewards.REWARD_PARTS that is not train_only follows, of the sampled ones.
     """
+    if not samples:  # a source that is used whole holds none out
+        return {}
     greedy, sampled = [], []  # the reward parts of each completion
     for start in range(rank() * BATCH_SIZE, len(samples), world_size() * BATCH_SIZE):
         batch = [samples[i] for i in range(start, min(start + BATCH_SIZE, len(samples)))]

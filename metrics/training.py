@@ -77,6 +77,8 @@ def print_step(row: dict, seconds: float) -> None:
 
 def print_held_out(task: str, num_samples: int, before: dict[str, float],
                    after: dict[str, float]) -> None:
+    if not num_samples:
+        return
     rows = [f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before]
     print0("\n".join([f"\n{task}: mean rewards over {num_samples} held-out samples",
                       f"{'':12s}{'before':>8s}{'after':>8s}", *rows]))

@@ -273,16 +273,16 @@ def sample_from_text(source: str, task: str, image_size: int, images: Sequence,
 
 def sample_per_class(source: str, task: str, image_size: int, images: Sequence,
                      objects: Iterable[tuple[str, tuple]], notes: Counter,
-                     question: str = "Locate every {}.") -> Iterator[Sample]:
+                     question: str = "Locate every {}.", **fields) -> Iterator[Sample]:
     """One Sample (det, ovd) for each class of an image. `objects` are (class, box in pixels of the
     resized image)."""
     boxes_of_class: dict[str, list] = {}
     for label, box in objects:
         boxes_of_class.setdefault(label, []).append(box)
-    for label, boxes in sorted(boxes_of_class.items()):
+    for kind, boxes in sorted(boxes_of_class.items()):
         boxes = clip_boxes(boxes, image_size, notes)
         if len(boxes) > MAX_BOXES_PER_QUESTION:
             notes[f"questions for more than {MAX_BOXES_PER_QUESTION} boxes left out"] += 1
         elif boxes:
-            yield make_sample(f"{source}, {label}", task, image_size, images,
-                              question.format(label), gt_boxes=boxes, label=label, category=label)
+            yield make_sample(f"{source}, {kind}", task, image_size, images, question.format(kind),
+                              gt_boxes=boxes, label=kind, category=kind, **fields)

@@ -38,9 +38,10 @@ from readers.json_records import (
     first_image_size,
     read_mask,
     read_records,
+    split_of_name,
     user_error_on,
 )
-from runtime.errors import UserError
+from runtime.errors import NotServedError, UserError
 from sample import BOX_TASKS, INSTRUCTIONS, Sample, read_image_size
 
 PAIR_CANDIDATES = 4  # satellite images to choose from in a question of `pair`
@@ -77,7 +78,7 @@ def read_samples(path: Path, task: str, image_size: int, image_folder: Path | No
             hint = "; for a file of records, --data is the file and --images the folder"
         elif reader is read_pairs and task in BOX_TASKS:
             hint = "; boxes are not read from CSV"
-        raise UserError(f"{path}: {name} serves {', '.join(tasks)}, not {task}{hint}")
+        raise NotServedError(f"{path}: {name} serves {', '.join(tasks)}, not {task}{hint}")
     yield from reader(path, task, image_size, image_folder, notes)
 
 
@@ -116,7 +117,7 @@ def reader_of_one_file(pattern: str) -> Callable:
 
 
 def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, task: str,
-                       image_size: int, notes: Counter) -> Iterator[Sample]:
+                       image_size: int, notes: Counter, split: str = "") -> Iterator[Sample]:
     """Samples of an image whose annotation file has one object a line. `parse` maps (line, size of
     the image) to (class, box in pixels of the resized image)."""
     size = read_image_size(image, str(file))
@@ -127,15 +128,14 @@ def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, 
         if line.strip() and not line.startswith(("imagesource:", "gsd:")):  # DOTA's metadata
             with user_error_on(expected, f"{file}: line {i}"):
                 objects.append(parse(line, size))
-    yield from sample_per_class(str(file), task, image_size, (image,), objects, notes)
+    yield from sample_per_class(str(file), task, image_size, (image,), objects, notes, split=split)
 
 
 def read_nwpu(path: Path, task: str, image_size: int, image_folder: Path | None,
               notes: Counter) -> Iterator[Sample]:
     """NWPU VHR-10: `ground truth/NNN.txt`, lines (x1,y1),(x2,y2),class in pixels, stray blanks."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
-        line = re.sub(r"\s", "", line)
-        fields = re.fullmatch(r"\((\d+),(\d+)\),\((\d+),(\d+)\),(\d+)", line)
+        fields = re.fullmatch(r"\((\d+),(\d+)\),\((\d+),(\d+)\),(\d+)", re.sub(r"\s", "", line))
         *box, label = map(int, fields.groups())
         return NWPU_CLASSES[label], convert_box(box, size, (image_size, image_size))
 
@@ -147,70 +147,90 @@ def read_nwpu(path: Path, task: str, image_size: int, image_folder: Path | None,
 
 def read_dota(path: Path, task: str, image_size: int, image_folder: Path | None,
               notes: Counter) -> Iterator[Sample]:
-    """DOTA: `labelTxt*/X.txt`, lines x1 y1 .. x4 y4 class [difficulty] in pixels. The corners are
-    scaled before an oriented box (OBB) is made of them: two scale factors would skew the box."""
+    """DOTA: [split/]labelTxt*/X.txt, lines x1 y1 .. x4 y4 class [difficulty] in pixels. The corners
+    are scaled before an oriented box (OBB) is made of them: two scale factors would skew it."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
         *corners, label = line.split()[:9]
         corners = np.array(corners, float).reshape(4, 2)
         return label, min_area_rect(corners / size * image_size)
 
-    for file in sorted(path.glob("labelTxt*/*.txt")):
-        image = find_image(image_folder or path / "images", f"{file.stem}.png")
+    for file in sorted([*path.glob("labelTxt*/*.txt"), *path.glob("*/labelTxt*/*.txt")]):
+        root = file.parent.parent
+        image = find_image(image_folder or root / "images", f"{file.stem}.png")
         yield from samples_from_lines(file, image, parse, "x1 y1 .. x4 y4 class", task, image_size,
-                                      notes)
+                                      notes, split_of_name(root))
 
 
 def read_dior_rsvg(path: Path, task: str, image_size: int, image_folder: Path | None,
                    notes: Counter) -> Iterator[Sample]:
-    """DIOR-RSVG: all objects of the folder, or those of a split if the path is train.txt, val.txt
-    or test.txt. A split lists objects by their number in the order of Annotations/*.xml."""
-    root, wanted, count = path, None, 0
+    """DIOR-RSVG: all objects of the folder, or those of a list if the path is train.txt, val.txt or
+    test.txt. A list names the objects of a split by their number in the order of Annotations/*.xml.
+
+    The published lists split objects, not images. Of the folder, a train object in an image with
+    test objects (without test.txt, val objects) gets no split. A named list is read as it is.
+    """
+    root, lists, count = path, [path / f"{name}.txt" for name in ("train", "val", "test")], 0
     if path.is_file():
-        root = path.parent
-        with user_error_on("a list of object numbers", str(path)):
-            wanted = {int(line) for line in path.read_text().split()}
+        root, lists = path.parent, [path]
+    split_of = {}
+    for file in filter(Path.is_file, lists):
+        with user_error_on("a list of object numbers", str(file)):
+            numbers = [int(line) for line in file.read_text().split()]
+        split_of |= dict.fromkeys(numbers, split_of_name(file.with_suffix("")))
+    held_out = next((s for s in ("test", "val") if s in split_of.values()), None)
     for file in sorted(root.glob("Annotations/*.xml")):
         with user_error_on("an annotation of DIOR-RSVG", str(file)):
             tree = ElementTree.parse(file)
             objects = list(enumerate(tree.iter("object"), count))
             count += len(objects)
-            objects = [(i, node) for i, node in objects if wanted is None or i in wanted]
+            is_held_out = held_out in [split_of.get(i, "") for i, _ in objects]
+            if path.is_file():
+                objects = [(i, node) for i, node in objects if i in split_of]
             image = (image_folder or root / "JPEGImages") / tree.findtext("filename")
             size = read_image_size(image, str(file)) if objects else None
             for i, node in objects:
+                split = split_of.get(i, "")
+                if split == "train" and is_held_out:
+                    notes[f"train objects in {held_out} images are not trained on"] += 1
+                    split = ""
                 sides = ("xmin", "ymin", "xmax", "ymax")
                 box = [float(node.findtext(f"bndbox/{side}")) for side in sides]
                 boxes = [convert_box(box, size, (image_size, image_size))]
                 question = phrase_to_question(task, node.findtext("description").strip())
                 yield from sample_from_text(
                     f"{file}: object {i}", task, image_size, (image,), size, question, [""], notes,
-                    boxes, category=node.findtext("name"))
-    if wanted and max(wanted) >= count:
-        raise UserError(f"{path}: names object {max(wanted)}, but Annotations holds {count}; "
+                    boxes, category=node.findtext("name"), split=split)
+    if split_of and max(split_of) >= count:
+        raise UserError(f"{path}: object {max(split_of)} is listed, but Annotations holds {count}; "
                         "some annotations are missing")
 
 
 def read_xbd(path: Path, task: str, image_size: int, image_folder: Path | None,
              notes: Counter) -> Iterator[Sample]:
-    """xBD: images/*_{pre,post}_disaster.png with labels or masks of the later image. cls asks for
-    the disaster, and whether a building is damaged. det, which needs the labels, asks for the
-    buildings of each class of damage."""
+    """xBD: [split/]images/*_{pre,post}_disaster.png with labels or masks of the later image. cls
+    asks for the disaster, and whether a building is damaged. det, which needs the labels, asks for
+    the buildings of each class of damage.
+
+    train (tier1 in the geotiffs) and tier3 are for training. The xView2 challenge used test for its
+    public leaderboard and hold for its final ranking. Here hold is "val": unused beside test.
+    """
     pattern = "images/*_post_disaster.*"
     for post in sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")]):
         pair, source = (post.with_name(post.name.replace("_post_", "_pre_")), post), post.name
-        size = first_image_size(pair, source)
+        size, split = first_image_size(pair, source), split_of_name(post.parent.parent)
         with user_error_on("an annotation of xBD", source):
             buildings, damaged = read_xbd_annotation(post, size, image_size)
         if task == "cls":
-            yield from ask_about_disaster(source, image_size, pair, damaged)
+            yield from ask_about_disaster(source, image_size, pair, damaged, split)
         elif buildings is None:
             notes["image pairs without labels/*.json left out"] += 1
         else:
             classified = [(kind, box) for kind, box in buildings if kind != "un-classified"]
             if len(classified) < len(buildings):
                 notes["buildings of no class left out"] += len(buildings) - len(classified)
-            yield from sample_per_class(source, task, image_size, pair, classified, notes,
-                                        "Locate every {} building in the second image.")
+            question = "Locate every {} building in the second image."
+            yield from sample_per_class(source, task, image_size, pair, classified, notes, question,
+                                        split=split)
 
 
 def read_xbd_annotation(post: Path, size: tuple[int, int], image_size: int) -> tuple:
@@ -237,8 +257,8 @@ def polygon_box(wkt: str, size: tuple[int, int], image_size: int) -> tuple:
     return bounding_box(points / size * image_size)
 
 
-def ask_about_disaster(source: str, image_size: int, pair: tuple,
-                       damaged: bool | None) -> Iterator[Sample]:
+def ask_about_disaster(source: str, image_size: int, pair: tuple, damaged: bool | None,
+                       split: str) -> Iterator[Sample]:
     """What the disaster is, and whether there is damage (None: not annotated)."""
     kind = next((kind for name, kind in DISASTERS.items() if name in source), None)
     if kind is None:
@@ -247,12 +267,12 @@ def ask_about_disaster(source: str, image_size: int, pair: tuple,
     classes = ", ".join(sorted(set(DISASTERS.values())))
     question = f"Which disaster struck between the images? Classes: {classes}."
     yield make_sample(f"{source}, disaster", "cls", image_size, pair, question, kind,
-                      think=f"The damage is that of {kind}.")
+                      think=f"The damage is that of {kind}.", split=split)
     if damaged is not None:
         question = "Is any building damaged in the second image? Classes: yes, no."
         yield make_sample(f"{source}, damage", "cls", image_size, pair, question,
                           "yes" if damaged else "no",
-                          think=f"{'A' if damaged else 'No'} building is damaged.")
+                          think=f"{'A' if damaged else 'No'} building is damaged.", split=split)
 
 
 def read_earthreason(path: Path, task: str, image_size: int, image_folder: Path | None,
@@ -264,7 +284,8 @@ def read_earthreason(path: Path, task: str, image_size: int, image_folder: Path 
         with user_error_on("`questions` of EarthReason", str(file)):
             image = find_image(root / "images", f"{file.stem}.jpg").name
             row = {"problem": json.loads(file.read_text(encoding="utf-8"))["questions"],
-                   "image": f"images/{image}", "mask": f"labels/{file.stem}.png"}
+                   "image": f"images/{image}", "mask": f"labels/{file.stem}.png",
+                   "split": split_of_name(root)}
             yield from read_mask(str(file), row, task, image_size, root, notes)
 
 
@@ -351,6 +372,7 @@ FOLDERS = (
     ("data/*.parquet", "a folder of parquet", INSTRUCTIONS, read_records),
     ("ground truth/*.txt", "NWPU VHR-10", ("det", "ovd"), read_nwpu),
     ("labelTxt*/*.txt", "DOTA", ("det", "ovd"), read_dota),
+    ("*/labelTxt*/*.txt", "DOTA", ("det", "ovd"), read_dota),
     ("Annotations/*.xml", "DIOR-RSVG", ("rec", "det"), read_dior_rsvg),
     ("images/*_post_disaster.*", "xBD", ("cls", "det"), read_xbd),
     ("*/images/*_post_disaster.*", "xBD", ("cls", "det"), read_xbd),

@@ -3,11 +3,13 @@ format, which is one reader and one line of the table RECORDS at the end."""
 
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -33,13 +35,16 @@ from readers.box_formats import (
     split_reasoning,
     tasks_of_question,
 )
-from runtime.errors import UserError, first_line
+from runtime.errors import NotServedError, UserError, first_line
 from sample import INSTRUCTIONS, Sample, load_gt_mask, read_image_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's
-SPLITS = {"": "", "train": "train", "val": "val", "valid": "val", "validation": "val",
-          "test": "test"}
+SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "validation": "val"}
+# In names of folders (tier1, tier3 and hold are xBD's) and files (EVAL is VRSBench's)
+NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
+FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables of Hugging Face
+    r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_-]+).*-of-\d+\.parquet")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,13 +112,19 @@ def iter_table_rows(path: Path) -> Iterator[tuple[str, dict]]:
         tables = [parquet.read_table(file) for file in files]
         tables = tables or [datasets.load_from_disk(str(path)).with_format("arrow")[:]]
     batches = (batch for table in tables for batch in table.to_batches(1000))
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for i, row in enumerate(rows):
+    for i, row in enumerate(row for batch in batches for row in batch.to_pylist()):
         source = f"{path}: row {i}"
         if "conversations" in row:
             with user_error_on("a row of a shard, with its `conversations` as JSON", source):
                 row["conversations"] = json.loads(row["conversations"])
         yield source, row
+
+
+def split_of_name(path: Path) -> str:
+    """The split that a folder or a published file is named after; "" if none."""
+    name = os.path.basename(os.path.abspath(path))  # of the folder `.` too
+    match = FILE_SPLIT.fullmatch(name)
+    return NAMED_SPLITS.get((match[match.lastindex] if match else name).lower(), "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,6 +170,7 @@ def read_records(path: Path, task: str, image_size: int, image_folder: Path | No
                  notes: Counter) -> Iterator[Sample]:
     """Samples of a JSON array or document, JSON lines, an EarthDial shard or parquet."""
     image_folder = image_folder or path.parent
+    file_split = split_of_name(path) or split_of_name(next(path.glob("**/*.parquet"), path))
     is_table = path.is_dir() or path.suffix == ".parquet"
     records = list(iter_table_rows(path)) if is_table else read_json(path)
     if len(records) == 1 and isinstance(records[0][1], dict) and not format_of(records[0][1]):
@@ -178,11 +190,16 @@ def read_records(path: Path, task: str, image_size: int, image_folder: Path | No
         _, name, tasks, reader = format_of(record)
         if task not in tasks:
             hint = {"ovd": "; `ovd` reads COCO files", "seg": "; `seg` reads EarthReason"}
-            raise UserError(
+            raise NotServedError(
                 f"{source}: {name} serves {', '.join(tasks)}, not {task}{hint.get(task, '')}")
+        split = SPLITS.get(str(record.get("split") or "").lower())
+        if split is None:
+            raise UserError(f"{source}: its `split` is {record['split']!r}, "
+                            "expected train, val or test")
         with user_error_on(name, source):
-            yield from reader(source, record, task, image_size, image_folder, notes,
-                              **options.get(reader, {}))
+            for sample in reader(source, record, task, image_size, image_folder, notes,
+                                 **options.get(reader, {})):
+                yield replace(sample, split=split or sample.split or file_split)
 
 
 def format_of(record: dict) -> tuple | None:
@@ -202,8 +219,8 @@ def records_of_document(path: Path, document: dict, notes: Counter) -> Iterator[
     if "questions" in document:  # RSVQA
         answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
         active = [q for q in document["questions"] if q.get("active", True)]
-        if len(active) < len(document["questions"]):
-            inactive = len(document["questions"]) - len(active)
+        inactive = len(document["questions"]) - len(active)
+        if inactive:
             notes["questions of other splits left out"] += inactive
         for q in active:
             answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
@@ -259,10 +276,6 @@ def read_conversation(source: str, record: dict, task: str, image_size: int, ima
         raise UserError(
             f"{source}: `conversations` has {len(turns)} turns, expected question and target in "
             "pairs, `from` human and gpt in turn, without a system turn")
-    split = SPLITS.get(str(record.get("split") or "").lower())
-    if split is None:
-        raise UserError(f"{source}: its `split` is {record['split']!r}, "
-                        "expected train, val or test")
     n_marks = turns[0]["value"].count("<image>")
     # Images of a table are not checked: xBD's shards have one <image> mark for two of them.
     if n_marks and n_marks != len(images) and isinstance(images[0], Path):
@@ -279,7 +292,7 @@ def read_conversation(source: str, record: dict, task: str, image_size: int, ima
         think, gt_answer = split_reasoning(target)
         turn_source = f"{source}, turn {i // 2}" if len(turns) > 2 else source
         yield from sample_from_text(turn_source, task, image_size, images, size, question,
-                                    [gt_answer], notes, think=think, category=category, split=split)
+                                    [gt_answer], notes, think=think, category=category)
 
 
 def read_earthdial(source: str, row: dict, task: str, image_size: int, image_folder: Path,
@@ -310,8 +323,8 @@ def read_earthdial(source: str, row: dict, task: str, image_size: int, image_fol
     elif TASK_MARK.match(question):
         tasks = tasks_of_question(question, gt_texts[0])
     if task not in tasks:
-        raise UserError(f"{source}: a row with `{key}` and this question serves "
-                        f"{', '.join(tasks)}, not {task}")
+        raise NotServedError(f"{source}: a row with `{key}` and this question serves "
+                             f"{', '.join(tasks)}, not {task}")
 
     images, boxes = images_of(source, row, image_folder), []
     if task in ("det", "rec"):
@@ -354,7 +367,7 @@ def read_benchmark(source: str, row: dict, task: str, image_size: int, image_fol
     else:
         tasks = ("vqa",)
     if task not in tasks:
-        raise UserError(f"{source}: this row of a benchmark serves {', '.join(tasks)}, not {task}")
+        raise NotServedError(f"{source}: a benchmark's row serves {', '.join(tasks)}, not {task}")
 
     images = (find_image(image_folder, str(row.get("image_id") or row["image"])),)
     size, boxes = first_image_size(images, source), []
@@ -417,16 +430,17 @@ def read_captions(source: str, row: dict, task: str, image_size: int, image_fold
     """Several captions of an image or a change: `sentences` in Karpathy's layout (RSICD, RSITMD,
     UCM), with `changeflag` in LEVIR-CC (images/<filepath>/{A,B}), `raw`, `raw_1` .. in
     NWPU-Captions, `captions` in RSICD's captions on AID."""
-    name = row.get("filename") or row["image"]
+    name, split = row.get("filename") or row["image"], ""
     serves = "change" if "changeflag" in row else "cap"
     if task != serves:
-        raise UserError(f"{source}: these captions serve {serves}, not {task}")
+        raise NotServedError(f"{source}: these captions serve {serves}, not {task}")
     gt_texts = [row[key] for key in row if key.startswith("raw")] or row.get("captions")
     gt_texts = gt_texts or [sentence["raw"] for sentence in row["sentences"]]
     if task == "change":
         images = tuple(image_folder / "images" / row["filepath"] / date / name for date in "AB")
         question = "What has changed from the first image to the second?"
         category = "change" if row["changeflag"] else "no change"
+        split = split_of_name(Path(row["filepath"]))
     else:
         category = row.get("category") or Path(name).parent.name
         question = "Describe the image."
@@ -434,7 +448,7 @@ def read_captions(source: str, row: dict, task: str, image_size: int, image_fold
         images = (image if image.is_file() else image_folder / name,)
     size = first_image_size(images, source)
     yield from sample_from_text(source, task, image_size, images, size, question, gt_texts, notes,
-                                category=category, split=str(row.get("split") or ""))
+                                category=category, split=split)
 
 
 def read_coco(source: str, row: dict, task: str, image_size: int, image_folder: Path,
@@ -471,7 +485,7 @@ def read_mask(source: str, row: dict, task: str, image_size: int, image_folder: 
     for i, problem in enumerate(problems):
         problem_source = f"{source}, question {i}" if len(problems) > 1 else source
         yield make_sample(problem_source, task, image_size, images, problem, format_json(instances),
-                          gt_boxes, gt_mask=mask, category=category)
+                          gt_boxes, gt_mask=mask, category=category, split=row.get("split", ""))
 
 
 def inner_points(piece: np.ndarray) -> list[tuple[int, int]]:

@@ -44,7 +44,8 @@ START_AGAIN = "start again without --resume, which clears the folder"
 
 def run_config(args: Namespace, fingerprints: Sequence[str]) -> dict[str, str]:
     """What makes a run what it is: its flags by name, and the data that it found."""
-    flags = {name.replace("_", "-"): str(value) for name, value in vars(args).items()}
+    flags = {name.replace("_", "-"): " ".join(value) if isinstance(value, list) else str(value)
+             for name, value in vars(args).items()}
     config = {name: value for name, value in flags.items() if name not in ("out", "resume")}
     return config | {"data (as read)": ", ".join(fingerprints)}
 

@@ -6,6 +6,10 @@ class UserError(Exception):
     what to do."""
 
 
+class NotServedError(UserError):
+    """A source of data cannot serve a task."""
+
+
 def first_line(error: BaseException) -> str:
     """The type and the first line of an error, for the inside of a UserError."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]

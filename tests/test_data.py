@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import zlib
 from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +20,8 @@ from data import (
     HELD_OUT_SEED,
     get_batch,
     load_samples,
+    load_split,
+    parse_sources,
     prefetch,
     read_source,
     sample_from_row,
@@ -563,3 +567,99 @@ def test_prefetch_hands_on_an_error_of_its_step():
         for step, _, _ in prefetch(((step, [step]) for step in range(5)), encode):
             seen.append(step)
     assert seen == [0, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several sources
+
+def scenes_of(folder, name, labels, **fields):
+    """A file of class records, one image for each label, all different."""
+    records = []
+    for i, label in enumerate(labels):
+        color = tuple(np.random.default_rng([zlib.crc32(f"{folder.name}{name}".encode()), i]).integers(0, 255, 3).tolist())
+        image = f"{Path(name).stem}_{i}.png"
+        Image.new("RGB", (20 + i, 30), color).save(folder / image)
+        records.append({**chat("Which class? Classes: sea, land", label, image=image), **fields})
+    return write(folder, *records, name=name)
+
+
+@pytest.mark.parametrize("value, source", [
+    ("a.json", ("a.json", None, None)), ("a.json@img", ("a.json", "img", None)), ("det=a.json", ("a.json", None, "det")),
+    ("det=a.json@img/b", ("a.json", "img/b", "det")), ("x=a.json", ("x=a.json", None, None)),  # no task: part of the name
+    ("synthetic", ("synthetic", None, None))])
+def test_sources_are_parsed(value, source):
+    assert parse_sources([value]) == [source]
+    assert parse_sources([value], "default")[0].images == (source[1] or "default")
+
+
+def test_a_name_may_contain_an_at_sign(tmp_path):
+    (tmp_path / "a@b.json").write_text("[]")
+    assert parse_sources([f"{tmp_path}/a@b.json"]) == [(f"{tmp_path}/a@b.json", None, None)]
+    assert parse_sources([f"{tmp_path}/a@b.json@img"]) == [(f"{tmp_path}/a@b.json", "img", None)]
+
+
+def test_each_task_takes_its_own_source_and_those_without_a_task(folder):
+    one, two = scenes_of(folder, "one.json", ["sea"] * 20), scenes_of(folder, "two.json", ["land"] * 30)
+    boxes = write(folder, GOOD, {**GOOD, "image": "b.png"}, name="boxes.json")
+    sources = parse_sources([f"cls={one}", f"cls={two}", f"det={boxes}"])
+    cls, det = (load_split(sources, [], task, F) for task in ("cls", "det"))
+    assert len(cls.train) + len(cls.held_out) == 50 and {s.gt_answer for s in cls.train} == {"sea", "land"}
+    assert len(det.train) == len(det.held_out) == 1
+    assert "cls: " in cls.summary and "one.json" in cls.summary and "two.json" in cls.summary and "a tenth" in cls.summary
+    with pytest.raises(UserError, match="no source for task vqa: add vqa=SOURCE"):
+        load_split(sources, [], "vqa", F)
+
+
+def test_a_source_that_cannot_serve_a_task_is_passed_over_unless_it_was_named_for_it(folder):
+    (folder / "set/sea").mkdir(parents=True)
+    (folder / "set/land").mkdir()
+    for i in range(20):
+        Image.new("RGB", (9 + i, 9)).save(folder / f"set/{('sea', 'land')[i % 2]}/{i}.png")
+    boxes = write(folder, GOOD, {**GOOD, "image": "b.png"}, name="boxes.json")
+    sources = parse_sources([str(folder / "set"), f"det={boxes}"])
+    assert len(load_split(sources, [], "det", F).train) == 1
+    with pytest.raises(UserError, match="serves cls, not det"):
+        load_split(parse_sources([f"det={folder / 'set'}"]), [], "det", F)
+    with pytest.raises(UserError, match="serves cls, not vqa"):
+        load_split(parse_sources([str(folder / "set")]), [], "vqa", F)
+
+
+def test_eval_data_is_held_out_and_nothing_else(folder):
+    train, test = scenes_of(folder, "a.json", ["sea"] * 20), scenes_of(folder, "b.json", ["land"] * 10)
+    split = load_split(parse_sources([train]), parse_sources([test]), "cls", F)
+    assert len(split.train) == 20 and len(split.held_out) == 10 and {s.gt_answer for s in split.held_out} == {"land"}
+    published = scenes_of(folder, "c.json", ["land"] * 4, split="test")
+    more = scenes_of(folder, "d.json", ["sea"] * 4, split="train")
+    split = load_split(parse_sources([train]), parse_sources([published, more]), "cls", F)
+    assert len(split.held_out) == 8
+
+
+@pytest.mark.parametrize("name", ["train.json", "VRSBench_train.json", "train_1shot.json", "fs-10-shots.json"])
+def test_file_named_as_a_training_split_is_used_whole(folder, name):
+    """A 1-shot file of 26 categories once trained on 23: a tenth was held out."""
+    split = load_split(parse_sources([scenes_of(folder, name, ["sea", "land"] * 13)]), [], "cls", F)
+    assert len(split.train) == 26 and len(split.held_out) == 0 and "none of" in split.summary
+
+
+@pytest.mark.parametrize("name", ["trains.json", "shots.json", "strained.json", "all.json"])
+def test_other_names_hold_a_tenth_out(folder, name):
+    split = load_split(parse_sources([scenes_of(folder, name, ["sea", "land"] * 13)]), [], "cls", F)
+    assert 0 < len(split.held_out) < 8 and len(split.train) + len(split.held_out) == 26
+
+
+def test_held_out_image_that_is_trained_on_is_refused(folder):
+    """The same file in both, or a copy of it under another name."""
+    train = scenes_of(folder, "a.json", ["sea"] * 20)
+    with pytest.raises(UserError, match="a_0.png.*holds it out|holds it out.*a_") as error:
+        load_split(parse_sources([train]), parse_sources([train]), "cls", F)
+    refuse(str(error.value), "a.json: record")
+    shutil.copy(folder / "a_3.png", folder / "copy.png")
+    test = write(folder, chat("Which class?", "sea", image="copy.png"), name="t.json")
+    with pytest.raises(UserError) as error:
+        load_split(parse_sources([train]), parse_sources([test]), "cls", F)
+    refuse(str(error.value), "a_3.png", "copy.png", "remove one")
+
+
+def test_synthetic_is_not_joined_with_files(folder):
+    with pytest.raises(UserError, match="synthetic cannot be joined"):
+        load_split(parse_sources(["synthetic", scenes_of(folder, "a.json", ["sea"] * 20)]), [], "cls", F)

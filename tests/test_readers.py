@@ -444,10 +444,13 @@ def test_few_shots_as_parquet(tmp_path):
     for split in ("train_1shot", "val"):
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     samples = samples_of(tmp_path / "data" / "val-00000-of-00001.parquet", "rec")
+    assert {s.split for s in samples} == {"val"}
     answer = '{"bbox_2d": [56, 56, 112, 112]}'
     assert [(s.category, s.gt_answer) for s in samples] == [("ship", answer), ("pier", answer)]
     assert load_images(samples[0])[0].size == (F, F)
     refused(tmp_path, "rec", "splits train_1shot, val")
+    (tmp_path / "data" / "val-00000-of-00001.parquet").unlink()
+    assert {s.split for s in samples_of(tmp_path, "rec")} == {"train"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,6 +675,163 @@ def test_points_of_a_single_pixel_lie_on_it(folder):
     mask_image((70, 20, 70, 20), size=(F, F)).save(folder / "mask.png")
     sample, = samples_of(write(folder / "fs.jsonl", {"image": "a.png", "mask": "mask.png", "problem": "Where?"}), "seg")
     assert json.loads(sample.gt_answer) == [{"bbox_2d": [70, 20, 71, 21], "keypoint1": [70, 20], "keypoint2": [70, 20]}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published splits: no held-out image is trained on
+
+FOLDER_SPLITS = {"train": "train", "tier1": "train", "tier3": "train", "val": "val", "valid": "val",
+                 "validation": "val", "hold": "val", "test": "test"}
+
+
+def random_image(path, rng):
+    picture(path, (16, 16), tuple(int(v) for v in rng.integers(256, size=3)))
+
+
+def make_xbd(folder, name, rng):
+    stem = f"{rng.choice(['socal-fire', 'palu-tsunami'])}_{name}"
+    for when in ("pre", "post"):
+        random_image(folder / "images" / f"{stem}_{when}_disaster.png", rng)
+    document(folder / "labels" / f"{stem}_post_disaster.json",
+             {"features": {"xy": [polygon(2, 2, 12, 12, "destroyed")]}})
+    return folder / "images" / f"{stem}_pre_disaster.png"
+
+
+def make_earthreason(folder, name, rng):
+    random_image(folder / "images" / f"{name}.jpg", rng)
+    (folder / "labels").mkdir(exist_ok=True)
+    mask_image((2, 2, 9, 9), size=(16, 16)).save(folder / "labels" / f"{name}.png")
+    document(folder / "QAs" / f"{name}.json", {"questions": ["Where?", "Where to?"]})
+    return folder / "images" / f"{name}.jpg"
+
+
+def make_dota(folder, name, rng):
+    random_image(folder / "images" / f"{name}.png", rng)
+    write(folder / "labelTxt-v1.0" / f"{name}.txt", "gsd:0.1", "2 2 9 2 9 9 2 9 ship 0")
+    return folder / "images" / f"{name}.png"
+
+
+FOLDER_LAYOUTS = [  # how to make an image of a folder, tasks, folders
+    (make_xbd, ("cls", "det"), ("train", "tier3", "hold", "test")), (make_xbd, ("cls", "det"), ("tier1", "hold")),
+    (make_earthreason, ("seg",), ("train", "val", "test")), (make_earthreason, ("seg",), ("train", "validation")),
+    (make_dota, ("det", "ovd"), ("train", "val")), (make_dota, ("ovd",), ("train", "valid", "test"))]
+
+
+def images_of_split(source, task, split):
+    return {image for s in load_samples(str(source), task, F, split=split) for image in s.images}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("make, tasks, folders", FOLDER_LAYOUTS)
+def test_no_image_of_a_held_out_folder_is_trained_on(tmp_path, monkeypatch, make, tasks, folders, seed):
+    rng = np.random.default_rng(seed)
+    names = [f"{number:08d}" for number in rng.choice(10**8, 12, replace=False)]
+    images = {name: set() for name in folders}
+    for name, folder in zip(names, [*folders, *rng.choice(folders, 12 - len(folders))]):
+        images[folder].add(make(tmp_path / folder, name, rng))
+    held_out = "test" if "test" in folders else "val"
+
+    def expected(split):
+        return {image for name in folders if FOLDER_SPLITS[name] == split for image in images[name]}
+
+    for task in tasks:
+        train, held = images_of_split(tmp_path, task, "train"), images_of_split(tmp_path, task, "heldout")
+        assert not train & held
+        assert {image.parent.parent.name for image in train} == {f for f in folders if FOLDER_SPLITS[f] == "train"}
+        firsts = {s.images[0] for s in load_samples(str(tmp_path), task, F, split="train")}
+        assert firsts == expected("train") and expected(held_out) <= held
+        assert {s.images[0] for s in load_samples(str(tmp_path), task, F)} == set.union(*images.values())
+        for name in folders:  # as --data
+            source = tmp_path / name
+            monkeypatch.chdir(source)
+            assert {s.split for path in (source, ".") for s in samples_of(path, task)} == {FOLDER_SPLITS[name]}
+            if FOLDER_SPLITS[name] != "train":
+                with pytest.raises(UserError, match=f"no samples of task {task} in the train split"):
+                    load_samples(str(source), task, F, split="train")
+    (tmp_path / folders[-1]).rename(tmp_path / "testing")  # no published name
+    assert {s.split for s in samples_of(tmp_path / "testing", tasks[0])} == {""}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lists", [("train", "val", "test"), ("train", "val")])
+def test_no_image_of_a_held_out_object_of_dior_rsvg_is_trained_on(tmp_path, lists, seed):
+    """The published lists give the objects of one image to several splits. The first two images here are whole."""
+    rng = np.random.default_rng(seed)
+    names = sorted(f"{number:05d}" for number in rng.choice(10**5, 12, replace=False))
+    splits = [["train"] * 2, [lists[-1]] * 2, *(rng.choice(lists, rng.integers(1, 4)) for _ in names[2:])]
+    objects = []  # image, split
+    for name, of_image in zip(names, splits):
+        random_image(tmp_path / "JPEGImages" / f"{name}.jpg", rng)
+        xml = "".join(OBJECT.format(2, 2, 9, 9, name="ship") for _ in of_image)
+        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=xml))
+        objects += [(tmp_path / "JPEGImages" / f"{name}.jpg", split) for split in of_image]
+    for split in lists:
+        write(tmp_path / f"{split}.txt", *(str(i) for i, (_, s) in enumerate(objects) if s == split))
+    held = {image for image, split in objects if split == lists[-1]}
+    kept = [image for image, split in objects if split == "train" and image not in held]
+    for task in ("rec", "det"):
+        train = load_samples(str(tmp_path), task, F, split="train")
+        assert sorted(s.images[0] for s in train) == kept
+        assert [s.images[0] for s in sorted(load_samples(str(tmp_path), task, F, split="heldout"), key=lambda s: s.id)] \
+            == [image for image, split in objects if split == lists[-1]]
+        assert len(load_samples(str(tmp_path), task, F)) == len(objects)
+        for split in lists:  # as --data: this list as it is
+            samples = samples_of(tmp_path / f"{split}.txt", task)
+            assert [s.images[0] for s in samples] == [image for image, s in objects if s == split]
+            assert {s.split for s in samples} == {split}
+        with pytest.raises(UserError, match=f"no samples of task {task} in the train split"):
+            load_samples(str(tmp_path / f"{lists[-1]}.txt"), task, F, split="train")
+
+
+def test_list_of_dior_rsvg_for_more_objects_than_the_folder_holds_is_refused(dior):
+    write(dior / "train.txt", "1", "3", "4")
+    refused(dior, "rec", "object 4 is listed, but Annotations holds 4")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("has_key", [True, False])
+def test_no_held_out_image_of_levir_cc_is_trained_on(tmp_path, has_key, seed):
+    rng, records, images = np.random.default_rng(seed), [], {"train": set(), "val": set(), "test": set()}
+    for i, split in enumerate([*images, *rng.choice(list(images), 9)]):
+        name = f"{rng.integers(10**6)}_{i}.png"
+        for date in "AB":
+            random_image(tmp_path / "images" / split / date / name, rng)
+            images[split].add(tmp_path / "images" / split / date / name)
+        key = {"split": str(split)} if has_key else {}
+        records.append({"filepath": split, "filename": name, "changeflag": 1, "sentences": SENTENCES, **key})
+    source = document(tmp_path / "LevirCCcaptions.json", {"images": records}, indent=1)
+    for path in (tmp_path, source):
+        assert images_of_split(path, "change", "train") == images["train"]
+        assert images_of_split(path, "change", "heldout") == images["test"]
+
+
+def test_captions_of_another_split_are_refused(folder):
+    source = write(folder / "a.jsonl", {"image": "a.png", "captions": ["A pier."], "split": "dev"})
+    refused(source, "cap", "line 1: its `split` is 'dev', expected train, val or test")
+
+
+@pytest.mark.parametrize("name, split", [
+    ("LR_split_train", "train"), ("LR_split_val", "val"), ("USGS_split_test", "test"), ("USGS_split_test_phili", "test"),
+    ("all", ""), ("LR_reduced", "")])
+def test_rsvqa_file_carries_the_split_of_its_name(rsvqa, name, split):
+    for kind in ("questions", "answers"):
+        (rsvqa / f"LR_split_test_{kind}.json").rename(rsvqa / f"{name}_{kind}.json")
+    for source in (rsvqa, rsvqa / f"{name}_questions.json"):
+        assert [s.split for s in samples_of(source, "vqa")] == [split]
+        if split in ("val", "test"):
+            with pytest.raises(UserError, match="no samples of task vqa in the train split"):
+                load_samples(str(source), "vqa", F, split="train")
+    document(rsvqa / "LR_split_another_questions.json", {})
+    refused(rsvqa, "vqa", "name one of them")
+
+
+@pytest.mark.parametrize("name, split", [
+    ("VRSBench_EVAL_referring.json", "test"), ("VRSBench_EVAL_Cap.jsonl", "test"), ("VRSBench_train.json", "train"),
+    ("referring.json", ""), ("test.json", ""), ("train.json", "")])
+def test_vrsbench_file_carries_the_split_of_its_name(folder, name, split):
+    assert [s.split for s in samples_of(write(folder / name, VRSBENCH), "rec")] == [split]
+    own = write(folder / name, VRSBENCH | {"split": "val"})
+    assert [s.split for s in samples_of(own, "rec")] == ["val"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
