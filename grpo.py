@@ -58,7 +58,8 @@ def token_weights(loss_mask: Tensor, loss: str, max_new_tokens: int,
     """The weight w_it of each token in the loss, (B, G, C), over all prompts of a step.
 
         grpo, gspo   1 / (N |o_i|)   mean over N completions of the mean over tokens (GRPO, eq. 3)
-        dapo         1 / sum |o_i|   mean over all tokens of the step (DAPO, eq. 8)
+        dapo         1 / sum |o_i|   mean over all tokens of the step, as in verl, on which DAPO's
+                                     code is built (its eq. 8 prints one for each group)
         dr_grpo      1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
 
     N counts every completion of the step; one without loss is a zero in the mean. DAPO replaces
@@ -82,7 +83,8 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL[policy || reference] at each token: e^x - 1 - x with
     x = log pi_ref - log pi (GRPO, eq. 4; http://joschu.net/blog/kl-approx.html).
 
-    Never negative; its mean over tokens sampled from the policy is the KL.
+    Never negative; its mean over tokens sampled from the policy is KL[policy || reference]. Its
+    gradient is that of KL[reference || policy]; near the reference the two agree.
     """
     # clamp before exp: after it, the gradient would be inf * 0 = NaN
     x = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

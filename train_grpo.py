@@ -70,6 +70,7 @@ from runtime.command_line import (
 from runtime.distributed import (
     all_reduce_max,
     all_reduce_sum,
+    barrier,
     build_policy_and_sampling_model,
     full_tensor,
     gather_full_model,
@@ -321,12 +322,11 @@ def main() -> None:
                         old_logprobs.append(logprobs.detach())
                         diff = (old_logprobs[i] - rollout.logprobs[indices, :, :max_len]).abs()
                         logprob_diffs.append(diff[mask].sum())
-                        ref = None
+                        ref_logprobs.append(None)
                         if args.beta:
-                            ref_policy = policy if adapters else ref_model
                             with torch.no_grad(), without_adapters(policy):
-                                ref = ref_policy(inputs, tokens, mask, args.temperature)
-                        ref_logprobs.append(ref)
+                                ref_logprobs[i] = (policy if adapters else ref_model)(
+                                    inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
                         advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],
@@ -380,6 +380,7 @@ def main() -> None:
             adapters.save_pretrained(args.out / "adapter")
             model = adapters.merge_and_unload()
         save_model(model, processor, args.out / "model")
+    barrier()  # until the first rank has saved
     run.close()
     print0(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
 

@@ -50,6 +50,7 @@ from runtime.command_line import (
 )
 from runtime.distributed import (
     all_reduce_sum,
+    barrier,
     build_policy_and_sampling_model,
     device,
     full_tensor,
@@ -189,8 +190,9 @@ def main() -> None:
             optimizer.step()
         optimizer.zero_grad()
 
+        mean_loss = all_reduce_sum(loss).item()  # waits for the GPU
         seconds = time.perf_counter() - t0
-        row = {"step": step + 1, "task": args.task, "loss": all_reduce_sum(loss).item(),
+        row = {"step": step + 1, "task": args.task, "loss": mean_loss,
                "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"],
                "skipped": guard.skipped, "update_s": seconds, "tokens_per_s": T / seconds}
         metrics_log.write(row)
@@ -215,6 +217,7 @@ def main() -> None:
     if rank() == 0:
         save_model(model, processor, args.out / "model")
         plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
+    barrier()  # until the first rank has saved
     run.close()
     print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
 

@@ -78,7 +78,10 @@ class Run:
         # All ranks go by what the first one sees.
         folder = all_gather_object(last_checkpoint(self.out) if args.resume else None)[0]
         if folder:
-            self.progress = fresh_progress | read_progress(folder, config)
+            self.progress = read_progress(folder, config)
+            if self.progress.keys() != fresh_progress.keys():
+                raise UserError(f"--resume: {folder} is the checkpoint of another script; choose "
+                                "another --out, or leave --resume out")
             return
         if args.resume:
             if (self.out / "model").exists():
@@ -219,8 +222,10 @@ def read_progress(folder: Path, config: dict[str, str]) -> dict:
     if refused:
         raise UserError(f"--resume: {', '.join(refused)}: that would be another run; give the old "
                         "values, or start a new run in another --out")
-    for change in changes.values():
-        print0(f"--resume: {change}")
+    unknown = [f"the checkpoint does not know --{name}, now {config[name]}"
+               for name in config if name not in before]
+    for line in [*changes.values(), *unknown]:
+        print0(f"--resume: {line}")
     return saved["progress"]
 
 

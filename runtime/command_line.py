@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -56,8 +57,13 @@ def linear_warmup_decay(step: int, steps: int, peak: float, warmup: int) -> floa
 
 def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:
     """Call main. A UserError or OSError ends in one line; so does Ctrl-C, with the hint."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        main()
+        try:
+            main()
+        finally:  # a run changes them: whatever hangs from here on, Ctrl-C can end it
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         destroy()
     except (UserError, OSError) as error:
         exit_with_error(f"error: {error}")

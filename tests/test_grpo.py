@@ -30,7 +30,8 @@ def case(spread=0.6, seed=0):
 
 
 def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_high, beta):
-    """The objective of each paper, negated: sequence by sequence, token by token."""
+    """The objective of each paper, negated: sequence by sequence, token by token. (dapo: the mean over the tokens of the
+    step, as in verl; eq. 8 prints one over the tokens of each group.)"""
     logprobs, old, reference, advantage, mask = (x.detach().numpy() for x in (logprobs, old, reference, advantage, mask))
     advantage = np.broadcast_to(advantage, mask.shape)
     sequences = [i for i in np.ndindex(mask.shape[:2]) if mask[i].any()]

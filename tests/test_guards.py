@@ -3,6 +3,7 @@ second run in the same folder."""
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,13 +197,16 @@ def test_flags_that_do_not_change_the_run_are_not_compared():
                       "data (as read)": "3 samples #1, 4 samples #2"}
 
 
-def test_flag_that_an_older_checkpoint_does_not_know_is_not_compared(tmp_path):
+def test_flag_that_an_older_checkpoint_does_not_know_is_not_compared(tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
     saved = {"settings": {"lr": "1.0"}, "progress": {"step": 3}, "files": {}}
     (tmp_path / "checkpoint/run.json").write_text(json.dumps(saved))
     run = Run(run_args(tmp_path, resume=True), {"lr": "1.0", "new-flag": "7"}, {"step": 0})
     assert run.progress == {"step": 3}
+    assert "the checkpoint does not know --new-flag, now 7" in capsys.readouterr().out
     run.close()
+    with pytest.raises(UserError, match="checkpoint of another script"):
+        Run(run_args(tmp_path, resume=True), {"lr": "1.0"}, {"stage": 0, "step": 0})
     with pytest.raises(UserError, match="--lr was 1.0 and is now 2.0"):
         Run(run_args(tmp_path, resume=True), {"lr": "2.0", "new-flag": "7"}, {"step": 0})
 
@@ -425,3 +430,20 @@ def test_bf16_copy_scores_as_the_float32_weights_under_autocast(tiny, monkeypatc
         monkeypatch.setattr(module, "compute_dtype", lambda: torch.float32)
     exact = token_logprobs(policy, prompts, completions, mask)
     assert (exact - a).abs().max() < 0.1
+
+
+def test_a_stage_frees_the_reference_of_the_stage_before(sft, dataset, tmp_path, monkeypatch):
+    """A name that outlived the loop once held it: two references at every later stage's peak."""
+    made, make = [], train_grpo.make_ref_model
+
+    def recorded(*args):
+        gc.collect()
+        assert not any(ref() for ref in made)
+        ref_model = make(*args)
+        made.append(weakref.ref(ref_model))
+        return ref_model
+
+    monkeypatch.setattr(train_grpo, "make_ref_model", recorded)
+    here(monkeypatch, train_grpo.main, "--task", "cls,det", "--model", sft / "model", "--data", dataset,
+         *GRPO, "--out", tmp_path)
+    assert len(made) == 2

@@ -147,4 +147,4 @@ def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(tmp_path
 @pytest.mark.parametrize("size, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_sizing_counts_the_parameters_of_the_published_models(size, published):
     """Half the total_size of their model.safetensors.index.json, which are bf16."""
-    assert sizing.parameters(sizing.shape(size))["all"] == published
+    assert sizing.parameters(size)["all"] == published
