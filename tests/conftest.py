@@ -63,7 +63,7 @@ def rows(file):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """A small file of both tasks, in GeoChat's layout: 40 synthetic scenes, some held out. All boxes are alike: easy to learn."""
+    """A small file of both tasks, in GeoChat's layout: 40 synthetic scenes, some held out. All boxes are the same: easy to learn."""
     from tiny.scenes import Scenes
     folder, records = tmp_path_factory.mktemp("data"), []
     for i in range(40):

@@ -1,4 +1,4 @@
-"""From a file to a Sample: readers, the frame of the boxes, synthetic scenes, the order of the data, and bad input."""
+"""From a file to a Sample: readers, the pixels of the boxes, synthetic scenes, the order of the data, and bad input."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def chat(*turns, image="a.png"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Boxes in the frame
+# Boxes in pixels of the resized image
 
 def test_box_follows_its_image_into_the_frame():
     assert convert_box((10, 10, 60, 40), (200, 50), (100, 100)) == (5, 20, 30, 80, 0)
@@ -110,7 +110,7 @@ def test_prompt_names_the_frame_and_never_the_answer(task):
 
 @pytest.mark.parametrize("task", ["det", "cls"])
 def test_what_sft_imitates_earns_the_full_reward(task):
-    """Prompt, target, parser and reward speak of the same frame, and the end of the turn is part of the target."""
+    """Prompt, target, parser and reward speak of the same pixels, and the end of the turn is part of the target."""
     for sample in Scenes(task, F, seed=4)[:60]:
         completion, end, rest = format_target(sample).partition("<|im_end|>")
         parts = score_completion(completion, sample)
@@ -341,7 +341,7 @@ real = pytest.mark.skipif("EO_DATA" not in os.environ, reason="EO_DATA does not 
 
 @real
 def test_real_referring_boxes_lie_on_their_objects():
-    """NWPU VHR-10: boxes of the 0-100 grid, in the frame, against the same boxes in pixels (the grid is floored)."""
+    """NWPU VHR-10: boxes of the 0-100 grid, in pixels of the resized image, against the same boxes in pixels (the grid is floored)."""
     source = Path(os.environ["EO_DATA"]) / "nwpu_vhr10"
     rows = [json.loads(line) for line in (source / "refer.jsonl").open()]
     samples = load_samples(str(source / "refer.jsonl"), "det", 448, images=str(source / "positive image set"))

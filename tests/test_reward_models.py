@@ -1,4 +1,4 @@
-"""The frozen models behind two rewards: the right numbers, in the right frame, and one clear line when they are missing."""
+"""The frozen models behind two rewards: the right numbers, in the right pixels, and one clear line when they are missing."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rewards read what a policy under optimisation wrote: each test names a way to be right, wrong or sly."""
+"""Rewards read what a policy under optimisation wrote: each test names a way to be right, wrong or to cheat."""
 
 import contextlib
 import io
@@ -105,7 +105,7 @@ def test_format_is_nothing_else(bad):
     ("<think>a</think>b", None),
     ("<think>a</think><answer>b", None),
     ("<think>a</think></answer>b<answer>", None),
-    ("<think><answer>b</answer></think>", None),                       # what stands in the reasoning is no answer
+    ("<think><answer>b</answer></think>", None),                       # text inside the reasoning is no answer
     ("<think>a<answer>b</answer>", None),
     ("<answer>b</answer><think>a</think>", None),
     ("<answer>b</answer></think>", None),
@@ -221,7 +221,7 @@ def test_detection_reward_by_hand(answer, reference, reward):
 
 @pytest.mark.parametrize("n", range(1, 30, 4))
 def test_spraying_boxes_does_not_pay(n):
-    """An extra box cannot raise the reward once there are as many boxes as objects, wherever it stands."""
+    """An extra box cannot raise the reward once there are as many boxes as objects, wherever it is."""
     rng = random.Random(n)
     spray = [(x := rng.randrange(80), y := rng.randrange(80), x + rng.randrange(1, 40), y + rng.randrange(1, 40))
              for _ in range(n)]
@@ -234,7 +234,7 @@ def test_prose_is_not_nothing_found():
 
 
 def test_turned_reference_counts_as_its_envelope():
-    turned = (0, 10, 20, 20, 90)                                       # stands upright: 10 wide, 20 high
+    turned = (0, 10, 20, 20, 90)                                       # its envelope: 10 wide, 20 high
     assert detection_reward("[5,5,15,25]", det(turned)) == pytest.approx(1)
     assert detection_reward("[0,10,20,20,90]", det(turned)) == pytest.approx(1)
     assert detection_reward("[0,10,20,20]", det(turned)) == pytest.approx(100 / 300)
@@ -426,10 +426,10 @@ def test_one_letter_is_read_and_two_are_refused(answer, letter):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks: a frame of 20 x 20, the target 4 x 4 at (2, 2) unless a test says otherwise
+# Masks: an image of 20 x 20, the target 4 x 4 at (2, 2) unless a test says otherwise
 
 def seg(*boxes, side=20):
-    """The mask is the union of some boxes in a frame of 20, as an image of any side."""
+    """The mask is the union of some boxes in an image of 20 pixels, given as an image of any side."""
     mask = np.zeros((20, 20), np.uint8)
     for x1, y1, x2, y2 in boxes:
         mask[y1:y2, x1:x2] = 1                                         # any value but 0 is the target
@@ -567,10 +567,10 @@ def test_only_the_right_answer_in_its_place_earns_1(task):
     assert accuracy(completion(right + "\n")) == accuracy(completion(f"  {right}")) == pytest.approx(1)
     for missed in (wrong, "", " ", "?"):
         assert accuracy(completion(missed, think=right)) == 0          # in the reasoning it is no answer
-    for sly in (right, f"<think>{right}</think>", f"<think><answer>{right}</answer></think>",
+    for cheat in (right, f"<think>{right}</think>", f"<think><answer>{right}</answer></think>",
                 f"<think>{right}<answer>{wrong}</answer>", completion(f"<answer>{right}</answer>"),
                 completion(right) * 2, completion(wrong) + completion(right)):
-        assert accuracy(sly) == 0
+        assert accuracy(cheat) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -663,7 +663,7 @@ def coco_ap(predicted, reference):
 @pytest.mark.parametrize("side", [4, 8, 20, 60])
 @pytest.mark.parametrize("n", [1, 3, 10, 120])
 def test_average_precision_is_that_of_pycocotools(side, n):
-    """On a small grid many boxes are equal, so equal overlaps are broken alike."""
+    """On a small grid many boxes are equal, so ties of equal overlaps are broken in the same way."""
     rng = np.random.default_rng([side, n])
     for _ in range(10):
         p, r = (np.cumsum(rng.integers([0, 1], [side // 2 + 1, side], (k, 2, 2)), 2).transpose(0, 2, 1).reshape(-1, 4)
@@ -699,7 +699,7 @@ def test_average_precision_of_nothing():
 @quick
 @given(st.lists(box, max_size=5), st.lists(box, max_size=6), st.data())
 def test_a_wrong_box_never_pays(reference, predicted, data):
-    """Wherever it stands: for detection, for COCO's AP and for the one box."""
+    """Wherever it is: for detection, for COCO's AP and for the one box."""
     wrong = data.draw(st.sampled_from([(200, 200, 300, 250), (5, 5, 1, 1), (101, 0, 102, 3)]))
     more = predicted.copy()
     more.insert(data.draw(st.integers(0, len(predicted))), wrong)
