@@ -244,7 +244,9 @@ def main() -> None:
             sync_sampling_model(sampling_model, policy)
         score_held_out = partial(held_out_rewards, sampler, held_out[stage], args.max_new_tokens,
                                  args.temperature, **reward_models)
-        before = progress["before"] or score_held_out()         # a resumed stage keeps its scores
+        if not progress["before"]:                              # a resumed stage keeps its scores
+            print0(f"{tasks[stage]}: scoring {len(held_out[stage])} held-out samples")
+        before = progress["before"] or score_held_out()
         after = None
         policy.train()
 
