@@ -85,7 +85,7 @@ def load_split(sources: Sequence[Source], eval_sources: Sequence[Source], task: 
     Each source holds out samples of its own (split_samples). With eval_sources, these give what is
     held out: their test or val split, or all samples of one without. A file or folder that is named
     as a few-shot or training split is used whole. Raises UserError, in one line, for what a user
-    has to fix in a source, and if an image of eval_sources is also trained on.
+    has to fix in a source, and if several sources put an image on both sides.
     """
     train, held_out, rules = [], [], []
     for source, samples in read_task(sources, task, image_size):
@@ -111,10 +111,11 @@ def load_split(sources: Sequence[Source], eval_sources: Sequence[Source], task: 
             else:
                 held_out.append(sorted(samples, key=record_hash))
             rules.append(source.path)
+    may_share = bool(eval_sources) or len(train) > 1  # one source alone splits by image
     train, held_out = join(train), join(held_out)
     if shots:
         train = few_shots(train[:2000] if isinstance(train, Scenes) else train, shots)
-    if eval_sources:
+    if may_share:
         refuse_shared_images(train, held_out)
     summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
     return Split(train, held_out, summary)
@@ -137,6 +138,8 @@ def read_task(sources: Sequence[Source], task: str,
                 if source.task:
                     raise
                 reasons.append(str(error))
+    if found and reasons:
+        print(f"{task}: not from {'; '.join(reasons)}", file=sys.stderr)
     if not found:
         raise UserError("; ".join(reasons) or f"no source for task {task}: add {task}=SOURCE")
     return found
@@ -148,7 +151,8 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
         return parts[0]
     if any(isinstance(part, Scenes) for part in parts):
         raise UserError("--data: synthetic cannot be joined with another source of the same task")
-    return [sample for part in parts for sample in part]
+    # In the order of the hash, or the first held-out samples would be those of one source
+    return sorted((sample for part in parts for sample in part), key=record_hash)
 
 
 def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:

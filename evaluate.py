@@ -88,6 +88,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
         raise UserError(f"--benchmark {args.benchmark} is a table of task "
                         f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")
+    if args.eval_data and args.split in ("all", "train"):
+        raise UserError(f"--split {args.split} scores --data, but --eval-data is given; leave one "
+                        "of them out")
     if world_size() > 1:
         raise UserError("evaluate.py is one process: start it with python, not torchrun")
 

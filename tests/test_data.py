@@ -663,3 +663,13 @@ def test_held_out_image_that_is_trained_on_is_refused(folder):
 def test_synthetic_is_not_joined_with_files(folder):
     with pytest.raises(UserError, match="synthetic cannot be joined"):
         load_split(parse_sources(["synthetic", scenes_of(folder, "a.json", ["sea"] * 20)]), [], "cls", F)
+
+
+def test_joined_sources_are_mixed_and_share_no_image(folder, capsys):
+    """End to end, the 256 samples that a run is scored on would be those of the first source."""
+    one, two = scenes_of(folder, "one.json", ["sea"] * 60), scenes_of(folder, "two.json", ["land"] * 60)
+    held_out = load_split(parse_sources([one, two]), [], "cls", F).held_out
+    assert {s.gt_answer for s in held_out[: len(held_out) // 2 + 1]} == {"sea", "land"}
+    shutil.copy(folder / "one.json", folder / "train_1shot.json")
+    with pytest.raises(UserError, match="holds it out"):
+        load_split(parse_sources([one, str(folder / "train_1shot.json")]), [], "cls", F)
