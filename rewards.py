@@ -16,7 +16,7 @@ A reward is a function of keywords: it names what it needs and takes the rest as
     text             the whole completion
     length_fraction  length of the completion over the longest one allowed; None outside training
     parts            the parts of the reward computed so far, {name: value}
-    sbert, sam       frozen models that some rewards use, or None (reward_models.py)
+    sbert, sam       frozen models that some rewards use, or None (metrics/reward_models.py)
 
 TASKS and REWARD_PARTS at the end tie tasks to rewards and rewards to flags and metrics. The tasks
 from `rec` on are those of two systems named Geo-R1: few-shot referring (arXiv 2509.21976) and
@@ -353,12 +353,12 @@ def score_completion(text: str, sample: Sample, length_fraction: float | None = 
     reward_models    what load_reward_models returned, sbert and sam
     Raises ValueError for a reward function that returns no finite number.
     """
-    answer = extract_answer(text)
+    answer, think = extract_answer(text), extract_think(text)
     parts = {}
     for name, part in REWARD_PARTS.items():
         is_used = not part.train_only or length_fraction is not None
         if is_used and (part.tasks is None or sample.task in part.tasks):
-            value = part.compute(answer=answer, sample=sample, text=text, think=extract_think(text),
+            value = part.compute(answer=answer, sample=sample, text=text, think=think,
                                  length_fraction=length_fraction, parts=parts, **reward_models)
             parts[name] = finite(value, f"the reward part {name}", answer, sample)
     return parts

@@ -1,1 +1,2 @@
-"""Around the method: benchmark scores, published results, held-out rewards, report page, plots."""
+"""Around the method: benchmark scores, published results, held-out rewards, report page, plots,
+and the frozen models that some rewards use."""

@@ -14,7 +14,13 @@ from transformers import (
     Sam2Model,
 )
 
-from reward_models import IMAGENET_MEAN, IMAGENET_STD, load_reward_models, load_sam, load_sbert
+from metrics.reward_models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    load_reward_models,
+    load_sam,
+    load_sbert,
+)
 from rewards import hybrid_reward, predicted_mask, score_completion
 from runtime.errors import UserError
 from sample import format_target, load_images
