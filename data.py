@@ -5,6 +5,7 @@ a function of the seed and the step alone, so a resumed run and a run on more ra
 samples.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -55,6 +56,19 @@ class Source(NamedTuple):
     task: str | None     # None: every task that it can serve
 
 
+def add_data_flags(flags: argparse._ArgumentGroup) -> None:
+    """The flags that name sources, the same in all three scripts; parse_sources reads them."""
+    flags.add_argument("--data", nargs="+", default=["synthetic"],
+                       metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="`synthetic`, or files and folders in a format of docs/data.md; "
+                            "several of one task are joined")
+    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
+                       help="sources of the held-out samples (default: a part of --data)")
+    flags.add_argument("--images",
+                       help="default of @IMAGES, the folder that image names are relative to "
+                            "(default: the folder of the file, or where its format keeps images)")
+
+
 def parse_sources(values: Sequence[str], images: str | None = None) -> list[Source]:
     """The sources that a flag names; `images` is the default of @IMAGES."""
     sources = []
@@ -82,58 +96,36 @@ def load_split(sources: Sequence[Source], eval_sources: Sequence[Source], task: 
                image_size: int, seed: int = 0, shots: int | None = None) -> Split:
     """What a run trains on and what it is scored on, of one task, joined from all its sources.
 
-    Each source holds out samples of its own (split_samples). With eval_sources, these give what is
-    held out: their test or val split, or all samples of one without. A file or folder that is named
-    as a few-shot or training split is used whole. Raises UserError, in one line, for what a user
+    Each source holds out samples of its own. With eval_sources, these give what is held out: their
+    test or val split, or all samples of one without. Raises UserError, in one line, for what a user
     has to fix in a source, and if several sources put an image on both sides.
     """
-    train, held_out, rules = [], [], []
-    for source, samples in read_task(sources, task, image_size):
-        is_whole = eval_sources or NAMED_TRAIN.search(Path(source.path).stem)
-        if isinstance(samples, Scenes):
-            train.append(replace(samples, seed=seed))
-            held_out.append(held_out_scenes(samples))
-            rules.append("other scenes")
-        elif is_whole and not published_split(samples):
-            train.append(sorted(samples, key=record_hash))
-            rules.append(f"none of {source.path}")
-        else:
-            train.append(split_samples(samples, "train", source.path))
-            held_out.append(split_samples(samples, "heldout", source.path))
-            rules.append(f"{published_split(samples) or 'a tenth of the images'} of {source.path}")
+    found = read_task(sources, task, image_size, seed)
+    train, held_out, rules = split_sources(found, whole="train" if eval_sources else None)
+    for (source, samples), part in zip(found, train):
+        if not part:
+            raise no_samples(source.path, samples, "train")
     if eval_sources:
-        held_out, rules = [], []
-        for source, samples in read_task(eval_sources, task, image_size):
-            if isinstance(samples, Scenes):
-                held_out.append(held_out_scenes(samples))
-            elif published_split(samples):
-                held_out.append(split_samples(samples, "heldout", source.path))
-            else:
-                held_out.append(sorted(samples, key=record_hash))
-            rules.append(source.path)
+        _, held_out, rules = split_sources(read_task(eval_sources, task, image_size), "heldout")
     may_share = bool(eval_sources) or len(train) > 1  # one source alone splits by image
     train, held_out = join(train), join(held_out)
     if shots:
-        train = few_shots(train[:2000] if isinstance(train, Scenes) else train, shots)
+        train = few_shots(train, shots)
     if may_share:
         refuse_shared_images(train, held_out)
     summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
     return Split(train, held_out, summary)
 
 
-def held_out_scenes(scenes: Scenes) -> Scenes:
-    """Scenes that no training run sees."""
-    return replace(scenes, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
-
-
-def read_task(sources: Sequence[Source], task: str,
-              image_size: int) -> list[tuple[Source, Sequence[Sample]]]:
+def read_task(sources: Sequence[Source], task: str, image_size: int,
+              seed: int = 0) -> list[tuple[Source, Sequence[Sample]]]:
     """All samples of the sources that serve a task. Raises UserError if none does."""
     found, reasons = [], []
     for source in sources:
         if source.task in (None, task):
             try:
-                found.append((source, load_samples(source.path, task, image_size, source.images)))
+                samples = load_samples(source.path, task, image_size, source.images, seed=seed)
+                found.append((source, samples))
             except NotServedError as error:
                 if source.task:
                     raise
@@ -143,6 +135,20 @@ def read_task(sources: Sequence[Source], task: str,
     if not found:
         raise UserError("; ".join(reasons) or f"no source for task {task}: add {task}=SOURCE")
     return found
+
+
+def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]],
+                  whole: str | None = None) -> tuple[list, list, list[str]]:
+    """The train parts, the held-out parts and the rules of several sources (split_samples). A file
+    or folder that is named as a few-shot or training split is whole: it holds nothing out."""
+    train, held_out, rules = [], [], []
+    for source, samples in found:
+        named_train = NAMED_TRAIN.search(Path(source.path).stem)
+        parts = split_samples(samples, source.path, whole or (named_train and "train"))
+        train.append(parts.train)
+        held_out.append(parts.held_out)
+        rules.append(parts.summary)
+    return train, held_out, rules
 
 
 def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
@@ -158,12 +164,13 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
 def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
     """Raises UserError if a held-out image is also trained on: the same file, or equal bytes."""
     trained, held = image_files(train), image_files(held_out)
-    sizes = {path.stat().st_size for path in trained} & {path.stat().st_size for path in held}
+    size_of = {path: path.stat().st_size for path in trained | held}
+    shared_sizes = {size_of[path] for path in trained} & {size_of[path] for path in held}
 
     def contents(files: dict[Path, Sample]) -> dict[tuple[int, int], Path]:
         """Only files of equal size can have equal bytes, so few files are read."""
-        paths = [path for path in files if path.stat().st_size in sizes]
-        return {(path.stat().st_size, zlib.crc32(path.read_bytes())): path for path in paths}
+        return {(size_of[path], zlib.crc32(path.read_bytes())): path
+                for path in files if size_of[path] in shared_sizes}
 
     trained_contents, held_contents = contents(trained), contents(held)
     for content in sorted(trained_contents.keys() & held_contents.keys()):
@@ -199,13 +206,15 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
         if task not in QUESTIONS:
             raise NotServedError(f"--data synthetic has no questions of task {task}; add one to "
                                  "QUESTIONS in tiny/scenes.py")
-        scenes = Scenes(task, image_size, seed)
-        if split == "heldout":
-            return held_out_scenes(scenes)
-        return few_shots(scenes[:2000], shots) if shots else scenes
-    samples = read_source(source, task, image_size, images)
+        samples = Scenes(task, image_size, seed)
+    else:
+        samples = read_source(source, task, image_size, images)
     if split != "all":
-        samples = split_samples(samples, split, source)
+        parts = split_samples(samples, source)
+        kept = parts.train if split == "train" else parts.held_out
+        if not kept:
+            raise no_samples(source, samples, split)
+        samples = kept
     return few_shots(samples, shots) if shots else samples
 
 
@@ -231,29 +240,46 @@ def read_source(source: str, task: str, image_size: int, images: str | None) -> 
     return samples
 
 
-def split_samples(samples: Sequence[Sample], split: str, source: str) -> list[Sample]:
-    """The samples of split "train" or "heldout", in the order of a hash.
+def split_samples(samples: Sequence[Sample], source: str, whole: str | None = None) -> Split:
+    """What one source trains on and what it holds out, in the order of a hash, and by which rule.
 
-    Held out is the source's "test" split where it has one (its "val" split is then unused), else
-    its "val" split, else a tenth of the images, chosen by a hash of their file names.
+    Held out is its "test" split where it has one (its "val" split is then unused), else its "val"
+    split, else a tenth of the images, chosen by a hash of their file names. `whole`, "train" or
+    "heldout", puts all samples of a source without such splits on that side.
     """
+    if isinstance(samples, Scenes):
+        scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
+        return Split(samples, scenes, "other scenes")
     published = published_split(samples)
     if published:
-        kept = [s for s in samples if s.split == (published if split == "heldout" else "train")]
-        unused = sum(s.split not in ("train", published) for s in samples)
+        train = [sample for sample in samples if sample.split == "train"]
+        held_out = [sample for sample in samples if sample.split == published]
+        rule = published
+        unused = len(samples) - len(train) - len(held_out)
         if unused:
             print(f"{source}: {unused} samples of {samples[0].task}, neither train nor "
                   f"{published}, are not used", file=sys.stderr)
+    elif whole:
+        train, held_out = (samples, []) if whole == "train" else ([], samples)
+        rule = "none" if whole == "train" else "all"
     else:  # by image and for all tasks of a file, so no task trains on another task's test image
-        hashes = {image_name(s): zlib.crc32(image_name(s).encode()) for s in samples}
-        held_out = {name for name in hashes if hashes[name] % 10 == 0}
-        held_out = held_out or {min(hashes, key=hashes.get)}
-        kept = [s for s in samples if (image_name(s) in held_out) == (split == "heldout")]
-    if not kept:
-        raise UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
-                        + ("" if published else "; it has too few images to hold some out: add "
-                           "images, or set `split` in each record"))
-    return sorted(kept, key=record_hash)  # in its order, the first 256 could be one class
+        names = [image_name(sample) for sample in samples]
+        hashes = {name: zlib.crc32(name.encode()) for name in names}
+        chosen = {name for name in hashes if hashes[name] % 10 == 0}
+        chosen = chosen or {min(hashes, key=hashes.get)}
+        train = [sample for sample, name in zip(samples, names) if name not in chosen]
+        held_out = [sample for sample, name in zip(samples, names) if name in chosen]
+        rule = "a tenth of the images"
+    # In the order of a hash: in that of the source, the first 256 could be one class
+    return Split(sorted(train, key=record_hash), sorted(held_out, key=record_hash),
+                 f"{rule} of {source}")
+
+
+def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:
+    """The error of a source whose split is empty."""
+    hint = "; it has too few images to hold some out: add images, or set `split` in each record"
+    return UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
+                     + ("" if published_split(samples) else hint))
 
 
 def published_split(samples: Sequence[Sample]) -> str | None:
@@ -280,7 +306,7 @@ def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
     A hash of the record's name chooses, so the choice is the same on every machine, and fewer shots
     are a subset of more.
     """
-    samples = list(samples)
+    samples = list(samples[:2000] if isinstance(samples, Scenes) else samples)
     uncategorised = next((s.id for s in samples if not s.category), None)
     if uncategorised:
         raise UserError(f"{uncategorised}: has no category, and --shots draws evenly from "

@@ -19,21 +19,22 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (
+    add_data_flags,
     check_task,
     fingerprint,
     join,
-    load_split,
     parse_sources,
     published_split,
     read_task,
     sample_from_row,
     sample_to_row,
+    split_sources,
 )
 from metrics import benchmarks, published
 from metrics.report import write_report
+from metrics.reward_models import load_reward_models
 from model import load_model
 from readers.json_records import iter_json_records
-from reward_models import load_reward_models
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
@@ -55,15 +56,7 @@ def parse_args() -> argparse.Namespace:
                        help="score the answers of this file; no model is run")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
-    flags.add_argument("--data", nargs="+", default=["synthetic"],
-                       metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="`synthetic`, or files and folders in a format of docs/data.md; "
-                            "several of one task are joined")
-    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="sources of the held-out samples (default: a part of --data)")
-    flags.add_argument("--images",
-                       help="default of @IMAGES, the folder that image names are relative to "
-                            "(default: the folder of the file, or where its format keeps images)")
+    add_data_flags(flags)
     flags.add_argument("--split", choices=("all", "heldout", "train"),
                        help="`heldout`: what training leaves out, which is the source's test or "
                             "val split, or a tenth of the images (default: heldout for synthetic "
@@ -165,21 +158,20 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
 
 def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
     """The samples to score; a line says which they are."""
-    sources = parse_sources(args.data, args.images)
-    eval_sources = parse_sources(args.eval_data, args.images)
-    found = [samples for _, samples in read_task(sources, args.task, image_size)]
-    has_split = any(isinstance(samples, Scenes) or published_split(samples) for samples in found)
-    split = args.split or ("heldout" if has_split or eval_sources else "all")
+    values = args.eval_data or args.data
+    found = read_task(parse_sources(values, args.images), args.task, image_size)
+    has_split = any(isinstance(samples, Scenes) or published_split(samples) for _, samples in found)
+    split = args.split or ("heldout" if has_split or args.eval_data else "all")
     if split == "all":
-        samples = join(found)
+        samples = join([samples for _, samples in found])
     else:
-        loaded = load_split(sources, eval_sources, args.task, image_size)
-        samples = loaded.train if split == "train" else loaded.held_out
+        train, held_out, _ = split_sources(found, "heldout" if args.eval_data else None)
+        samples = join(train if split == "train" else held_out)
     if not samples:
-        raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(args.data)}")
+        raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(values)}")
     samples = list(samples[: args.limit])
     hint = "; for a file that a model was trained on add --split heldout" if split == "all" else ""
-    print(f"{len(samples)} samples of {args.task} from {' '.join(args.data)} ({split}){hint}")
+    print(f"{len(samples)} samples of {args.task} from {' '.join(values)} ({split}){hint}")
     return samples
 
 

@@ -34,6 +34,7 @@ import torch
 import grpo
 from data import (
     HELD_OUT_SAMPLES,
+    add_data_flags,
     fingerprint,
     get_batch,
     load_split,
@@ -44,6 +45,7 @@ from data import (
 from metrics.held_out import held_out_rewards
 from metrics.plots import METRICS, plot_curves
 from metrics.report import read_entries, write_report
+from metrics.reward_models import load_reward_models
 from metrics.training import log_completions, print_held_out, print_step, step_metrics, step_speed
 from model import (
     Policy,
@@ -55,7 +57,6 @@ from model import (
     with_image_embeds,
     without_adapters,
 )
-from reward_models import load_reward_models
 from rewards import REWARD_PARTS, score_completion
 from rollout import Sampler, uniforms
 from runtime.checkpoint import Run, run_config
@@ -93,15 +94,7 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
-    flags.add_argument("--data", nargs="+", default=["synthetic"],
-                       metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="`synthetic`, or files and folders in a format of docs/data.md; "
-                            "several of one task are joined")
-    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="sources of the held-out samples (default: a part of --data)")
-    flags.add_argument("--images",
-                       help="default of @IMAGES, the folder that image names are relative to "
-                            "(default: the folder of the file, or where its format keeps images)")
+    add_data_flags(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--image-size", type=positive_int,
@@ -351,7 +344,8 @@ def main() -> None:
             row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
                    **metrics, "lr": lr, "skipped": guard.skipped, "rollout_s": t1 - t0,
                    "update_s": t3 - t2,
-                   **step_speed(args, sampling_model, prompts, lengths, keep, len(losses), t3 - t0)}
+                   **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
+                                metrics["len_mean"], t3 - t0)}
             if (step + 1) % args.eval_every == 0 or is_last:
                 row["heldout"] = after = score_held_out()
             metrics_log.write(row)

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import (
     HELD_OUT_SAMPLES,
     Source,
+    add_data_flags,
     fingerprint,
     get_batch,
     load_split,
@@ -75,15 +76,7 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
-    flags.add_argument("--data", nargs="+", default=["synthetic"],
-                       metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="`synthetic`, or files and folders in a format of docs/data.md; "
-                            "several of one task are joined")
-    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="sources of the held-out samples (default: a part of --data)")
-    flags.add_argument("--images",
-                       help="default of @IMAGES, the folder that image names are relative to "
-                            "(default: the folder of the file, or where its format keeps images)")
+    add_data_flags(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--box-noise", type=float, default=0.0,

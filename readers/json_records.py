@@ -199,7 +199,8 @@ def read_records(path: Path, task: str, image_size: int, image_folder: Path | No
         with user_error_on(name, source):
             for sample in reader(source, record, task, image_size, image_folder, notes,
                                  **options.get(reader, {})):
-                yield replace(sample, split=split or sample.split or file_split)
+                named = split or sample.split or file_split
+                yield sample if named == sample.split else replace(sample, split=named)
 
 
 def format_of(record: dict) -> tuple | None:

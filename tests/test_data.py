@@ -9,6 +9,7 @@ from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from data import (
     sample_from_row,
     sample_to_row,
 )
+from evaluate import load_evaluation
 from rewards import TASKS, format_reward, score_completion
 from runtime.command_line import SEED_LIMIT, non_negative_int
 from runtime.errors import UserError
@@ -673,3 +675,24 @@ def test_joined_sources_are_mixed_and_share_no_image(folder, capsys):
     shutil.copy(folder / "one.json", folder / "train_1shot.json")
     with pytest.raises(UserError, match="holds it out"):
         load_split(parse_sources([one, str(folder / "train_1shot.json")]), [], "cls", F)
+
+
+def evaluated(image_size=F, **flags):
+    flags = {"task": "cls", "data": ["synthetic"], "eval_data": [], "images": None, "split": None, "limit": None} | flags
+    return load_evaluation(SimpleNamespace(**flags), image_size)
+
+
+def test_a_source_of_test_samples_only_is_scored(folder):
+    """A file of a published test split trains nothing; evaluate.py once refused it for that."""
+    test = scenes_of(folder, "t.json", ["sea"] * 5, split="test")
+    assert len(evaluated(data=[test])) == 5
+    with pytest.raises(UserError, match="t.json: no samples of task cls in the train split"):
+        load_split(parse_sources([test]), [], "cls", F)
+
+
+def test_eval_data_alone_is_what_is_scored(folder, capsys):
+    """Its own file is read and named, not the default of --data."""
+    assert len(evaluated(eval_data=[scenes_of(folder, "e.json", ["sea"] * 7)])) == 7
+    assert "7 samples of cls from" in (out := capsys.readouterr().out) and "e.json (heldout)" in out
+    whole = scenes_of(folder, "train_1shot.json", ["land"] * 3)
+    assert len(evaluated(eval_data=[whole])) == len(evaluated(data=[whole])) == 3
