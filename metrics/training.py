@@ -42,7 +42,7 @@ def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tens
 
 
 def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Tensor, keep: Tensor,
-               inner_steps: int, seconds: float) -> dict[str, float]:
+               inner_steps: int, len_mean: float, seconds: float) -> dict[str, float]:
     """Tokens and floating point operations per second, of all ranks, computed from shapes."""
     update = inner_steps * update_passes(bool(args.lora))
     if args.beta and inner_steps:
@@ -50,7 +50,7 @@ def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Te
     passes = torch.where(keep, 1 + update, 1)                   # (B,): 1 is the rollout's
     flops = (forward_flops(model, prompts, lengths.sum(1)) * passes).sum()
     return {"flops_per_s": all_reduce_sum(flops).item() / seconds,
-            "tokens_per_s": all_reduce_sum(lengths.sum()).item() / seconds}
+            "tokens_per_s": len_mean * args.prompts * args.group / seconds}
 
 
 def log_completions(log: JsonlLog, row: dict, samples: list[Sample], texts: list[list[str]],

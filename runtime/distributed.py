@@ -121,8 +121,7 @@ def make_ref_model(policy: Module, sampling_model: Module, mesh: DeviceMesh | No
     """A frozen copy of the policy: the reference model of the KL penalty."""
     # A sharded policy cannot be copied; its sampling model has the same weights.
     model = copy.deepcopy(policy.model if mesh is None else sampling_model)
-    model = to_compute_dtype(model).requires_grad_(False).eval()
-    ref_model = type(policy)(model).eval()  # not sharded yet
+    ref_model = type(policy)(to_compute_dtype(model).requires_grad_(False)).eval()
     return apply_fsdp(ref_model, mesh, reshard=True)
 
 
