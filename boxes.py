@@ -1,9 +1,9 @@
 """Boxes: read them from text, write them as text, convert and compare them.
 
 A box is (x1, y1, x2, y2), axis-aligned (HBB), or (x1, y1, x2, y2, theta), oriented (OBB): the
-rectangle turned by theta degrees about its centre. Boxes that are read come from a model under
-optimisation, so no text makes anything here raise, and bounds on its numbers and boxes keep it
-fast.
+rectangle turned by theta degrees about its centre, clockwise on the screen. Boxes that are read
+come from a model under optimisation, so no text makes anything here raise, and bounds on its
+numbers and boxes keep it fast.
 """
 
 import json
@@ -14,27 +14,31 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from runtime.errors import UserError
+
 MAX_BOXES = 1000  # an answer with more brackets is noise; the bound keeps the matching fast
 
 
 # --------------------------------------------------------------------------------------------------
 # Read
 
-def parse_boxes(answer: str) -> np.ndarray | None:
-    """Boxes of an answer: (n, 4) array of x1, y1, x2, y2 in the units of the text.
+def parse_boxes(answer: str, oriented: bool = False) -> np.ndarray | None:
+    """Boxes of an answer: (n, 4) array of x1, y1, x2, y2 in the units of the text; with `oriented`
+    (n, 5), theta as well.
 
     None if the answer is neither boxes nor `none`/`[]`. Every innermost bracket `[...]` is one
     prediction: 4 numbers, or 5 with the angle of an oriented box, which becomes its upright
-    envelope. A bracket that is no box (3 numbers, words, x2 <= x1) counts as an empty box that
-    overlaps nothing: dropping it would make a malformed guess free. Text around the brackets, such
-    as Qwen's JSON, is ignored.
+    envelope unless `oriented`. A bracket that is no box (3 numbers, words, x2 <= x1) counts as an
+    empty box that overlaps nothing: dropping it would make a malformed guess free. Text around the
+    brackets, such as Qwen's JSON, is ignored.
     """
     brackets = re.findall(r"\[([^\[\]]*)\]", answer)
     if says_none(answer) or (len(brackets) == 1 and not brackets[0].strip()):
-        return np.zeros((0, 4))
+        return np.zeros((0, 5 if oriented else 4))
     if not 0 < len(brackets) <= MAX_BOXES:
         return None
-    return np.array([obb_to_hbb(parse_box(text)) for text in brackets])
+    boxes = [parse_box(text) for text in brackets]
+    return np.array(boxes if oriented else [obb_to_hbb(box) for box in boxes])
 
 
 def says_none(answer: str) -> bool:
@@ -70,9 +74,19 @@ def clip_and_round(box: Sequence[float], image_size: int) -> list[int]:
     return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
 
 
-def format_boxes(boxes: Sequence[Sequence[float]], image_size: int) -> str:
-    """Boxes as an answer of `det`: [x1,y1,x2,y2],[..] or `none`."""
-    return ",".join("[{},{},{},{}]".format(*clip_and_round(b, image_size)) for b in boxes) or "none"
+def round_obb(box: Sequence[float]) -> list[int]:
+    """An oriented box as a model writes it: whole pixels, at least one wide and high, and whole
+    degrees from 0 to 179. Clipped it would be no rectangle, so numbers may lie outside the image.
+    """
+    x1, y1, x2, y2, theta = map(round, box)
+    return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1), theta % 180]
+
+
+def format_boxes(boxes: Sequence[Sequence[float]], image_size: int, oriented: bool = False) -> str:
+    """Boxes as an answer of `det`: [x1,y1,x2,y2],[..], with `oriented` [x1,y1,x2,y2,theta],[..], or
+    `none`."""
+    rounded = [round_obb(box) if oriented else clip_and_round(box, image_size) for box in boxes]
+    return ",".join(f"[{','.join(map(str, box))}]" for box in rounded) or "none"
 
 
 def format_json(objects: dict | list[dict]) -> str:
@@ -97,6 +111,16 @@ def obb_to_hbb(box: Sequence[float]) -> tuple[float, float, float, float]:
     dx, dy = w * cos + h * sin, w * sin + h * cos
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     return (cx - dx, cy - dy, cx + dx, cy + dy)
+
+
+def obb_corners(boxes: np.ndarray) -> np.ndarray:
+    """Oriented boxes (n, 5) -> their corners (n, 4, 2), x and y."""
+    center = (boxes[:, :2] + boxes[:, 2:4]) / 2                                     # (n, 2)
+    half = (boxes[:, 2:4] - boxes[:, :2]) / 2                                       # (n, 2)
+    cos, sin = np.cos(np.radians(boxes[:, 4])), np.sin(np.radians(boxes[:, 4]))
+    rotation = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)               # (n, 2, 2)
+    corners = half[:, None] * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])        # (n, 4, 2)
+    return corners @ rotation + center[:, None]  # row vectors, y down
 
 
 def convert_box(box: Sequence[float], from_size: tuple[float, float],
@@ -127,10 +151,29 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return intersection / np.maximum(union, 1e-9)
 
 
+def oriented_iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of every oriented box of a (n, 5) with every one of b (m, 5): (n, m). Empty boxes give
+    0. Raises UserError without shapely."""
+    try:
+        import shapely
+    except ImportError as error:
+        raise UserError(f"the IoU of oriented boxes needs a package ({error}): pip install shapely")
+
+    def polygons(boxes: np.ndarray) -> np.ndarray:
+        shapes = shapely.polygons(obb_corners(boxes))
+        shapes[~shapely.is_valid(shapes)] = shapely.Polygon()  # those without area
+        return shapes
+
+    a, b = polygons(a)[:, None], polygons(b)[None]
+    intersection = shapely.area(shapely.intersection(a, b))
+    return intersection / np.maximum(shapely.area(a) + shapely.area(b) - intersection, 1e-9)
+
+
 def matched_ious(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """IoU of each pair of the one-to-one assignment with the largest sum (Hungarian method):
-    (min(n, m),)."""
-    ious = iou_matrix(predicted, target)
+    (min(n, m),). Upright boxes (n, 4) and (m, 4), or oriented ones (n, 5) and (m, 5)."""
+    iou = oriented_iou_matrix if predicted.shape[1] == 5 else iou_matrix
+    ious = iou(predicted, target)
     return ious[linear_sum_assignment(ious, maximize=True)]
 
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from boxes import average_precision, matched_ious, obb_to_hbb, parse_box, parse_boxes, parse_numbers
-from sample import Sample, gt_hbbs, gt_texts_of, load_gt_mask
+from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_TEXT = 10_000  # characters, more than any target has; the bound keeps text comparison fast
@@ -173,14 +173,17 @@ def label_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
 
 
 def detection_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = sum of matched IoU / max(n_pred, n_gt) (ours), upright boxes, pixels of the resized
-    image.
+    """R = sum of matched IoU / max(n_pred, n_gt) (ours), pixels of the resized image, upright
+    boxes; oriented ones if the sample asks for theta.
 
     Matching is one to one. Dividing by the larger count penalises spurious and duplicate boxes
     (the paper's "IoU" leaves that open). No targets and an answer of none: 1.
     """
-    predicted = parse_boxes(answer)
-    target = gt_hbbs(sample).clip(0, sample.image_size)  # clipped to the image, as gt_answer is
+    predicted = parse_boxes(answer, sample.oriented)
+    if sample.oriented:
+        target = gt_obbs(sample)
+    else:
+        target = gt_hbbs(sample).clip(0, sample.image_size)  # clipped to the image, as gt_answer is
     if predicted is None:
         return 0.0
     if len(predicted) == 0 or len(target) == 0:

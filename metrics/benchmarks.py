@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from boxes import iou_matrix, obb_to_hbb, parse_box, parse_boxes
+from boxes import iou_matrix, obb_to_hbb, oriented_iou_matrix, parse_box, parse_boxes
 from rewards import (
     Sam,
     exact_match_reward,
@@ -29,7 +29,7 @@ from rewards import (
     predicted_mask,
 )
 from runtime.errors import UserError, first_line
-from sample import Sample, gt_hbbs, gt_texts_of, load_gt_mask
+from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
 
 Answers = Sequence[str | None]
 Samples = Sequence[Sample]
@@ -117,30 +117,13 @@ def parse_oriented_boxes(answer: str | None) -> np.ndarray:
     return np.array([parse_box(text) for text in brackets if text.strip()]).reshape(-1, 5)
 
 
-def polygons(boxes: np.ndarray) -> np.ndarray:
-    """Boxes (n, 5), theta clockwise on the screen -> shapely polygons (n,), empty without area."""
-    shapely = import_package("shapely", "shapely")
-    center = (boxes[:, :2] + boxes[:, 2:4]) / 2                                     # (n, 2)
-    half = (boxes[:, 2:4] - boxes[:, :2]) / 2                                       # (n, 2)
-    cos, sin = np.cos(np.radians(boxes[:, 4])), np.sin(np.radians(boxes[:, 4]))
-    rotation = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)               # (n, 2, 2)
-    corners = half[:, None] * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])        # (n, 4, 2)
-    shapes = shapely.polygons(corners @ rotation + center[:, None])  # row vectors, y down
-    shapes[~shapely.is_valid(shapes)] = shapely.Polygon()
-    return shapes
-
-
 def box_ious(answer: str | None, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """IoU of each box of the answer with each target box, twice (n, m): of the oriented boxes, and
     of their upright envelopes."""
-    shapely = import_package("shapely", "shapely")
     predicted = parse_oriented_boxes(answer)
-    target = np.array(sample.gt_boxes, float).reshape(-1, 5)
-    a, b = polygons(predicted)[:, None], polygons(target)[None]
-    intersection = shapely.area(shapely.intersection(a, b))
-    oriented = intersection / np.maximum(shapely.area(a) + shapely.area(b) - intersection, 1e-9)
     envelopes = np.array([obb_to_hbb(box) for box in predicted]).reshape(-1, 4)
-    return oriented, iou_matrix(envelopes, gt_hbbs(sample))
+    return (oriented_iou_matrix(predicted, gt_obbs(sample)),
+            iou_matrix(envelopes, gt_hbbs(sample)))
 
 
 def box_precision(answers: Answers, samples: Samples, **_: object) -> Scores:

@@ -9,11 +9,14 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from boxes import format_boxes
+from boxes import convert_box, format_boxes
+from metrics.benchmarks import box_precision
 from readers.box_formats import plain_text
-from readers.json_records import iter_json_records
+from readers.files import iter_json_records
 from runtime.errors import UserError
 from sample import Sample
 
@@ -134,16 +137,39 @@ Geo-R1         82.4"""),
 }
 
 
-def table(benchmark: str, scores: dict[str, float]) -> str:
-    """The published rows of a benchmark and one of `scores` (values in [0, 1]), in percent."""
+def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = ()) -> str:
+    """The published rows of a benchmark and one of `scores` (values in [0, 1]), in percent. A last
+    row is the upright_ceiling of the samples, where it counts in a column."""
     _, names, rows = BENCHMARKS[benchmark]
-    this_run = tuple(100 * scores[name] if name in scores else None for name in names)
+    found = {"this run": scores}
+    ceiling = upright_ceiling(samples)
+    if ceiling.keys() & set(names):
+        found["ceiling of upright answers"] = ceiling
+    ours = {row: tuple(100 * values[name] if name in values else None for name in names)
+            for row, values in found.items()}
     lines = [(benchmark, *names)]
-    for model, values in (rows | {"this run": this_run}).items():
+    for model, values in (rows | ours).items():
         lines.append((model, *("-" if value is None else f"{value:.2f}" for value in values)))
     first, *widths = (max(map(len, column)) for column in zip(*lines))
     return "\n".join("  ".join([model.ljust(first), *map(str.rjust, cells, widths)])
                      for model, *cells in lines)
+
+
+def upright_ceiling(samples: Sequence[Sample]) -> dict[str, float]:
+    """box_precision of answers that are the upright envelopes of oriented targets, in whole pixels
+    of the paper's 448 x 448. {} if no target is turned.
+
+    A box at 45 degrees fills half of its envelope or less. So upright answers cannot reach 1 in the
+    columns that count oriented IoU, and this says how far they can.
+    """
+    if not any(box[4] for sample in samples for box in sample.gt_boxes):
+        return {}
+    at_448 = []
+    for sample in samples:
+        boxes = tuple(convert_box(box, (sample.image_size,) * 2, (448, 448))
+                      for box in sample.gt_boxes)
+        at_448.append(replace(sample, image_size=448, gt_boxes=boxes))
+    return box_precision([format_boxes(sample.gt_boxes, 448) for sample in at_448], at_448)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxes import average_precision
+from boxes import average_precision, obb_corners
 from data import load_samples
 from metrics import benchmarks
 from metrics.benchmarks import (
@@ -29,10 +29,9 @@ from metrics.benchmarks import (
     matched_boxes,
     meteor,
     multilabel,
-    polygons,
     rouge,
 )
-from metrics.published import BENCHMARKS, read_earthdial_results, table
+from metrics.published import BENCHMARKS, read_earthdial_results, table, upright_ceiling
 from rewards import TASKS
 from runtime.errors import UserError
 from sample import Sample
@@ -234,7 +233,7 @@ def test_turned_boxes_overlap_as_polygons():
 def test_theta_turns_clockwise_as_the_scenes_are_drawn():
     """The corners of an object's outline, as it is painted, are those of its polygon (up to the last pixel)."""
     obj = SceneObject("court", "red", "large", (0, 40, 100, 60, 30), False)
-    corners = np.array(polygons(np.array([obj.box]))[0].exterior.coords)[:4]
+    corners = obb_corners(np.array([obj.box], float))[0]
     assert np.abs(corners - [point_on_object(obj, u, v) for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))]).max() < 1.2
     assert corners[1][1] > 40  # the right end of a flat box goes down
 
@@ -417,6 +416,28 @@ def test_table_shows_every_published_row_and_this_run(benchmark):
     published = [[f"{value:.2f}" for value in values] for values in rows.values()]
     assert [line.split()[-len(names):] for line in lines[1:-1]] == published
     assert lines[-1].split()[2:] == ["12.34", *["-"] * (len(names) - 1)]
+
+
+@real
+def test_perfect_upright_answers_score_78_in_the_oriented_column():
+    """The published rows count oriented IoU: without this row, 78 would look like a bad detector."""
+    samples, _ = read_earthdial_results(released("rs_detection_results_GeoChat"), "det")
+    ceiling = upright_ceiling(samples)
+    assert 100 * ceiling["box_precision@0.5"] == pytest.approx(78.1, abs=.05)
+    assert 100 * ceiling["box_precision@0.5_small"] == pytest.approx(73.2, abs=.05)
+
+
+def test_ceiling_of_upright_answers_is_a_row_where_targets_are_turned():
+    """A square that is turned by 30 degrees fills 0.54 of its envelope, and a long box at 45 degrees less than half."""
+    boxes = [(25, 25, 50, 50, 0), (25, 25, 50, 50, 30), (25, 25, 50, 50, 60), (25, 25, 75, 30, 45)]
+    turned = [det(box, subset="small") for box in boxes]
+    ceiling = upright_ceiling(turned)
+    assert ceiling["box_precision@0.5"] == 3 / 4 and ceiling["upright_precision@0.5"] == 1
+    assert table("geochat-det", {}, turned).split("\n")[-1].split()[:6] == ["ceiling", "of", "upright", "answers", "75.00", "-"]
+    assert upright_ceiling([det(A)]) == {}  # upright targets: no row
+    region = sample("rcap", "a", ((10, 10, 50, 50, 45),))
+    for name, samples in (("geochat-det", [det(A)]), ("geochat-rcap", [region])):
+        assert table(name, {}, samples).split("\n")[-1].startswith("this run")
 
 
 def test_columns_of_the_tables_are_names_of_scores():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from boxes import average_precision, iou_matrix, matched_ious, obb_to_hbb, parse_boxes
+from boxes import (
+    average_precision,
+    iou_matrix,
+    matched_ious,
+    obb_to_hbb,
+    oriented_iou_matrix,
+    parse_boxes,
+)
 from rewards import (
     TASKS,
     count_penalised_ap_reward,
@@ -36,7 +44,8 @@ from rewards import (
     repetition_penalty,
     score_completion,
 )
-from sample import Sample
+from runtime.errors import UserError
+from sample import Sample, to_oriented
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -194,6 +203,45 @@ def test_matching_is_the_best_of_all_permutations(n, m):
         assert matched_ious(p, r).shape == (min(n, m),)
 
 
+def corners_of(x1, y1, x2, y2, theta):
+    """The corners of an oriented box as complex numbers, y down: a turn by theta is a product with e^(i theta)."""
+    center = complex(x1 + x2, y1 + y2) / 2
+    turn = complex(math.cos(math.radians(theta)), math.sin(math.radians(theta)))
+    return [center + turn * (complex(*corner) - center) for corner in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))]
+
+
+def area_of(polygon):
+    return sum((p.conjugate() * q).imag for p, q in zip(polygon, polygon[1:] + polygon[:1])) / 2  # shoelace
+
+
+def overlap_of(polygon, clip):
+    """The polygon within the convex polygon `clip` (Sutherland and Hodgman 1974)."""
+    for a, b in zip(clip, clip[1:] + clip[:1]):
+        side = [((b - a).conjugate() * (p - a)).imag for p in polygon]  # 0 or more: inside
+        kept = []
+        for p, q, s, t in zip(polygon, polygon[1:] + polygon[:1], side, side[1:] + side[:1]):
+            if s >= 0:
+                kept.append(p)
+            if s * t < 0:
+                kept.append(p + (q - p) * s / (s - t))
+        polygon = kept
+    return polygon
+
+
+def test_oriented_iou_is_that_of_clipped_polygons():
+    rng = np.random.default_rng(0)
+    corner, size, theta = rng.uniform(0, 40, (80, 2)), rng.uniform(2, 60, (80, 2)), rng.uniform(-400, 400, (80, 1))
+    theta[::4] = 90 * rng.integers(-3, 4, (20, 1))
+    boxes = np.hstack([corner, corner + size, theta])
+    polygons = [corners_of(*box) for box in boxes.tolist()]
+    shared = np.array([[area_of(overlap_of(p, q)) for q in polygons] for p in polygons])
+    found = oriented_iou_matrix(boxes, boxes)
+    np.testing.assert_allclose(found, shared / (size.prod(1)[:, None] + size.prod(1) - shared), atol=1e-9)
+    assert ((found > 0) & (found < 1)).mean() > .5
+    boxes[:, 4] = 0
+    np.testing.assert_allclose(oriented_iou_matrix(boxes, boxes), iou_matrix(boxes[:, :4], boxes[:, :4]), atol=1e-9)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Detection reward
 
@@ -238,6 +286,43 @@ def test_turned_reference_counts_as_its_envelope():
     assert detection_reward("[5,5,15,25]", det(turned)) == pytest.approx(1)
     assert detection_reward("[0,10,20,20,90]", det(turned)) == pytest.approx(1)
     assert detection_reward("[0,10,20,20]", det(turned)) == pytest.approx(100 / 300)
+
+
+@pytest.mark.parametrize("answer, target, reward", [
+    ("[0,10,20,20,30]", (0, 10, 20, 20, 30), 1),
+    ("[5,5,15,25,120]", (0, 10, 20, 20, 30), 1),                       # sides swapped and a quarter turn: the same rectangle
+    ("[0,10,20,20,210]", (0, 10, 20, 20, 30), 1),
+    ("[0,0,20,20]", (0, 0, 20, 20, 45), 1 / 2**.5),                    # four numbers are an upright box: they share an octagon
+    ("[0,0,20,20,0]", (0, 0, 20, 20, 45), 1 / 2**.5),
+    ("[-5,-5,25,25,0]", (0, 0, 20, 20, 45), 400 / 900),                # around it: an envelope is twice its square
+    ("[0,40,100,60,90]", (40, 0, 60, 100, 0), 1),
+    ("[0,40,100,60,0]", (0, 40, 100, 60, 90), 400 / 3600),
+    ("[0,10,20,20,30],[60,60,80,80,0]", (0, 10, 20, 20, 30), 1 / 2),   # an extra box costs what it costs upright
+    ("[0,10,20,20,30],[1,2,3]", (0, 10, 20, 20, 30), 1 / 2),
+    ("none", (0, 10, 20, 20, 30), 0), ("a ship", (0, 10, 20, 20, 30), 0),
+    ("[-10,-5,10,5,90]", (-10, -5, 10, 5, 90), 1),                     # not clipped: the target is as it is written
+])
+def test_oriented_answers_are_rewarded_by_oriented_iou(answer, target, reward):
+    assert detection_reward(answer, to_oriented(det(target))) == pytest.approx(reward)
+
+
+def test_theta_turns_clockwise():
+    """A flat box that is turned by 45 degrees has its right end at the bottom: y points down."""
+    bottom_right = "[70,70,90,90]"
+    assert detection_reward(bottom_right, to_oriented(det((0, 45, 100, 55, 45)))) > 0
+    assert detection_reward(bottom_right, to_oriented(det((0, 45, 100, 55, -45)))) == 0
+
+
+def test_no_target_and_none_is_right_in_the_oriented_form_too():
+    assert detection_reward("none", to_oriented(det())) == detection_reward("[]", to_oriented(det())) == 1
+    assert detection_reward("[1,2,3,4,5]", to_oriented(det())) == 0
+
+
+def test_oriented_reward_without_shapely_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    with pytest.raises(UserError, match="pip install shapely$"):
+        detection_reward(text(A), to_oriented(det(A)))
+    assert detection_reward(text(A), det(A)) == 1
 
 
 def test_parts_are_paid_apart():
@@ -765,6 +850,8 @@ def test_hostile_text_is_paid_within_bounds(name):
     written = HOSTILE[name]
     for task, (truth, right, _) in RIGHT.items():
         assert 0 <= TASKS[task].reward(written, truth) <= 1
+        if task == "det":
+            assert 0 <= detection_reward(written, to_oriented(truth)) <= 1
         for given_text in (written, completion(written), completion(right, think=written)):
             parts = score_completion(given_text, truth)
             assert parts["format"] in (0, 1) and 0 <= parts["accuracy"] <= 1 and -1 <= parts.get("repetition", 0) <= 0

@@ -9,7 +9,7 @@ A new task is one function `ask_*` and its entry in QUESTIONS, at the end of the
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from boxes import clip_and_round, format_boxes, format_json, obb_to_hbb
-from sample import Sample
+from sample import Sample, to_oriented
 
 # Scene class -> (base colour, second colour, description); muted, so that objects are easy to see
 LAND = {
@@ -177,6 +177,7 @@ class Scenes(Sequence):
     image_size: int
     seed: int
     n: int = 100_000
+    oriented: bool = field(default=False, repr=False)  # see Sample
 
     def __len__(self) -> int:
         return self.n
@@ -190,7 +191,8 @@ class Scenes(Sequence):
         scene = make_scene(self.seed, int(i), self.image_size, min_objects)
         fields = {"id": f"synthetic {self.seed}:{i}", "task": self.task,
                   "images": (draw_scene(scene),), "image_size": self.image_size}
-        return Sample(**fields | ask_question(self.task, scene))
+        sample = Sample(**fields | ask_question(self.task, scene))
+        return to_oriented(sample) if self.oriented else sample
 
 
 # --------------------------------------------------------------------------------------------------
