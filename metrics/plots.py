@@ -1,10 +1,11 @@
 """metrics.jsonl -> curves: one panel per metric, over the steps of all stages.
 
-    python -m metrics.plots runs/seed0 runs/seed1 --out curves.png        # one line for each run
+    python -m metrics.plots runs/seed0 runs/seed1 --out curves.png      # one colour for each run
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,43 +13,65 @@ from pathlib import Path
 import numpy as np
 
 METRICS = ("reward", "accuracy", "kl", "len_mean", "entropy")
+LABELS = {"accuracy": "accuracy reward", "kl": "KL to reference (nats/token)",
+          "len_mean": "completion length (tokens)", "entropy": "entropy (nats/token)"}
+STYLES = {"each step": {"alpha": .35, "lw": 1},
+          "mean of the last 10": {},
+          "held out, sampled": {"ls": "", "marker": "o", "mec": "black", "zorder": 3},
+          "held out, greedy": {"ls": "", "marker": "o", "mfc": "none", "zorder": 3},
+          "next task": {"color": ".6", "lw": 1, "ls": ":"}}
 
 
 def plot_curves(runs: Sequence[Path], metrics: Sequence[str], out: Path) -> None:
-    """Plot fields of metrics.jsonl, or parts of the reward: thin as measured, thick the mean over
-    the last ten steps. Without matplotlib there is no plot, and a line on stderr."""
+    """Plot fields of metrics.jsonl, or parts of the reward. Without matplotlib there is no plot,
+    and a line on stderr."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        print(f"matplotlib is not installed: no {out.name} (pip install matplotlib)",
-              file=sys.stderr)
+        print(f"no {out.name}: to plot it, pip install matplotlib", file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(1, len(metrics), figsize=(3.2 * len(metrics), 2.6),
-                             constrained_layout=True, squeeze=False)
-    for run in runs:
+    cells = len(metrics) + 1  # the last one has the legend
+    columns = math.ceil(math.sqrt(cells))
+    lines = math.ceil(cells / columns)
+    fig = Figure(figsize=(3.4 * columns, 2.5 * lines), layout="constrained")
+    *panels, legend = [fig.add_subplot(lines, columns, cell + 1) for cell in range(cells)]
+    for i, run in enumerate(runs):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rows = [row | row.get("parts", {}) for row in rows]
-        for axis, name in zip(axes[0], metrics):
+        for axis, name in zip(panels, metrics):
             if rows and not any(name in row for row in rows):
                 raise ValueError(f"{run / 'metrics.jsonl'} has no metric {name}; it has "
                                  f"{', '.join(rows[0])}")
-            values = [row.get(name) for row in rows]
-            values = [np.nan if value is None else value for value in values]  # null: not finite
-            line = axis.plot(smooth(values), label=run.name)[0]
-            axis.plot(values, alpha=.3, color=line.get_color())
-            axis.set_title(name, fontsize=9)
-            axis.tick_params(labelsize=7)
-    if len(runs) > 1:
-        axes[0][0].legend(fontsize=7)
+            plot_metric(axis, rows, name, f"C{i}")
+        if len(runs) > 1:
+            legend.plot([], label=run.name, color=f"C{i}")
+    drawn = {line.get_label() for axis in panels for line in axis.lines}
+    for label in [label for label in STYLES if label in drawn]:
+        legend.plot([], label=label, **{"color": ".3"} | STYLES[label])
+    legend.legend(loc="center", frameon=False)
+    legend.axis("off")
     fig.savefig(out, dpi=110)
-    plt.close(fig)
 
 
-def smooth(values: list[float], window: int = 10) -> list[float]:
+def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> None:
+    """One metric of one run; with the accuracy reward the held-out ones, as dots."""
+    values = np.array([row.get(name) for row in rows], float)  # null, not finite, becomes NaN
+    lines = {"each step": values, "mean of the last 10": smooth(values)}
+    held_out = [row.get("heldout") or {} for row in rows]
+    if name == "accuracy" and any(held_out):
+        for kind in ("sampled", "greedy"):
+            lines[f"held out, {kind}"] = np.array([means.get(kind) for means in held_out], float)
+    for label, line in lines.items():
+        axis.plot(range(1, len(rows) + 1), line, label=label, **{"color": colour} | STYLES[label])
+    for i in range(1, len(rows)):
+        if rows[i].get("stage") != rows[i - 1].get("stage"):
+            axis.axvline(i + .5, label="next task", **STYLES["next task"])
+    axis.set(xlabel="step", ylabel=LABELS.get(name, name))
+
+
+def smooth(values: np.ndarray, window: int = 10) -> list[float]:
     """Mean over the last `window` values, without those that are not finite."""
-    windows = [np.array(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+    windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return [float(w[np.isfinite(w)].mean()) if np.isfinite(w).any() else np.nan for w in windows]
 
 

@@ -1,4 +1,4 @@
-"""The report page: everything escaped, boxes where they belong, worst first, one file; looked at in a real browser."""
+"""The report page: everything escaped, boxes where they belong, an order that helps, one file; looked at in a real browser."""
 
 import json
 import re
@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+import train_grpo
 from boxes import obb_to_hbb
 from conftest import ROOT
-from data import sample_to_row
+from data import load_samples, sample_to_row
 from metrics import report
 from metrics.report import write_report
 from rewards import TASKS
 from runtime.errors import UserError
-from sample import BOX_TASKS, Sample
+from sample import BOX_TASKS, Sample, load_gt_mask, load_images
+from test_scripts import Killed, here
 from tiny.scenes import Scenes
 
 HOSTILE = ("</script></dd><script>document.title='owned'</script><img src=x onerror=alert(1)> \"'>"
@@ -145,28 +147,62 @@ def test_key_points_of_a_segmentation_are_drawn(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Order, groups, missing images
 
-def test_worst_first_by_mean_accuracy_of_the_group(tmp_path):
-    entries = [(sample(id=name), [completion("none", a) for a in accuracies])
-               for name, accuracies in (("first", (1, 1)), ("second", (0, 1)), ("third", (0, 0)), ("fourth", (.4, .4)))]
+def group(step, *rewards):
+    mean = np.mean(rewards)
+    return [completion("none", reward, step=step, reward=reward, advantage=reward - mean) for reward in rewards]
+
+
+def ids(page):
+    return re.findall(r"(\w+)</p>\n<h2>", page)
+
+
+def test_predictions_begin_with_the_worst(tmp_path):
+    page = written(tmp_path, *((sample(id=f"p{i}"), [completion("none", accuracy)]) for i, accuracy in enumerate((.4, 1, 0))))
+    assert ids(page) == ["p2", "p0", "p1"] and "3 samples, mean accuracy 0.467" in page
+
+
+def test_groups_begin_with_the_largest_spread_and_end_without_signal(tmp_path):
+    """The worst groups came first once: pages of easy or hard tasks began with groups of which GRPO learns nothing."""
+    entries = [(sample(id=name), group(i, *rewards)) for i, (name, rewards) in enumerate(
+        (("equal", (0, 0)), ("wide", (0, 1)), ("narrow", (.4, .6)), ("alike", (1, 1))))]
     page = written(tmp_path, *entries)
-    assert re.findall(r"</b> (\w+)</p>", page) == ["third", "fourth", "second", "first"]
-    assert re.findall(r'data-answer="(\w+)"', page) == ["wrong", "wrong", "right", "right"]  # from 0.5 on
+    assert ids(page) == ["wide", "narrow", "equal", "alike"]
+    assert "4 groups, mean reward 0.500; 2 without signal" in page and page.count("no signal</b>") == 2
 
 
 def test_limit_keeps_the_worst_and_an_even_choice_of_the_others(tmp_path):
     page = written(tmp_path, *((sample(id=str(i)), [completion("none", i / 100)]) for i in range(100)), limit=6)
-    assert re.findall(r"</b> (\w+)</p>", page) == ["0", "1", "2", "3", "51", "99"]
-    assert "100 samples" in page and "here the 3 worst and 3 of the others" in page
+    assert ids(page) == ["0", "1", "2", "3", "51", "99"]
+    assert "100 samples" in page and "here 3 with the lowest accuracy and 3 of the others" in page
 
 
-def test_group_is_side_by_side_in_one_card_with_rewards_and_advantages(tmp_path):
-    group = [completion(f"[{i},2,30,40]", i / 10, reward=1 + i / 10, advantage=i - 1.5) for i in range(4)]
-    page = written(tmp_path, (sample(), group))
+def test_group_is_side_by_side_in_one_card_ordered_and_coloured_by_advantage(tmp_path):
+    completions = [completion(f"[{i},2,30,40]", i / 10, step=7, reward=1 + i / 10, advantage=a)
+                   for i, a in enumerate((-1.5, 0, .5, 1))]
+    page = written(tmp_path, (sample(), completions))
     assert page.count("<article") == 1 and page.count("<section") == 4 and page.count("data:image/jpeg") == 1
     rects = Page(page).rects()
-    assert [r[0] for r in rects["predicted"]] == [0, 1, 2, 3] and len(rects["target"]) == 4
-    assert re.findall(r"reward (\S+?)advantage (\S+?)Reas", Page(page).text) == [
-        ("1.00", "-1.50"), ("1.10", "-0.50"), ("1.20", "+0.50"), ("1.30", "+1.50")]
+    assert [r[0] for r in rects["predicted"]] == [3, 2, 1, 0] and len(rects["target"]) == 4
+    assert re.findall(r"advantage (\S+?)reward (\S+?)format", Page(page).text) == [
+        ("+1.00", "1.30"), ("+0.50", "1.20"), ("+0.00", "1.10"), ("-1.50", "1.00")]
+    assert re.findall(r'<section class="(\w+)" style="--strength: (\d+)%">', page) == [
+        ("better", "67"), ("better", "33"), ("equal", "0"), ("worse", "100")]
+    text = Page(page).text
+    assert "rewards 1.00 to 1.30, mean 1.15" in text and "step 7" in text
+    assert not re.search("right|wrong", text)  # its completions differ: the group is neither
+
+
+def test_controls_and_legend_are_there_only_where_they_mean_something(tmp_path):
+    def controls(*entries):
+        form = re.search("<form>.*</form>", written(tmp_path, *entries))[0]
+        return re.findall('<select name="(.*?)"', form), re.findall('<option value="(.*?)"', form), "target" in form
+
+    det, cls = (sample(), [completion("none", 0)]), (sample(task="cls", gt_boxes=()), [completion("sea", 0)])
+    assert controls(cls) == (["order"], ["reward", "-reward"], False)
+    assert controls(det) == (["order"], ["reward", "-reward"], True)
+    assert controls(cls, det) == (["order", "task"], ["reward", "-reward", "", "cls", "det"], True)
+    orders = ["-spread", "step", "-step", "-reward", "reward"]
+    assert controls((det[0], group(1, 0, 1))) == (["order"], orders, True)
 
 
 def test_missing_image_leaves_a_placeholder_and_is_counted(tmp_path, capsys):
@@ -201,14 +237,53 @@ def test_predictions_become_a_page_beside_their_file(tmp_path):
 
 def test_samples_become_one_card_a_group(tmp_path):
     scenes = [Scenes("det", 112, 7)[i] for i in (2, 2, 3)]  # the second step meets the same scene
-    rewards = {"stage": 0, "reward": 0.5, "advantage": -0.25}
+    rewards = {"stage": 0, "reward": 0.5, "advantage": -0.25}  # as train_grpo.py logs them
     (tmp_path / "samples.jsonl").write_text("\n".join(
         row(s, f"answer {g}", step=step, **rewards) for step, s in enumerate(scenes) for g in range(4)))
     entries = report.read_entries(tmp_path / "samples.jsonl")
     assert [len(completions) for _, completions in entries] == [4, 4, 4]
-    assert entries[2][1][3] == {"text": "answer 3", "parts": {"format": 1.0, "accuracy": 0.5},
-                                         "reward": 0.5, "advantage": -0.25}
-    assert entries[0][0].id == f"step 0 · {scenes[0].id}" and entries[0][0].images == scenes[0].images
+    assert entries[2][1][3] == {"text": "answer 3", "parts": {"format": 1.0, "accuracy": 0.5}, "step": 2,
+                                "reward": 0.5, "advantage": -0.25}
+    assert entries[0][0] == scenes[0]
+
+
+def files_of_seg(folder):
+    """JSON that names an image and a mask."""
+    scene = Scenes("seg", 112, 7)[2]
+    scene.images[0].save(folder / "image.png")
+    scene.gt_mask.save(folder / "mask.png")
+    (folder / "seg.json").write_text(json.dumps([{"image": "image.png", "problem": "?", "mask": "mask.png"}]))
+    return folder / "seg.json"
+
+
+def table_of_seg(folder):
+    """The same within parquet."""
+    datasets = pytest.importorskip("datasets", reason="EarthDial's shards and parquet are read by datasets")
+    files_of_seg(folder)
+    cells = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("image.png", "mask.png")]
+    image = datasets.Image(decode=False)
+    features = datasets.Features({"images": [image], "problem": datasets.Value("string"), "mask": image})
+    rows = [{"images": [cells[0]], "problem": "?", "mask": cells[1]}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "seg.parquet")
+    return folder / "seg.parquet"
+
+
+@pytest.mark.parametrize("make", [files_of_seg, table_of_seg])
+def test_images_and_masks_are_found_again_though_the_project_moves(tmp_path, monkeypatch, make):
+    """Of a row, images of tables were not found at all, and others only from the folder where the run was started."""
+    for folder in ("project/data", "project/runs"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project")
+    data = make(Path("data"))
+    before, = load_samples(str(data), "seg", 112)
+    line = sample_to_row(before, Path("runs")) | {"completion": "", "parts": {"accuracy": 0}}
+    Path("runs/predictions.jsonl").write_text(json.dumps(line))
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "project").rename("moved")
+    (after, _), = report.read_entries(Path("moved/runs/predictions.jsonl"))
+    assert load_images(after) == [Scenes("seg", 112, 7)[2].images[0]] and load_gt_mask(after).any()
+    assert written(tmp_path, (after, [completion("none", 0)])).count("data:image/jpeg") == 1
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", "7", *(row(sample(id="x.png"), "", **fields) for fields in (
@@ -218,6 +293,13 @@ def test_bad_record_is_named(tmp_path, line):
     (tmp_path / "predictions.jsonl").write_text(row(sample(id="x.png"), "") + "\n" + line)
     with pytest.raises(UserError, match="line 2: not a record"):
         report.read_entries(tmp_path / "predictions.jsonl")
+
+
+def test_training_writes_page_and_curves_at_every_checkpoint(tmp_path, monkeypatch, grpo_flags):
+    """A run of days showed them only when it ended."""
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, die_at_save=2)  # --save-every 1
+    assert (tmp_path / "report.html").read_text().count("<article") == 1 and (tmp_path / "curves.png").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,20 +345,21 @@ def test_browser_shows_both_boxes_at_their_place_without_script_errors(tmp_path,
         assert seen.sum() > side, colour
 
 
-def test_browser_filters_by_task_and_by_correctness(tmp_path, browser):
-    written(tmp_path, *((sample(task=task, id=f"{task}{a}", gt_boxes=()), [completion("none", a)])
-                        for task in ("det", "vqa") for a in (0, 1)))
+def test_browser_orders_and_filters_by_the_pages_address(tmp_path, browser):
+    groups = (("det", 2, (0, 1)), ("vqa", 1, (.8, .9)), ("det", 4, (1, 1)), ("vqa", 3, (.2, .4)))
+    written(tmp_path, *((sample(task=task, id=f"{task}{step}", gt_boxes=()), group(step, *rewards))
+                        for task, step, rewards in groups))
 
-    def shown(filters):
-        page, log = browser((tmp_path / "report.html").as_uri() + filters, "--dump-dom")
+    def shown(address):
+        page, log = browser((tmp_path / "report.html").as_uri() + address, "--dump-dom")
         assert "CONSOLE" not in log
-        cards = re.findall(r"<article([^>]*)>.*?</b> (\w+)</p>", page, re.DOTALL)
-        names = [name for attributes, name in cards if " hidden" not in attributes]
-        assert len(cards) == 4 and f"{len(names)} shown" in page
-        return names
+        cards = re.findall(r"<article([^>]*)>.*?(\w+)</p>\n<h2>", page, re.DOTALL)
+        return [name for attributes, name in cards if " hidden" not in attributes]
 
-    assert shown("#task=vqa&answer=") == ["vqa0", "vqa1"]
-    assert shown("#task=det&answer=right") == ["det1"]
+    assert shown("") == ["det2", "vqa3", "vqa1", "det4"]  # the one without signal is last in every order
+    assert shown("#order=step&task=") == ["vqa1", "det2", "vqa3", "det4"]
+    assert shown("#order=-reward") == ["vqa1", "det2", "vqa3", "det4"]
+    assert shown("#order=-step&task=det") == ["det2", "det4"]
 
 
 def test_browser_would_have_logged_an_error_and_refuses_foreign_scripts(tmp_path, browser):

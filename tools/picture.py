@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, required=True, help="the step whose group is drawn")
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
     args = parser.parse_args()
-    groups = [entry for entry in read_entries(args.samples)
-              if entry[0].id.startswith(f"step {args.step} ")]
+    groups = [entry for entry in read_entries(args.samples) if entry[1][0].get("step") == args.step]
     if not groups:
         sys.exit(f"error: {args.samples} has no step {args.step}")
     sample, completions = groups[0]

@@ -1,0 +1,57 @@
+"""The curves: what is drawn in which panel, and what its axes say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from metrics.plots import METRICS, plot_curves, plot_metric
+
+figure = pytest.importorskip("matplotlib.figure", reason="curves are plotted by matplotlib")
+
+
+def row(step, accuracy, stage=0, **fields):
+    return {"step": step, "stage": stage, "accuracy": accuracy, "kl": step / 10} | fields
+
+
+def drawn(rows, name):
+    axis = figure.Figure().add_subplot()
+    plot_metric(axis, rows, name, "C0")
+    return axis, {line.get_label(): line for line in axis.lines}
+
+
+def test_each_step_and_the_mean_of_the_last_ten_over_steps_counted_from_1():
+    values = [*range(1, 20), None]  # a step that was not finite is null in metrics.jsonl
+    _, lines = drawn([row(step, value) for step, value in enumerate(values, 1)], "accuracy")
+    assert set(lines) == {"each step", "mean of the last 10"}
+    assert np.array_equal(lines["each step"].get_xdata(), range(1, 21))
+    assert np.array_equal(lines["each step"].get_ydata(), [*range(1, 20), np.nan], equal_nan=True)
+    assert lines["mean of the last 10"].get_ydata()[[0, 9, 18, 19]].tolist() == [1, 5.5, 14.5, 15]
+
+
+def test_held_out_scores_are_dots_beside_the_accuracy_reward():
+    scores = {"sampled": .25, "greedy": .5, "format": 1}
+    rows = [row(1, 0), row(2, 0, heldout=scores), row(3, 0, heldout={})]  # {}: the source holds none out
+    _, lines = drawn(rows, "accuracy")
+    for kind in ("sampled", "greedy"):
+        line = lines[f"held out, {kind}"]
+        assert np.array_equal(line.get_ydata(), [np.nan, scores[kind], np.nan], equal_nan=True)
+        assert line.get_marker() == "o" and line.get_linestyle() == "None"
+    assert set(drawn(rows, "kl")[1]) == {"each step", "mean of the last 10"}
+
+
+def test_axes_say_what_they_show_in_which_unit_and_where_the_next_task_begins():
+    axis, lines = drawn([row(1, 0), row(2, 0), row(3, 0, stage=1)], "kl")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("step", "KL to reference (nats/token)")
+    assert lines["next task"].get_xdata()[0] == 2.5
+
+
+def test_picture_of_several_runs(tmp_path):
+    for name in ("seed0", "seed1"):
+        (tmp_path / name).mkdir()
+        rows = [dict.fromkeys(METRICS, step) | {"parts": {}} for step in range(3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plot_curves([tmp_path / "seed0", tmp_path / "seed1"], METRICS, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no metric speed; it has reward"):
+        plot_curves([tmp_path / "seed0"], ["speed"], tmp_path / "curves.png")
