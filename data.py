@@ -6,25 +6,26 @@ samples.
 """
 
 import argparse
-import json
+import gc
+import os
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from readers.files import TableImage
 from readers.folders import read_samples
 from rewards import TASKS
-from runtime.errors import NotServedError, UserError
-from sample import Sample
+from runtime.errors import NotServedError, UserError, warn
+from sample import Sample, header_size, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
 TOKEN_SIZE = 28         # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
@@ -67,6 +68,16 @@ def add_data_flags(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument("--images",
                        help="default of @IMAGES, the folder that image names are relative to "
                             "(default: the folder of the file, or where its format keeps images)")
+    flags.add_argument("--oriented", action="store_true",
+                       help="det answers with oriented boxes [x1,y1,x2,y2,theta], rewarded by "
+                            "oriented IoU; other tasks stay as they are")
+
+
+def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
+    """Raises UserError if --oriented is given and no task has an oriented form."""
+    if oriented and "det" not in tasks:
+        raise UserError("--oriented is the form of det answers, and det is not among --task "
+                        + ",".join(tasks))
 
 
 def parse_sources(values: Sequence[str], images: str | None = None) -> list[Source]:
@@ -92,49 +103,126 @@ class Split(NamedTuple):
     summary: str  # how many of each, from where, by which rule
 
 
-def load_split(sources: Sequence[Source], eval_sources: Sequence[Source], task: str,
-               image_size: int, seed: int = 0, shots: int | None = None) -> Split:
-    """What a run trains on and what it is scored on, of one task, joined from all its sources.
+def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks: Sequence[str],
+                image_size: int, seed: int = 0, shots: int | None = None,
+                oriented: bool = False) -> dict[str, Split]:
+    """What a run trains on and what it is scored on, of each task, joined from all its sources.
 
     Each source holds out samples of its own. With eval_sources, these give what is held out: their
     test or val split, or all samples of one without. Raises UserError, in one line, for what a user
     has to fix in a source, and if several sources put an image on both sides.
     """
-    found = read_task(sources, task, image_size, seed)
-    train, held_out, rules = split_sources(found, whole="train" if eval_sources else None)
-    for (source, samples), part in zip(found, train):
-        if not part:
-            raise no_samples(source.path, samples, "train")
-    if eval_sources:
-        _, held_out, rules = split_sources(read_task(eval_sources, task, image_size), "heldout")
-    may_share = bool(eval_sources) or len(train) > 1  # one source alone splits by image
-    train, held_out = join(train), join(held_out)
-    if shots:
-        train = few_shots(train, shots)
-    if may_share:
-        refuse_shared_images(train, held_out)
-    summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
-    return Split(train, held_out, summary)
+    found = read_sources(sources, tasks, image_size, seed, oriented)
+    eval_found = eval_sources and read_sources(eval_sources, tasks, image_size, oriented=oriented)
+    splits = {}
+    for task, parts in found.items():
+        train, held_out, rules = split_sources(parts, whole="train" if eval_sources else None)
+        for (source, samples), part in zip(parts, train):
+            if not part:
+                raise no_samples(source.path, samples, "train")
+        if eval_sources:
+            _, held_out, rules = split_sources(eval_found[task], "heldout")
+        may_share = bool(eval_sources) or len(train) > 1  # one source alone splits by image
+        train, held_out = join(train), join(held_out)
+        if shots:
+            train = few_shots(train, shots)
+        if may_share:
+            refuse_shared_images(train, held_out)
+        summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
+        splits[task] = Split(train, held_out, summary)
+    return splits
 
 
-def read_task(sources: Sequence[Source], task: str, image_size: int,
-              seed: int = 0) -> list[tuple[Source, Sequence[Sample]]]:
-    """All samples of the sources that serve a task. Raises UserError if none does."""
-    found, reasons = [], []
+def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: int, seed: int = 0,
+                 oriented: bool = False) -> dict[str, list[tuple[Source, Sequence[Sample]]]]:
+    """All samples of each task, with the sources that serve it, those of det with `oriented` in
+    their oriented form. Raises UserError for a task that no source serves."""
+    found, reasons = {task: [] for task in tasks}, {task: [] for task in tasks}
     for source in sources:
-        if source.task in (None, task):
-            try:
-                samples = load_samples(source.path, task, image_size, source.images, seed=seed)
-                found.append((source, samples))
-            except NotServedError as error:
+        wanted = [task for task in found if source.task in (None, task)]
+        for task, samples in read_source(source, wanted, image_size, seed).items():
+            if isinstance(samples, NotServedError):
                 if source.task:
-                    raise
-                reasons.append(str(error))
-    if found and reasons:
-        print(f"{task}: not from {'; '.join(reasons)}", file=sys.stderr)
-    if not found:
-        raise UserError("; ".join(reasons) or f"no source for task {task}: add {task}=SOURCE")
+                    raise samples
+                reasons[task].append(str(samples))
+            elif oriented and task == "det":
+                found[task].append((source, orient_samples(samples, source.path)))
+            else:
+                found[task].append((source, samples))
+    for task, parts in found.items():
+        if not parts:
+            raise UserError("; ".join(reasons[task])
+                            or f"no source for task {task}: add {task}=SOURCE")
+        if reasons[task]:
+            warn(f"{task}: not from {'; '.join(reasons[task])}")
     return found
+
+
+def read_source(source: Source, tasks: Sequence[str], image_size: int,
+                seed: int = 0) -> dict[str, Sequence[Sample] | NotServedError]:
+    """All samples of one source for each task, from one reading: a list, `Scenes` for `synthetic`,
+    or the error of a task that it does not serve. `seed` is that of the scenes."""
+    for task in tasks:
+        check_task(task)
+    if image_size % TOKEN_SIZE or image_size <= 0:
+        raise UserError(f"--image-size {image_size} is not a multiple of {TOKEN_SIZE}, the side of "
+                        "a vision token in pixels")
+    if source.path == "synthetic":
+        return {task: Scenes(task, image_size, seed) if task in QUESTIONS else NotServedError(
+            f"--data synthetic has no questions of task {task}; add one to QUESTIONS in "
+            "tiny/scenes.py") for task in tasks}
+    path = Path(source.path)
+    if not path.exists():
+        raise UserError(f"--data {path}: no such file or folder (or write: synthetic)")
+    header_size.cache_clear()
+    notes = {task: Counter() for task in tasks}
+    image_folder = Path(source.images) if source.images else None
+    gc.disable()  # to look for cycles in so many new objects takes as long as to read them
+    try:
+        found = read_samples(path, tasks, image_size, image_folder, notes)
+    finally:
+        gc.enable()
+    for task, samples in found.items():
+        reasons = "".join(f"; {n} {what}" for what, n in sorted(notes[task].items()) if n)
+        if isinstance(samples, list) and not samples:
+            found[task] = NotServedError(f"{path}: no samples of task {task}{reasons}")
+        elif reasons and samples:
+            warn(f"{path}: {len(samples)} samples of {task}{reasons}")
+    return found
+
+
+def load_samples(source: str, task: str, image_size: int, images: str | None = None,
+                 split: str = "all", seed: int = 0, shots: int | None = None) -> Sequence[Sample]:
+    """The samples of one task from one source.
+
+    source      `synthetic`, or a file or folder that readers/ knows
+    image_size  side in pixels of the square that images are resized to
+    images      folder that a file's image names are relative to; default: where its format keeps it
+    split       "all", "train" or "heldout" (split_samples)
+    seed        of the synthetic scenes; "heldout" has a seed of its own
+    shots       keep this many samples of each category (few_shots)
+    Raises UserError, in one line, for anything in the source that a user has to fix.
+    """
+    samples = read_source(Source(source, images, task), [task], image_size, seed)[task]
+    if isinstance(samples, NotServedError):
+        raise samples
+    if split != "all":
+        parts = split_samples(samples, source)
+        kept = parts.train if split == "train" else parts.held_out
+        if not kept:
+            raise no_samples(source, samples, split)
+        samples = kept
+    return few_shots(samples, shots) if shots else samples
+
+
+def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
+    """The det samples with answers of oriented boxes. A line says if none of them is turned."""
+    if isinstance(samples, Scenes):
+        return replace(samples, oriented=True)
+    if not any(box[4] for sample in samples for box in sample.gt_boxes):
+        warn(f"{source}: no target box is turned, so every theta is 0 ([x1,y1,x2,y2,theta] in "
+             "pixels is read as its upright envelope)")
+    return [to_oriented(sample) for sample in samples]
 
 
 def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]],
@@ -164,13 +252,13 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
 def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
     """Raises UserError if a held-out image is also trained on: the same file, or equal bytes."""
     trained, held = image_files(train), image_files(held_out)
-    size_of = {path: path.stat().st_size for path in trained | held}
-    shared_sizes = {size_of[path] for path in trained} & {size_of[path] for path in held}
+    size_of = {image: num_bytes(image) for image in trained | held}
+    shared_sizes = {size_of[image] for image in trained} & {size_of[image] for image in held}
 
-    def contents(files: dict[Path, Sample]) -> dict[tuple[int, int], Path]:
+    def contents(images: dict[object, Sample]) -> dict[tuple[int, int], object]:
         """Only files of equal size can have equal bytes, so few files are read."""
-        return {(size_of[path], zlib.crc32(path.read_bytes())): path
-                for path in files if size_of[path] in shared_sizes}
+        return {(size_of[image], zlib.crc32(image.read_bytes())): image
+                for image in images if size_of[image] in shared_sizes}
 
     trained_contents, held_contents = contents(trained), contents(held)
     for content in sorted(trained_contents.keys() & held_contents.keys()):
@@ -179,65 +267,15 @@ def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) ->
                         f"{other}; remove one of the records")
 
 
-def image_files(samples: Sequence[Sample]) -> dict[Path, Sample]:
-    """The image files of samples, each with a sample that uses it."""
+def image_files(samples: Sequence[Sample]) -> dict[object, Sample]:
+    """The images of samples, paths or images of tables, each with a sample that uses it."""
     if isinstance(samples, Scenes):
         return {}
-    return {image: s for s in samples for image in s.images if isinstance(image, Path)}
+    return {image: sample for sample in samples for image in sample.images}
 
 
-def load_samples(source: str, task: str, image_size: int, images: str | None = None,
-                 split: str = "all", seed: int = 0, shots: int | None = None) -> Sequence[Sample]:
-    """The samples of one task from one source: a list, or `Scenes` for `synthetic`.
-
-    source      `synthetic`, or a file or folder that readers/ knows
-    image_size  side in pixels of the square that images are resized to
-    images      folder that a file's image names are relative to; default: where its format keeps it
-    split       "all", "train" or "heldout" (split_samples)
-    seed        of the synthetic scenes; "heldout" has a seed of its own
-    shots       keep this many samples of each category (few_shots)
-    Raises UserError, in one line, for anything in the source that a user has to fix.
-    """
-    check_task(task)
-    if image_size % TOKEN_SIZE or image_size <= 0:
-        raise UserError(f"--image-size {image_size} is not a multiple of {TOKEN_SIZE}, the side of "
-                        "a vision token in pixels")
-    if source == "synthetic":
-        if task not in QUESTIONS:
-            raise NotServedError(f"--data synthetic has no questions of task {task}; add one to "
-                                 "QUESTIONS in tiny/scenes.py")
-        samples = Scenes(task, image_size, seed)
-    else:
-        samples = read_source(source, task, image_size, images)
-    if split != "all":
-        parts = split_samples(samples, source)
-        kept = parts.train if split == "train" else parts.held_out
-        if not kept:
-            raise no_samples(source, samples, split)
-        samples = kept
-    return few_shots(samples, shots) if shots else samples
-
-
-@lru_cache(maxsize=32)  # the train and the held-out split come from one reading
-def read_source(source: str, task: str, image_size: int, images: str | None) -> list[Sample]:
-    """All samples of a file or folder, in its order."""
-    path = Path(source)
-    skipped = Counter()
-    if not path.exists():
-        raise UserError(f"--data {source}: no such file or folder (or write: synthetic)")
-    image_folder = Path(images) if images else None
-    found = read_samples(path, task, image_size, image_folder, skipped)
-    samples = list(islice(found, 1))  # NotServedError: the source is of other tasks
-    try:
-        samples += found
-    except NotServedError as error:  # this record is, others are not
-        raise UserError(str(error)) from error
-    notes = "".join(f"; {n} {what}" for what, n in sorted(skipped.items()))
-    if not samples:
-        raise NotServedError(f"{path}: no samples of task {task}{notes}")
-    if notes:
-        print(f"{path}: {len(samples)} samples of {task}{notes}", file=sys.stderr)
-    return samples
+def num_bytes(image: object) -> int:
+    return image.stat().st_size if isinstance(image, Path) else image.num_bytes
 
 
 def split_samples(samples: Sequence[Sample], source: str, whole: str | None = None) -> Split:
@@ -257,8 +295,8 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         rule = published
         unused = len(samples) - len(train) - len(held_out)
         if unused:
-            print(f"{source}: {unused} samples of {samples[0].task}, neither train nor "
-                  f"{published}, are not used", file=sys.stderr)
+            warn(f"{source}: {unused} samples of {samples[0].task}, neither train nor "
+                 f"{published}, are not used")
     elif whole:
         train, held_out = (samples, []) if whole == "train" else ([], samples)
         rule = "none" if whole == "train" else "all"
@@ -295,9 +333,9 @@ def record_hash(sample: Sample) -> tuple[int, str]:
 
 
 def image_name(sample: Sample) -> str:
-    """File name of the first image without its folder; for an image inside a table a hash of its
+    """File name of the first image without its folder; for an image of a table a hash of its
     content."""
-    return Path(getattr(sample.images[0], "filename", sample.images[0])).name
+    return sample.images[0].name
 
 
 def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
@@ -322,13 +360,14 @@ def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:
 
 def fingerprint(samples: Sequence[Sample]) -> str:
     """Number and checksum of the samples, images by their names: the same in every process."""
-    if isinstance(samples, Scenes):
-        rows = [repr(samples)]  # it says all that the scenes depend on
-    else:
-        rows = (sample_to_row(sample) | {"think": sample.think} for sample in samples)
     crc = 0
-    for row in rows:
-        crc = zlib.crc32(json.dumps(row).encode(), crc)
+    if isinstance(samples, Scenes):
+        crc = zlib.crc32(repr(samples).encode())  # it says all that the scenes depend on
+    else:
+        for s in samples:
+            names = [getattr(image, "name", "") for image in s.images]  # a scene's have none
+            row = s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.category, names
+            crc = zlib.crc32(repr(row).encode(), crc)
     return f"{len(samples)} samples #{crc:08x}"
 
 
@@ -376,30 +415,44 @@ def prefetch(steps: Iterable[tuple[int, list]],
 # --------------------------------------------------------------------------------------------------
 # Samples as rows of predictions.jsonl and samples.jsonl
 
-def sample_to_row(sample: Sample) -> dict:
-    """The sample as JSON. Images are named by their paths; a synthetic scene, or an image inside a
-    table, by the sample's id."""
-    images = [str(image) if isinstance(image, (str, Path)) else sample.id
-              for image in sample.images]
-    mask = str(sample.gt_mask) if isinstance(sample.gt_mask, (str, Path)) else None
+def sample_to_row(sample: Sample, folder: Path = Path()) -> dict:
+    """The sample as JSON, a line of a file in `folder`. An image is its path, or its place in a
+    table's file, relative to `folder`; a synthetic scene is known by the sample's id."""
+    def from_folder(path: str) -> str:
+        return path if os.path.isabs(path) else os.path.relpath(path, os.path.realpath(folder))
+
+    def to_json(image: object) -> str | dict | None:
+        if isinstance(image, TableImage):
+            return asdict(image) | {"file": from_folder(image.file)}
+        return from_folder(str(image)) if isinstance(image, (str, Path)) else None
+
+    images = [to_json(image) or sample.id for image in sample.images]
+    form = {"oriented": True} if sample.oriented else {}
     return {"id": sample.id, "task": sample.task, "images": images, "question": sample.question,
             "reference": sample.gt_answer, "boxes": sample.gt_boxes, "frame": sample.image_size,
             "references": sample.gt_texts, "choices": sample.choices, "category": sample.category,
-            "subset": sample.subset, "mask": mask}
+            "subset": sample.subset, "mask": to_json(sample.gt_mask), **form}
 
 
-def sample_from_row(row: dict) -> Sample:
+def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
     """The sample that sample_to_row wrote; a synthetic scene is rendered again. Raises LookupError,
     TypeError, ValueError or AttributeError for a row that is none."""
+    def from_json(image: str | dict) -> Path | TableImage:
+        if isinstance(image, dict):
+            return TableImage(**image | {"file": str(folder / image["file"])})
+        return folder / image
+
+    oriented = bool(row.get("oriented"))
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:
         seed, index = int(scene[1]), int(scene[2])
-        return Scenes(str(row["task"]), int(row["frame"]), seed)[index]
+        return Scenes(str(row["task"]), int(row["frame"]), seed, oriented=oriented)[index]
     boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta))
                   for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(
-        id=str(row["id"]), task=str(row["task"]), images=tuple(map(Path, row["images"])),
+        id=str(row["id"]), task=str(row["task"]), images=tuple(map(from_json, row["images"])),
         question=str(row["question"]), gt_answer=str(row["reference"]),
         image_size=int(row["frame"]), gt_boxes=boxes, gt_texts=tuple(map(str, row["references"])),
         choices=tuple(map(str, row["choices"])), category=str(row["category"]),
-        subset=str(row["subset"]), gt_mask=row["mask"] and Path(row["mask"]))
+        subset=str(row["subset"]), gt_mask=row["mask"] and from_json(row["mask"]),
+        oriented=oriented)

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from data import (
     add_data_flags,
+    check_oriented,
     check_task,
     fingerprint,
     join,
     parse_sources,
     published_split,
-    read_task,
+    read_sources,
     sample_from_row,
     sample_to_row,
     split_sources,
@@ -34,12 +35,12 @@ from metrics import benchmarks, published
 from metrics.report import write_report
 from metrics.reward_models import load_reward_models
 from model import load_model
-from readers.json_records import iter_json_records
+from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
 from runtime.distributed import device, to_compute_dtype, world_size
-from runtime.errors import UserError
+from runtime.errors import UserError, errors_as_warnings
 from sample import Sample
 from tiny.scenes import Scenes
 
@@ -78,6 +79,10 @@ def parse_args() -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
     check_task(args.task)
+    check_oriented(args.oriented, [args.task])
+    if args.oriented and args.predictions:
+        raise UserError("--oriented changes what a model is asked, but --predictions has its "
+                        "answers already; leave --oriented out")
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
         raise UserError(f"--benchmark {args.benchmark} is a table of task "
                         f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")
@@ -118,11 +123,12 @@ def main() -> None:
         number = value if name == "n" else f"{value if name == 'words' else 100 * value:.2f}"
         print(f"{name:32s} {number}")
     if args.benchmark:
-        print(published.table(args.benchmark, scores))
+        print(published.table(args.benchmark, scores, samples))
     model = args.predictions.name if args.predictions else args.model
     entries = [(sample, [{"text": completion, "parts": values}])
                for sample, completion, values in zip(samples, completions, parts)]
-    write_report(args.out / "report.html", entries, f"{args.task}: {model}")
+    with errors_as_warnings("report.html"):
+        write_report(args.out / "report.html", entries, f"{args.task}: {model}")
     if not args.predictions:  # last: until here an error costs no completion
         (args.out / "predictions.partial").unlink()
 
@@ -159,7 +165,8 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
 def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
     """The samples to score; a line says which they are."""
     values = args.eval_data or args.data
-    found = read_task(parse_sources(values, args.images), args.task, image_size)
+    sources = parse_sources(values, args.images)
+    found = read_sources(sources, [args.task], image_size, oriented=args.oriented)[args.task]
     has_split = any(isinstance(samples, Scenes) or published_split(samples) for _, samples in found)
     split = args.split or ("heldout" if has_split or args.eval_data else "all")
     if split == "all":
@@ -198,12 +205,10 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
         try:
             if row["task"] != task:
                 raise UserError(f"{source}: a prediction of task {row['task']}, not {task}")
-            samples.append(sample_from_row(row))
+            samples.append(sample_from_row(row, path.parent))
             completions.append(str(row["completion"]))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{source}: not a record of predictions.jsonl ({error!r})")
-        if task == "seg" and samples[-1].gt_mask is None:
-            raise UserError(f"{source}: its mask is in a table; score it with --data instead")
     return samples, completions
 
 
@@ -214,7 +219,7 @@ def write_predictions(out: Path, samples: list[Sample], completions: list[str],
         (out / name).unlink(missing_ok=True)  # no older scores beside new predictions
     with open(out / "predictions.done", "w") as file:
         for sample, completion, answer, values in zip(samples, completions, answers, parts):
-            row = sample_to_row(sample)
+            row = sample_to_row(sample, out)
             row |= {"completion": completion, "answer": answer, "parts": values}
             print(json.dumps(row), file=file)
     (out / "predictions.done").replace(out / "predictions.jsonl")

@@ -7,6 +7,7 @@ its file is read. Prompts, answers, rewards and plots then need no conversion.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from boxes import format_boxes, obb_to_hbb
 from runtime.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: a run holds hundreds of thousands
 class Sample:
     id: str                 # file and record, named in errors and logs
     task: str               # a key of INSTRUCTIONS and of rewards.TASKS
-    images: tuple           # paths or PIL images, in the order in which they precede the question
+    images: tuple           # in the order in which they precede the question: paths, PIL images,
+                            # or what opens like a path
     question: str           # plain text; format_prompt adds the task's instruction
     gt_answer: str          # the right answer as the model should write it
     image_size: int         # side in pixels of the square image that the model sees
@@ -32,6 +34,7 @@ class Sample:
     subset: str = ""        # row of the benchmark's table: object size, question type, uniqueness
     split: str = ""         # "train", "val" or "test" where the source says so
     gt_mask: object = None  # seg: image or path, non-zero on the target
+    oriented: bool = False  # det: the answer's boxes have five numbers, theta is the last
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,6 +62,8 @@ INSTRUCTIONS = {  # task -> what follows the question
            "or None.",
     "pair": "Answer with one letter.",
 }
+ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned by theta degrees "
+                "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")
 BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
 
 
@@ -66,10 +71,22 @@ def format_prompt(sample: Sample) -> str:
     """The chat up to where the model continues, with one `<|image_pad|>` for each image
     (model.encode repeats it once per image token)."""
     images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.images)
-    instruction = INSTRUCTIONS[sample.task].replace("{image_size}", str(sample.image_size))
+    instruction = ORIENTED_DET if sample.oriented else INSTRUCTIONS[sample.task]
+    instruction = instruction.replace("{image_size}", str(sample.image_size))
     return (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
             f"<|im_start|>user\n{images}{sample.question} {instruction}<|im_end|>\n"
             f"<|im_start|>assistant\n")
+
+
+# The same chat for other programs, in Jinja. They put the task's instruction after the question.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if 'text' in part %}{{ part['text'] }}{% else %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def format_target(sample: Sample) -> str:
@@ -78,13 +95,20 @@ def format_target(sample: Sample) -> str:
     return f"<think>{sample.think}</think>\n<answer>{sample.gt_answer}</answer><|im_end|>"
 
 
+def to_oriented(sample: Sample) -> Sample:
+    """The det sample with answers of oriented boxes [x1,y1,x2,y2,theta], as in GeoVLM-R1."""
+    answer = format_boxes(sample.gt_boxes, sample.image_size, oriented=True)
+    return replace(sample, oriented=True, gt_answer=answer)
+
+
 def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
     """The sample with noisy boxes in its target answer, as public annotation often is: Gaussian
-    noise on the box edges, its std in pixels of the resized image. `gt_boxes`, which the reward
-    reads, stay exact."""
+    noise on the box edges, its std in pixels of the resized image. Theta stays exact, and so do
+    `gt_boxes`, which the reward reads."""
     noise = np.random.default_rng(seed).normal(0, pixels, (len(sample.gt_boxes), 4))
-    noisy = [np.add(obb_to_hbb(box), n) for box, n in zip(sample.gt_boxes, noise)]
-    return replace(sample, gt_answer=format_boxes(noisy, sample.image_size))
+    boxes = sample.gt_boxes if sample.oriented else map(obb_to_hbb, sample.gt_boxes)
+    noisy = [(*np.add(box[:4], n), *box[4:]) for box, n in zip(boxes, noise)]
+    return replace(sample, gt_answer=format_boxes(noisy, sample.image_size, sample.oriented))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,7 +121,7 @@ def load_images(sample: Sample) -> list[Image.Image]:
     loaded = []
     for path in sample.images:
         try:
-            image = path if isinstance(path, Image.Image) else Image.open(path)
+            image = open_image(path)
             if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
                 raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
                                 "to 8 bits per band first")
@@ -109,12 +133,18 @@ def load_images(sample: Sample) -> list[Image.Image]:
     return loaded
 
 
+def open_image(image: object) -> Image.Image:
+    """A PIL image of a path, of what opens like one, or as it is."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.open(image if isinstance(image, (str, Path)) else image.open("rb"))
+
+
 def read_image_size(path: Path, source: str) -> tuple[int, int]:
     """(width, height) from the file's header. Raises UserError if it is missing, no image, or one
     pixel thin. `source` names the record."""
     try:
-        with Image.open(path) as image:
-            size = image.size
+        size = header_size(path)
     except FileNotFoundError:
         raise UserError(f"{source}: image {path} does not exist; --images names the folder that "
                         "image names are relative to")
@@ -127,12 +157,23 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
     return size
 
 
+@lru_cache(maxsize=2**18)  # many samples share an image; emptied before a source is read
+def header_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 # --------------------------------------------------------------------------------------------------
 # The ground truth in the form that rewards and scores compare with
 
 def gt_hbbs(sample: Sample) -> np.ndarray:
     """The sample's boxes as upright boxes (m, 4), pixels of the resized image."""
     return np.array([obb_to_hbb(box) for box in sample.gt_boxes]).reshape(-1, 4)
+
+
+def gt_obbs(sample: Sample) -> np.ndarray:
+    """The sample's boxes as oriented boxes (m, 5), pixels of the resized image, degrees."""
+    return np.array(sample.gt_boxes, float).reshape(-1, 5)
 
 
 def gt_texts_of(sample: Sample) -> Sequence[str]:
@@ -142,7 +183,6 @@ def gt_texts_of(sample: Sample) -> Sequence[str]:
 
 def load_gt_mask(sample: Sample) -> np.ndarray:
     """The sample's mask (image_size, image_size), True on the target."""
-    mask = sample.gt_mask
-    image = mask if isinstance(mask, Image.Image) else Image.open(mask)
+    image = open_image(sample.gt_mask)
     width_and_height = (sample.image_size, sample.image_size)
     return np.asarray(image.convert("L").resize(width_and_height, Image.Resampling.NEAREST)) > 0

@@ -40,6 +40,8 @@ MARK_TASKS = {"refer": ("det", "rec"), "grounding": ("ground",), "identify": ("r
               "caption": ("cap",), "classify": ("cls",), "vqa": ("vqa",), "changedet": ("change",)}
 # A closed question lists the answers to choose from.
 CLOSED_QUESTION = re.compile(r"classif|classes|options:|yes or no|none, one, two", re.IGNORECASE)
+TAGS = re.compile(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>")
+LEADING_MARKS = re.compile(r"^\s*(?:\[[\w.]+\]\s*)+")
 LABELS_WITH_COMMAS = (  # of BigEarthNet
     "land principally occupied by agriculture, with significant areas of natural vegetation",
     "beaches, dunes, sands", "moors, heathland and sclerophyllous vegetation")
@@ -130,7 +132,9 @@ def rewrite_boxes(text: str, size: tuple[int, int], image_size: int, source: str
         boxes.extend(found)
         return f" {format_boxes(found, image_size)}" if found else ""
 
-    return plain_text(BOX_RUN.sub(rewrite, text)), tuple(boxes)
+    if "{" in text or "[" in text:
+        text = BOX_RUN.sub(rewrite, text)
+    return plain_text(text), tuple(boxes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,8 +143,10 @@ def rewrite_boxes(text: str, size: tuple[int, int], image_size: int, source: str
 def plain_text(text: str) -> str:
     """The text without <image>, <p> and <ref> tags, chat tokens <|..|>, and the bracketed marks of
     task and sensor that it begins with."""
-    text = re.sub(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>", " ", text)
-    text = re.sub(r"^\s*(?:\[[\w.]+\]\s*)+", "", text)
+    if "<" in text or "\\" in text:
+        text = TAGS.sub(" ", text)
+    if "[" in text:
+        text = LEADING_MARKS.sub("", text)
     return " ".join(text.split())
 
 
@@ -179,6 +185,8 @@ def parse_label_list(question: str, source: str) -> tuple[str, ...]:
 
 def split_reasoning(text: str) -> tuple[str, str]:
     """(reasoning, gt_answer) of a target that may already have <think> and <answer> tags."""
+    if "<" not in text:
+        return "", text.strip()
     text = re.sub(r"<\|\w+\|>", "", text)  # a completion cannot contain chat tokens
     think = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)

@@ -9,19 +9,15 @@ To add a format:
 3. Test it in tests/test_readers.py, on a small file in the published layout.
 """
 
-import csv
 import json
 import re
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
-from scipy.spatial import cKDTree
 
 from boxes import convert_box
 from readers.box_formats import (
@@ -32,19 +28,19 @@ from readers.box_formats import (
     sample_from_text,
     sample_per_class,
 )
-from readers.json_records import (
+from readers.cross_view import read_pairs
+from readers.files import (
     IMAGE_SUFFIXES,
     find_image,
     first_image_size,
-    read_mask,
-    read_records,
     split_of_name,
     user_error_on,
 )
+from readers.json_records import CHANGE_QUESTION, read_mask, read_records
 from runtime.errors import NotServedError, UserError
 from sample import BOX_TASKS, INSTRUCTIONS, Sample, read_image_size
 
-PAIR_CANDIDATES = 4  # satellite images to choose from in a question of `pair`
+FMOW_VIEWS = 4  # images of a place in a question, as in EarthDial
 NWPU_CLASSES = dict(enumerate((
     "airplane", "ship", "storage tank", "baseball diamond", "tennis court", "basketball court",
     "ground track field", "harbor", "bridge", "vehicle"), 1))
@@ -54,66 +50,93 @@ DISASTERS = {  # part of an xBD file's name -> class
     "matthew": "wind", "michael": "wind"}
 
 
-def read_samples(path: Path, task: str, image_size: int, image_folder: Path | None,
-                 notes: Counter) -> Iterator[Sample]:
-    """The Samples of a file or folder for one task, in its order.
+def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder: Path | None,
+                 notes: dict[str, Counter]) -> dict[str, list[Sample] | NotServedError]:
+    """The Samples of a file or folder for each task, in its order; an error for a task that its
+    format does not serve.
 
     image_folder  what image names are relative to; default: where the format keeps its images
-    notes         counts, by reason, what was left out or changed because of noise
-    Raises UserError if the format does not serve the task, and for what a user has to fix.
+    notes         for each task, by reason, how much was left out or changed because of noise
+    Raises UserError for what a user has to fix.
     """
+    file, name, served, reader = layout_of(path)
+    found = {task: not_served(path, task, name, served, reader) for task in tasks}
+    tasks = [task for task in found if task in served]
+    if reader is read_records:
+        return found | read_records(file, tasks, image_size, image_folder, notes)
+    return found | {task: list(reader(file, task, image_size, image_folder, notes[task]))
+                    for task in tasks}
+
+
+def layout_of(path: Path) -> tuple[Path, str, Sequence[str], Callable]:
+    """(file or folder to read, name of its format, the tasks that it may serve, its reader)."""
+    if path.suffix == ".p" or path.name == "instances.json" and any(path.parent.glob("refs(*).p")):
+        return path, "RRSIS-D", INSTRUCTIONS, refuse_pickle
     if path.suffix == ".csv":
-        name, tasks, reader = "a table of ground and satellite images", ("pair",), read_pairs
-    elif path.suffix == ".txt" and (path.parent / "Annotations").is_dir():
-        name, tasks, reader = "a split of DIOR-RSVG", ("rec", "det"), read_dior_rsvg
-    elif path.is_file():
-        name, tasks, reader = "a file of records", INSTRUCTIONS, read_records
-    else:
-        layouts = (layout for pattern, *layout in FOLDERS if any(path.glob(pattern)))
-        name, tasks, reader = next(layouts, ("one folder per class", ("cls",), read_class_folders))
-    if task not in tasks:
-        hint = ""
-        if reader is read_class_folders:  # of any folder that is no other layout
-            name = f"no known layout (docs/data.md lists them), and {name}"
-            hint = "; for a file of records, --data is the file and --images the folder"
-        elif reader is read_pairs and task in BOX_TASKS:
-            hint = "; boxes are not read from CSV"
-        raise NotServedError(f"{path}: {name} serves {', '.join(tasks)}, not {task}{hint}")
-    yield from reader(path, task, image_size, image_folder, notes)
+        return path, "a table of ground and satellite images", ("pair",), read_pairs
+    if path.suffix == ".txt" and (path.parent / "Annotations").is_dir():
+        return path, "a split of DIOR-RSVG", ("rec", "det"), read_dior_rsvg
+    if path.is_file():
+        return path, "a file of records", INSTRUCTIONS, read_records
+    for pattern, name, served, reader in FOLDERS:
+        if any(path.glob(pattern)):
+            if reader is None:
+                return only_file(path, pattern), name, served, read_records
+            return path, name, served, reader
+    return path, "one folder per class", ("cls",), read_class_folders
+
+
+def not_served(path: Path, task: str, name: str, served: Sequence[str],
+               reader: Callable) -> NotServedError:
+    hint = ""
+    if reader is read_class_folders:  # of any folder that is no other layout
+        name = f"no known layout (docs/data.md lists them), and {name}"
+        hint = "; for a file of records, --data is the file and --images the folder"
+    elif reader is read_pairs and task in BOX_TASKS:
+        hint = "; boxes are not read from CSV"
+    return NotServedError(f"{path}: {name} serves {', '.join(served)}, not {task}{hint}")
+
+
+def only_file(path: Path, pattern: str) -> Path:
+    """The one file of this pattern, which holds the records of a folder."""
+    files = sorted(path.glob(pattern))
+    if len(files) > 1:
+        raise UserError(f"{path}: holds {', '.join(f.name for f in files)}; name one of them")
+    return files[0]
 
 
 # --------------------------------------------------------------------------------------------------
 # Readers of folders: (path, task, image_size, image_folder, notes) -> Samples
 
+def subfolders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir())
+
+
 def read_class_folders(path: Path, task: str, image_size: int, image_folder: Path | None,
                        notes: Counter) -> Iterator[Sample]:
-    """EuroSAT and AID: `path[/only folder]/<Class>/<image>`. The question lists the class names."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir())
-    while len(folders) == 1:  # EuroSAT's class folders are in a folder 2750/
-        folders = sorted(p for p in folders[0].iterdir() if p.is_dir())
-    files = [file for folder in folders for file in folder.iterdir()]
+    """EuroSAT and AID: `path[/split][/only folder]/<Class>/<image>`. The question lists the class
+    names."""
+    roots = subfolders(path)
+    has_splits = bool(roots) and all(map(split_of_name, roots))
+    root_of = {}
+    for root in roots if has_splits else [path]:
+        folders = subfolders(root)
+        while len(folders) == 1 and subfolders(folders[0]):  # EuroSAT's classes are in 2750/
+            folders = subfolders(folders[0])
+        root_of |= dict.fromkeys(folders, root)
+    files = [file for folder in root_of for file in folder.iterdir()]
     if files and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-        names = ", ".join(folder.name for folder in folders[:5])
+        names = ", ".join(folder.name for folder in list(root_of)[:5])
         raise UserError(f"{path}: no images directly in {names}; if these are splits and not "
                         "classes, name one of them as --data")
-    classes = ", ".join(folder.name for folder in folders)
+    classes = ", ".join(sorted({folder.name for folder in root_of}))
     question = f"Which class does this scene belong to? Classes: {classes}."
-    for folder in folders:
+    for folder, root in root_of.items():
         for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            source = f"{folder.name}/{file.name}"
+            source = f"{root.name}/" * has_splits + f"{folder.name}/{file.name}"
             read_image_size(file, source)
-            yield make_sample(source, task, image_size, (file,), question, folder.name)
-
-
-def reader_of_one_file(pattern: str) -> Callable:
-    """A reader of folders that keep their records in the one file of this pattern."""
-    def reader(path: Path, task: str, image_size: int, image_folder: Path | None,
-               notes: Counter) -> Iterator[Sample]:
-        files = sorted(path.glob(pattern))
-        if len(files) > 1:
-            raise UserError(f"{path}: holds {', '.join(f.name for f in files)}; name one of them")
-        yield from read_records(files[0], task, image_size, image_folder, notes)
-    return reader
+            yield make_sample(source, task, image_size, (file,), question, folder.name,
+                              split=split_of_name(root))
 
 
 def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, task: str,
@@ -278,93 +301,61 @@ def ask_about_disaster(source: str, image_size: int, pair: tuple, damaged: bool 
 def read_earthreason(path: Path, task: str, image_size: int, image_folder: Path | None,
                      notes: Counter) -> Iterator[Sample]:
     """EarthReason: [split/]QAs/X.json with `questions`, images/X.*, and labels/X.png, a mask that
-    is empty if there is no target."""
+    is empty if there is no target. The release names no class: `category` is for --shots."""
     for file in sorted([*path.glob("QAs/*.json"), *path.glob("*/QAs/*.json")]):
         root = file.parent.parent
         with user_error_on("`questions` of EarthReason", str(file)):
+            document = json.loads(file.read_text(encoding="utf-8"))
             image = find_image(root / "images", f"{file.stem}.jpg").name
-            row = {"problem": json.loads(file.read_text(encoding="utf-8"))["questions"],
+            row = {"problem": document["questions"], "category": document.get("category"),
                    "image": f"images/{image}", "mask": f"labels/{file.stem}.png",
                    "split": split_of_name(root)}
             yield from read_mask(str(file), row, task, image_size, root, notes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Cross-view pairs
-
-class Place(NamedTuple):
-    source: str
-    ground: Path
-    satellite: Path
-    position: tuple | None  # (longitude, latitude) in degrees
-    city: str
-
-
-def read_pairs(path: Path, task: str, image_size: int, image_folder: Path | None,
-               notes: Counter) -> Iterator[Sample]:
-    """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right. The
-    right letters follow the rank of a hash, so that their counts differ by at most 1."""
-    places = read_places(path, image_folder)
-    k = min(PAIR_CANDIDATES, len(places))
-    letters = tuple("ABCDEFGHIJ"[:k])
-    by_hash = sorted(range(len(places)), key=lambda i: zlib.crc32(places[i].ground.name.encode()))
-    right_of = {i: rank % k for rank, i in enumerate(by_hash)}
-    others_of = other_places([place.position for place in places])
-    for i, (source, ground, satellite, _, city) in enumerate(places):
-        others = [places[j].satellite for j in others_of[i]]
-        wrong = list(dict.fromkeys(other for other in others if other != satellite))[: k - 1]
-        expected = max(k, 2) - 1
-        if len(wrong) < expected:
-            raise UserError(f"{source}: {len(wrong)} other places to choose from, "
-                            f"expected {expected}; add pairs")
-        question = (f"The first image is taken on the ground, the others, A to {letters[-1]}, from "
-                    "above. Which of them shows the same place?")
-        right = right_of[i]
-        candidates = (*wrong[:right], satellite, *wrong[right:])
-        yield make_sample(source, task, image_size, (ground, *candidates), question, letters[right],
-                          choices=letters, category=city)
+def read_fmow(path: Path, task: str, image_size: int, image_folder: Path | None,
+              notes: Counter) -> Iterator[Sample]:
+    """fMoW: [split/]<class>/<class>_<i>/<class>_<i>_<j>_rgb.jpg, image j of place i. cls asks for
+    the class of a place, from its first images as a whole. (`test` has no class folders.)"""
+    pattern, files_of = "*/*_[0-9]*/*_rgb.jpg", defaultdict(list)
+    for file in [*path.glob(pattern), *path.glob(f"*/{pattern}")]:
+        files_of[file.parent].append(file)
+    classes = ", ".join(sorted({place.parent.name for place in files_of}))
+    question = f"Which class is this place of? Classes: {classes}."
+    for place, files in sorted(files_of.items()):
+        root, kind = place.parent.parent, place.parent.name
+        source = f"{root.name}/{place.name}"
+        images = sorted(files, key=lambda file: (len(file.name), file.name))[:FMOW_VIEWS]
+        first_image_size(images, source)
+        yield make_sample(source, task, image_size, images, question, kind,
+                          split=split_of_name(root))
 
 
-def read_places(path: Path, image_folder: Path | None) -> list[Place]:
-    """The lines of tables without a header: `aerial,ground[,annotation]` (CVUSA) or
-    `name,longitude,latitude,city,aerial,ground` (CV-Cities, <city>/img_info.csv)."""
-    places, files = [], [path]
-    if path.is_dir():
-        files = sorted([*path.glob("*.csv"), *path.glob("*/img_info.csv")])
-    for file in files:
-        with user_error_on("a table of text", str(file)):
-            lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
-        for i, line in enumerate(lines, 1):
-            source = f"{file}: line {i}"
-            with user_error_on("`aerial,ground` or `name,lon,lat,city,aerial,ground`", source):
-                if len(line) > 5:
-                    _, lon, lat, city, aerial, ground = line[:6]
-                    position, root = (float(lon), float(lat)), image_folder or file.parent.parent
-                else:
-                    aerial, ground = line[:2]
-                    position, city, root = None, "", image_folder or file.parent
-                first_image_size((root / ground, root / aerial), source)
-                places.append(Place(source, root / ground, root / aerial, position, city))
-    return places
+def read_dubai_cc(path: Path, task: str, image_size: int, image_folder: Path | None,
+                  notes: Counter) -> Iterator[Sample]:
+    """Dubai-CC: description_jsontr_te_val/{Train,Validation,Test}_Dubai_CC.json, and the tiles of
+    two years in imgs_tiles/RGB/500_{2000,2010}/."""
+    tiles = image_folder or path / "imgs_tiles" / "RGB"
+    for file in sorted(path.glob("*/*_Dubai_CC.json")):
+        split = split_of_name(Path(file.name.partition("_")[0]))
+        with user_error_on("captions of Dubai-CC", str(file)):
+            for row in json.loads(file.read_text(encoding="utf-8"))["images"]:
+                source, name = f"{file}: {row['filename']}", row["filename"]
+                images = (tiles / "500_2000" / name, tiles / "500_2010" / name)
+                gt_texts = [sentence["raw"] for sentence in row["sentences"]]
+                size = first_image_size(images, source)
+                yield from sample_from_text(source, task, image_size, images, size,
+                                            CHANGE_QUESTION, gt_texts, notes, split=split)
 
 
-def other_places(positions: list) -> list[np.ndarray]:
-    """For each place the indices of other places, whose images are wrong candidates. If all places
-    have a position, the nearest come first, without those at the same position, which would be
-    right too. Otherwise they are drawn at random, with the place's index as the seed."""
-    n = len(positions)
-    few = min(n, 4 * PAIR_CANDIDATES)
-    if not positions or None in positions:
-        return [np.random.default_rng(i).choice(n, few, replace=False) for i in range(n)]
-    lon, lat = np.radians(np.reshape(positions, (-1, 2))).T
-    x, y, z = np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)
-    points = np.stack([x, y, z], 1)  # (n, 3) on the unit sphere
-    distances, indices = cKDTree(points).query(points, few)
-    distances, indices = distances.reshape(n, few), indices.reshape(n, few)
-    return [indices[i][distances[i] > 0] for i in range(n)]
+def refuse_pickle(path: Path, *_: object) -> Iterator[Sample]:
+    """RRSIS-D: refs(unc).p beside instances.json, whose boxes are reported to exceed the images."""
+    raise UserError(f"{path}: RRSIS-D has its expressions in a pickle, which can run code and is "
+                    "not read; write JSON lines of `image`, `mask`, `problem` and `split`")
 
 
-# (files that identify a folder, its name, the tasks that it may serve, reader); first match counts
+# (files that identify a folder, its name, the tasks that it may serve, reader; None: the file holds
+# records); first match counts
 FOLDERS = (
     ("dataset_info.json", "an EarthDial shard", INSTRUCTIONS, read_records),
     ("dataset_dict.json", "an EarthDial shard", INSTRUCTIONS, read_records),
@@ -378,9 +369,14 @@ FOLDERS = (
     ("*/images/*_post_disaster.*", "xBD", ("cls", "det"), read_xbd),
     ("QAs/*.json", "EarthReason", ("seg",), read_earthreason),
     ("*/QAs/*.json", "EarthReason", ("seg",), read_earthreason),
-    ("LevirCCcaptions*.json", "LEVIR-CC", ("change",), reader_of_one_file("LevirCCcaptions*.json")),
-    ("*_questions.json", "RSVQA", ("vqa",), reader_of_one_file("*_questions.json")),
+    ("*/*_Dubai_CC.json", "Dubai-CC", ("change",), read_dubai_cc),
+    ("LevirCCcaptions*.json", "LEVIR-CC", ("change",), None),
+    ("*_questions.json", "RSVQA", ("vqa",), None),
     ("data.csv", "a folder of ground and satellite images", ("pair",), read_pairs),
     ("img_info.csv", "CV-Cities", ("pair",), read_pairs),
     ("*/img_info.csv", "CV-Cities", ("pair",), read_pairs),
+    ("refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
+    ("rrsisd/refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
+    ("*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
+    ("*/*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
 )

@@ -1,20 +1,16 @@
 """Records of JSON files, EarthDial shards and parquet -> Samples. The keys of a record tell its
 format, which is one reader and one line of the table RECORDS at the end."""
 
-import io
 import json
-import os
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from boxes import clip_and_round, convert_box, format_json
@@ -35,172 +31,82 @@ from readers.box_formats import (
     split_reasoning,
     tasks_of_question,
 )
-from runtime.errors import NotServedError, UserError, first_line
+from readers.files import (
+    SPLITS,
+    find_image,
+    first_image_size,
+    has_task_marks,
+    images_of,
+    iter_table_rows,
+    open_table,
+    read_headers_ahead,
+    read_json,
+    split_of_name,
+    user_error_on,
+)
+from runtime.errors import NotServedError, UserError
 from sample import INSTRUCTIONS, Sample, load_gt_mask, read_image_size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's
-SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "validation": "val"}
-# In names of folders (tier1, tier3 and hold are xBD's) and files (EVAL is VRSBench's)
-NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
-FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables of Hugging Face
-    r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_-]+).*-of-\d+\.parquet")
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
-
-@contextmanager
-def user_error_on(expected: str, source: str) -> Iterator[None]:
-    """Turns an error in reading into a UserError of one line: `source` is not `expected`."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
-        raise UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it")
-
-
-def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
-    """("file:record", value) of each record of a JSON array or of JSON lines."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})")
-
-    def parse(text: str, place: str) -> object:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-            if not place and isinstance(error, json.JSONDecodeError):
-                place = f"line {error.lineno}"
-            raise UserError(f"{path}: {place or 'array'}: not valid JSON ({error})")
-
-    if text.lstrip().startswith("["):
-        for i, value in enumerate(parse(text, "")):
-            yield f"{path}: record {i}", value
-    else:
-        for i, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028 too
-            if line.strip():
-                yield f"{path}: line {i}", parse(line, f"line {i}")
-
-
-def read_json(path: Path) -> list[tuple[str, object]]:
-    """iter_json_records, as a list. A file whose first line is `{`, as of LEVIR-CC and many COCO
-    files, holds one object."""
-    with user_error_on("a JSON document", str(path)), path.open("rb") as file:
-        if file.readline().strip() == b"{":
-            return [(str(path), json.loads(path.read_text(encoding="utf-8")))]
-    return list(iter_json_records(path))
-
-
-def iter_table_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file: row", row) of an EarthDial shard (`datasets.save_to_disk`) or of parquet. Images are
-    {"bytes", "path"}."""
-    try:
-        import datasets
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: to read it, pip install datasets")
-    files = [path]
-    if path.is_dir():
-        files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-    splits = {file.name.split("-")[0] for file in files}
-    splits = splits or {file.parent.name for file in path.glob("*/dataset_info.json")}
-    if len(splits) > 1 or splits and not files:
-        raise UserError(f"{path}: holds the splits {', '.join(sorted(splits))}; "
-                        "name the file or folder of one of them")
-    with user_error_on("a table that datasets can read", str(path)):
-        tables = [parquet.read_table(file) for file in files]
-        tables = tables or [datasets.load_from_disk(str(path)).with_format("arrow")[:]]
-    batches = (batch for table in tables for batch in table.to_batches(1000))
-    for i, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-        source = f"{path}: row {i}"
-        if "conversations" in row:
-            with user_error_on("a row of a shard, with its `conversations` as JSON", source):
-                row["conversations"] = json.loads(row["conversations"])
-        yield source, row
-
-
-def split_of_name(path: Path) -> str:
-    """The split that a folder or a published file is named after; "" if none."""
-    name = os.path.basename(os.path.abspath(path))  # of the folder `.` too
-    match = FILE_SPLIT.fullmatch(name)
-    return NAMED_SPLITS.get((match[match.lastindex] if match else name).lower(), "")
-
-
-# --------------------------------------------------------------------------------------------------
-# Images
-
-def image_of_cell(cell: dict) -> Image.Image:
-    """An image of a table, not decoded yet. Its `filename` is a hash of its content."""
-    image = Image.open(io.BytesIO(cell["bytes"]))
-    image.filename = f"{zlib.crc32(cell['bytes']):08x}"
-    return image
-
-
-def images_of(source: str, record: dict, image_folder: Path) -> tuple:
-    """The record's images in order: paths in image_folder, or PIL images of a table."""
-    names = [record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
-    names = names or record.get("image") or record.get("images")
-    names = names if isinstance(names, list) else [names]
-    valid = [isinstance(name, str) or isinstance(name, dict) and "bytes" in name for name in names]
-    if not names or not all(valid):
-        raise UserError(f"{source}: `image` is neither a file name nor a list of file names")
-    return tuple(image_folder / n if isinstance(n, str) else image_of_cell(n) for n in names)
-
-
-def find_image(image_folder: Path, name: str) -> Path:
-    """image_folder / name. If it has no extension or a wrong one (GeoChat-Bench's aid.jsonl), the
-    image of the same stem."""
-    stem = name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
-    names = [name, *(f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES)]
-    return image_folder / next((n for n in names if (image_folder / n).is_file()), name)
-
-
-def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
-    """(width, height) of the first image. Reads the headers of all, to find a missing one early."""
-    sizes = [image.size if isinstance(image, Image.Image) else read_image_size(image, source)
-             for image in images]
-    return sizes[0]
+OTHER_MARK = "turns with the mark of another task, such as [vqa], left out"
+CHANGE_QUESTION = "What has changed from the first image to the second?"
 
 
 # --------------------------------------------------------------------------------------------------
 # From a file to its records
 
-def read_records(path: Path, task: str, image_size: int, image_folder: Path | None,
-                 notes: Counter) -> Iterator[Sample]:
-    """Samples of a JSON array or document, JSON lines, an EarthDial shard or parquet."""
+def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder: Path | None,
+                 notes: dict[str, Counter]) -> dict[str, list[Sample] | NotServedError]:
+    """The Samples of each task, from one reading of a JSON array or document, JSON lines, an
+    EarthDial shard or parquet; an error for a task that the records do not serve."""
     image_folder = image_folder or path.parent
     file_split = split_of_name(path) or split_of_name(next(path.glob("**/*.parquet"), path))
     is_table = path.is_dir() or path.suffix == ".parquet"
-    records = list(iter_table_rows(path)) if is_table else read_json(path)
-    if len(records) == 1 and isinstance(records[0][1], dict) and not format_of(records[0][1]):
-        source, document = records[0]
+    table = open_table(path) if is_table else None
+    records = iter_table_rows(path, table) if is_table else iter(read_json(path))
+    first = list(islice(records, 2))
+    records = chain(first, records)
+    if len(first) == 1 and isinstance(first[0][1], dict) and not format_of(first[0][1]):
+        source, document = first[0]
         with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
-            records = list(records_of_document(path, document, notes))
+            records = iter(list(records_of_document(path, document, notes)))
+    marked = cache(lambda: has_task_marks(path, table))
     options = {
-        read_conversation: {"marked": any(has_task_mark(record) for _, record in records)},
+        read_conversation: {"marked": marked},
         read_benchmark: {"rsvqa_answers": cache(lambda: read_rsvqa_answers(image_folder))},
     }
-    for source, record in records:
+    found = {task: [] for task in tasks}
+    for source, record in read_headers_ahead(records, image_folder):
         if not isinstance(record, dict):
             raise UserError(f"{source}: expected an object, found {type(record).__name__}")
-        if not format_of(record):
+        line = format_of(record)
+        if not line:
             raise UserError(f"{source}: no known format has the keys {', '.join(record)[:200]}; "
                             "docs/data.md lists the formats, and the one for your own data")
-        _, name, tasks, reader = format_of(record)
-        if task not in tasks:
-            hint = {"ovd": "; `ovd` reads COCO files", "seg": "; `seg` reads EarthReason"}
-            raise NotServedError(
-                f"{source}: {name} serves {', '.join(tasks)}, not {task}{hint.get(task, '')}")
         split = SPLITS.get(str(record.get("split") or "").lower())
         if split is None:
             raise UserError(f"{source}: its `split` is {record['split']!r}, "
                             "expected train, val or test")
-        with user_error_on(name, source):
-            for sample in reader(source, record, task, image_size, image_folder, notes,
-                                 **options.get(reader, {})):
-                named = split or sample.split or file_split
-                yield sample if named == sample.split else replace(sample, split=named)
+        _, name, served, reader = line
+        marks = tasks_of_turns(record) if reader is read_conversation and marked() else served
+        for task in [task for task in tasks if isinstance(found[task], list)]:
+            try:
+                if task not in served:
+                    raise NotServedError(f"{source}: {name} serves {', '.join(served)}, not {task}"
+                                         + OTHER_FORMATS.get(task, ""))
+                if task not in marks:
+                    notes[task][OTHER_MARK] += len(record["conversations"]) // 2
+                    continue
+                with user_error_on(name, source):
+                    for sample in reader(source, record, task, image_size, image_folder,
+                                         notes[task], **options.get(reader, {})):
+                        named = split or sample.split or file_split
+                        found[task].append(sample if named == sample.split
+                                           else replace(sample, split=named))
+            except NotServedError as error:
+                if found[task]:  # this record does not serve the task, others do
+                    raise UserError(str(error)) from error
+                found[task] = error
+    return found
 
 
 def format_of(record: dict) -> tuple | None:
@@ -208,21 +114,26 @@ def format_of(record: dict) -> tuple | None:
     return next((line for line in RECORDS if line[0] <= record.keys()), None)
 
 
-def has_task_mark(record: object) -> bool:
-    """Whether a turn of a conversation begins with GeoChat's mark of a task."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    return isinstance(turns, list) and any(
-        TASK_MARK.match(str(turn.get("value"))) for turn in turns if isinstance(turn, dict))
+def tasks_of_turns(record: dict) -> set[str]:
+    """The tasks of the marks in a conversation: few records of GeoChat's mix serve a task, so one
+    look at the turns saves a reading for each other task."""
+    turns = record["conversations"]
+    try:
+        return {task for question, target in zip(turns[::2], turns[1::2])
+                for task in tasks_of_question(question["value"], target["value"])}
+    except (LookupError, TypeError):  # no turns: their reader says what is wrong
+        return set(INSTRUCTIONS)
 
 
-def records_of_document(path: Path, document: dict, notes: Counter) -> Iterator[tuple[str, dict]]:
+def records_of_document(path: Path, document: dict,
+                        notes: dict[str, Counter]) -> Iterator[tuple[str, dict]]:
     """The records of a document that keeps them in several lists, joined by their ids."""
     if "questions" in document:  # RSVQA
         answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
         active = [q for q in document["questions"] if q.get("active", True)]
         inactive = len(document["questions"]) - len(active)
-        if inactive:
-            notes["questions of other splits left out"] += inactive
+        for counts in notes.values():
+            counts["questions of other splits left out"] += inactive
         for q in active:
             answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
             yield f"{path}: question {q['id']}", q | answer
@@ -260,14 +171,14 @@ def read_rsvqa_answers(path: Path) -> dict:
 # Readers: (source, record, task, image_size, image_folder, notes) -> Samples
 
 def read_conversation(source: str, record: dict, task: str, image_size: int, image_folder: Path,
-                      notes: Counter, marked: bool) -> Iterator[Sample]:
+                      notes: Counter, marked: Callable[[], bool]) -> Iterator[Sample]:
     """2U1, VLM-R1, GeoChat_Instruct, VRSBench_train and EarthDial's training shards: `image` (one
     name or several, or image columns) and `conversations`, in turn human and gpt.
 
     marked  GeoChat mixes tasks in one file and marks the turns: only those of the task are taken,
             and the others are counted. In other files every turn belongs to the task.
     """
-    images, turns = images_of(source, record, image_folder), record["conversations"]
+    turns = record["conversations"]
     if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
         raise UserError(f"{source}: `conversations` is not a list of turns with texts; expected "
@@ -277,6 +188,7 @@ def read_conversation(source: str, record: dict, task: str, image_size: int, ima
         raise UserError(
             f"{source}: `conversations` has {len(turns)} turns, expected question and target in "
             "pairs, `from` human and gpt in turn, without a system turn")
+    images = images_of(source, record, image_folder)
     n_marks = turns[0]["value"].count("<image>")
     # Images of a table are not checked: xBD's shards have one <image> mark for two of them.
     if n_marks and n_marks != len(images) and isinstance(images[0], Path):
@@ -286,8 +198,8 @@ def read_conversation(source: str, record: dict, task: str, image_size: int, ima
     size = None
     for i in range(0, len(turns), 2):
         question, target = turns[i]["value"], turns[i + 1]["value"]
-        if marked and task not in tasks_of_question(question, target):
-            notes["turns with the mark of another task, such as [vqa], left out"] += 1
+        if marked() and task not in tasks_of_question(question, target):
+            notes[OTHER_MARK] += 1
             continue
         size = size or first_image_size(images, source)
         think, gt_answer = split_reasoning(target)
@@ -439,7 +351,7 @@ def read_captions(source: str, row: dict, task: str, image_size: int, image_fold
     gt_texts = gt_texts or [sentence["raw"] for sentence in row["sentences"]]
     if task == "change":
         images = tuple(image_folder / "images" / row["filepath"] / date / name for date in "AB")
-        question = "What has changed from the first image to the second?"
+        question = CHANGE_QUESTION
         category = "change" if row["changeflag"] else "no change"
         split = split_of_name(Path(row["filepath"]))
     else:
@@ -467,7 +379,7 @@ def read_mask(source: str, row: dict, task: str, image_size: int, image_folder: 
     """EarthReason in Geo-R1's form: `problem` (one or several) and `mask`, non-zero on the target.
     gt_answer has a box and two points for each connected piece of at least 1% of the mask."""
     images, mask = images_of(source, row, image_folder), row["mask"]
-    mask = image_of_cell(mask) if isinstance(mask, dict) else image_folder / mask
+    mask = image_folder / mask if isinstance(mask, str) else mask
     first_image_size((*images, mask), source)
     gt_mask = load_gt_mask(Sample(source, task, images, "", "", image_size, gt_mask=mask))
     pieces, _ = ndimage.label(gt_mask)  # (image_size, image_size): 0, or the number of the piece
@@ -501,6 +413,29 @@ def inner_points(piece: np.ndarray) -> list[tuple[int, int]]:
     return [(int(x1 - 1), int(y1 - 1)), (int(x2 - 1), int(y2 - 1))]  # without the padding
 
 
+def read_geobench(source: str, row: dict, task: str, image_size: int, image_folder: Path,
+                  notes: Counter) -> Iterator[Sample]:
+    """GEOBench-VLM's questions about one image, Single/qa.json or Single.parquet: a Sample for each
+    of the `prompts`, with the `options`; the target is the letter of the right one. A benchmark, so
+    all of it is test. Its release has no images of xBD."""
+    if not isinstance(row["image_path"], str):
+        raise NotServedError(f"{source}: of GEOBench-VLM only questions about one image are read")
+    image = row.get("image", f"images/{row['image_name']}")  # that of a table is a column
+    if image is None or isinstance(image, str) and not (image_folder / image).is_file():
+        notes["questions without their image (the release lacks xBD's) left out"] += 1
+        return
+    images = images_of(source, {"image": image}, image_folder)
+    size = first_image_size(images, source)
+    for i, prompt in enumerate(row["prompts"]):
+        question = (f"{row.get('cls_description') or ''} {prompt} {row['options']}. "
+                    "Which letter is right?")
+        yield from sample_from_text(
+            f"{source}, prompt {i}", task, image_size, images, size, question,
+            [row["ground_truth_option"]], notes, subset=row["task"], category=row["task"],
+            split="test")
+
+
+OTHER_FORMATS = {"ovd": "; `ovd` reads COCO files", "seg": "; `seg` reads EarthReason"}
 # (keys of a record, name, the tasks that it may serve, its reader); first match counts
 RECORDS = (
     ({"conversations"}, "a record of conversations",
@@ -513,6 +448,7 @@ RECORDS = (
     ({"image", "captions"}, "a record of captions", ("cap",), read_captions),
     ({"filename", "sentences"}, "a row of Karpathy's captions", ("cap", "change"), read_captions),
     ({"filename", "raw"}, "an image of NWPU-Captions", ("cap",), read_captions),
+    ({"prompts", "ground_truth_option"}, "a question of GEOBench-VLM", ("vqa",), read_geobench),
     ({"image_id"}, "a row of GeoChat-Bench or VRSBench",
      ("det", "rec", "rcap", "cap", "vqa"), read_benchmark),
     ({"question_id", "image"}, "a row of GeoChat-Bench", ("cls", "vqa"), read_benchmark),

@@ -16,12 +16,14 @@ import pytest
 from PIL import Image
 
 import data
-from boxes import convert_box, format_boxes, obb_to_hbb
+from boxes import convert_box, format_boxes, obb_to_hbb, parse_boxes
 from data import (
     HELD_OUT_SEED,
+    Source,
+    check_oriented,
     get_batch,
     load_samples,
-    load_split,
+    load_splits,
     parse_sources,
     prefetch,
     read_source,
@@ -32,7 +34,7 @@ from evaluate import load_evaluation
 from rewards import TASKS, format_reward, score_completion
 from runtime.command_line import SEED_LIMIT, non_negative_int
 from runtime.errors import UserError
-from sample import Sample, format_prompt, format_target, load_images
+from sample import Sample, format_prompt, format_target, jitter_boxes, load_images, to_oriented
 from tiny.scenes import LAND, Scenes, draw_scene, make_scene
 
 F = 112
@@ -62,6 +64,11 @@ def chat(*turns, image="a.png"):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Boxes in pixels of the resized image
+
+def load_split(sources, eval_sources, task, image_size):
+    """load_splits of one task."""
+    return load_splits(sources, eval_sources, [task], image_size)[task]
+
 
 def test_box_follows_its_image_into_the_frame():
     assert convert_box((10, 10, 60, 40), (200, 50), (100, 100)) == (5, 20, 30, 80, 0)
@@ -117,6 +124,42 @@ def test_what_sft_imitates_earns_the_full_reward(task):
         completion, end, rest = format_target(sample).partition("<|im_end|>")
         parts = score_completion(completion, sample)
         assert end and not rest and parts["format"] == 1 and parts["accuracy"] > .85  # boxes are rounded to pixels
+
+
+def test_oriented_answers_are_asked_for_and_written_with_theta():
+    for sample in Scenes("det", 448, seed=4, oriented=True)[:20]:
+        prompt, completion = format_prompt(sample), format_target(sample).partition("<|im_end|>")[0]
+        assert "[x1,y1,x2,y2,theta]" in prompt and "degrees clockwise" in prompt and "448x448" in prompt
+        assert score_completion(completion, sample)["accuracy"] > .95  # whole pixels and degrees
+
+
+def test_oriented_answer_is_rounded_and_not_clipped():
+    """A clipped oriented box would be no rectangle."""
+    boxes = [(-3.4, 10.6, 30, 11, 179.7), (4, 4, 4.2, 4.2, -30)]
+    assert format_boxes(boxes, 112, oriented=True) == "[-3,11,30,12,0],[4,4,5,5,150]"
+    assert format_boxes([], 112, oriented=True) == "none"
+
+
+def test_box_noise_moves_the_edges_and_not_theta():
+    sample = Sample("x", "det", (), "q", "", 448, ((100, 120, 200, 180, 0), (100, 100, 200, 150, 30)))
+    noisy = parse_boxes(jitter_boxes(to_oriented(sample), 4, (0,)).gt_answer, oriented=True)
+    assert noisy[:, 4].tolist() == [0, 30] and 2 < np.abs(noisy - sample.gt_boxes)[:, :4].mean() < 6
+    upright = parse_boxes(jitter_boxes(sample, 4, (0,)).gt_answer)
+    assert upright[0].tolist() == noisy[0, :4].tolist()
+
+
+@pytest.mark.parametrize("source", ["synthetic", "file"])
+def test_only_det_has_an_oriented_form(folder, source, capsys):
+    if source == "file":
+        source = write(folder, {**GOOD, "image": "a.png"}, {**GOOD, "image": "b.png"})
+    splits = load_splits(parse_sources([source]), parse_sources([]), ["det", "cls"], F, oriented=True)
+    for part in (splits["det"].train, splits["det"].held_out):
+        assert part[0].oriented and all(len(box) == 5 for box in part[0].gt_boxes)
+    assert not splits["cls"].train[0].oriented
+    assert ("no target box is turned" in capsys.readouterr().err) == (source != "synthetic")
+    check_oriented(True, ["det", "cls"])
+    with pytest.raises(UserError, match="det is not among --task cls"):
+        check_oriented(True, ["cls"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,7 +570,10 @@ def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     sample = Sample("a", "det", (tmp_path / "a.png",), "Where?", "[1,2,3,4]", F, ((1.0, 2.0, 3.0, 4.0, 5.0),), subset="small",
                     gt_texts=("x", "y"), choices=("A", "B"), category="ship")
-    assert sample_from_row(json.loads(json.dumps(sample_to_row(sample)))) == sample
+    scene = Scenes("det", F, seed=3)[5]
+    for expected in (sample, to_oriented(sample), to_oriented(scene)):
+        assert sample_from_row(json.loads(json.dumps(sample_to_row(expected)))) == expected
+    assert "oriented" not in sample_to_row(scene)  # upright rows are what they were
 
 
 def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
@@ -540,7 +586,7 @@ def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
             Image.new("RGB", (30, 30)).save(folder / f"{i}.png")
         records = [{"image": f"{i}.png", "captions": [f"image {i}"]} for i in range(30)]
         (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
-        samples = read_source(str(folder / "captions.jsonl"), "cap", F, None)
+        samples = read_source(Source(str(folder / "captions.jsonl"), None, None), ["cap"], F)["cap"]
         answers.append([s.gt_answer for s in sorted(samples, key=data.record_hash)])
         heldout.append([s.gt_answer for s in load_samples(str(folder / "captions.jsonl"), "cap", F, split="heldout")])
     assert answers[0] == answers[1] != sorted(answers[0])
@@ -678,7 +724,8 @@ def test_joined_sources_are_mixed_and_share_no_image(folder, capsys):
 
 
 def evaluated(image_size=F, **flags):
-    flags = {"task": "cls", "data": ["synthetic"], "eval_data": [], "images": None, "split": None, "limit": None} | flags
+    flags = {"task": "cls", "data": ["synthetic"], "eval_data": [], "images": None, "split": None, "limit": None,
+             "oriented": False} | flags
     return load_evaluation(SimpleNamespace(**flags), image_size)
 
 

@@ -340,7 +340,9 @@ def test_the_example_format_is_read(tmp_path, pasted):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "labels.jsonl").write_text('{"file": "a.png", "label": "ship"}\n')
     json_records = pasted("readers/json_records.py")
-    (sample,) = json_records.read_records(tmp_path / "labels.jsonl", "cls", 112, None, Counter())
+    notes = {"cls": Counter()}
+    found = json_records.read_records(tmp_path / "labels.jsonl", ["cls"], 112, None, notes)
+    (sample,) = found["cls"]
     assert (sample.gt_answer, sample.category) == ("ship", "ship")
     assert sample.images == (tmp_path / "a.png",)
 
@@ -393,7 +395,8 @@ def test_all_examples_together_train(tmp_path):
     assert set(rows[0]["parts"]) == {"format", "accuracy", "evidence"}
     assert any(row["grad_norm"] > 0 for row in rows)
     assert set(rows[-1]["heldout"]) == {"sampled", "greedy", "format", "evidence"}
-    assert {name for row in rows for name in row} - {"beta"} == documented_metrics()
+    names = {name for row in rows for name in row} - {"beta", "heldout_evidence"}
+    assert names == documented_metrics()
     logged = [json.loads(line) for line in (project / "wandb.jsonl").open()]
     assert [entry["row"] for entry in logged][-2:] == rows
     assert "evidence_reward" in json.loads((project / "runs/where-eval/scores.json").read_text())

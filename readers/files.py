@@ -1,0 +1,298 @@
+"""Files of records -> (source, record) one by one, and the images that records name.
+
+JSON is parsed a record at a time. The rows of EarthDial's shards (`datasets.save_to_disk`) and of
+parquet stay in Arrow files, those of the shard or those to which `datasets` converts parquet once,
+in its cache. So neither a file of many records nor the images of a table have to fit into memory.
+"""
+
+import io
+import json
+import mmap
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+
+from readers.box_formats import MARK_TASKS
+from runtime.errors import UserError, first_line
+from sample import read_image_size
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's
+SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "validation": "val"}
+# In names of folders (tier1, tier3 and hold are xBD's) and files (EVAL is VRSBench's)
+NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
+FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables of Hugging Face
+    r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_-]+).*-of-\d+\.parquet")
+PIECE = 1 << 20  # characters of a JSON file that are read together
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+MARKED_TEXT = rf'"(?:\s|\\[nrt]|<image>)*\[(?:{"|".join(MARK_TASKS)})\]'  # in JSON
+
+
+@contextmanager
+def user_error_on(expected: str, source: str) -> Iterator[None]:
+    """Turns an error in reading into a UserError of one line: `source` is not `expected`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
+        raise UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it")
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """("file:record", value) of each record of a JSON array or of JSON lines."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # not at U+2028 too
+            is_array = file.read(PIECE).lstrip().startswith("[")
+            file.seek(0)
+            if is_array:
+                for i, value in enumerate(iter_json_array(path, file)):
+                    yield f"{path}: record {i}", value
+                return
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        value = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise not_json(path, i, error)
+                    yield f"{path}: line {i}", value
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})")
+
+
+def iter_json_array(path: Path, file: TextIO) -> Iterator[object]:
+    """The values of a JSON array. Pieces of the file are read as values need them: json.loads of it
+    all makes objects of several times its size."""
+    decode = json.JSONDecoder().raw_decode
+    text, lines_before = file.read(PIECE), 0
+    position, is_first = text.index("[") + 1, True
+    while True:
+        try:
+            end = JSON_SPACE.match(text, position).end()
+            if is_first and text[end] == "]":
+                break
+            value, end = decode(text, end)
+            end = JSON_SPACE.match(text, end).end()
+            if text[end] not in ",]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except (json.JSONDecodeError, IndexError) as error:
+            more = file.read(max(PIECE, len(text)))
+            if not more:
+                in_piece = text.count("\n", 0, getattr(error, "pos", len(text)))
+                raise not_json(path, lines_before + in_piece + 1, error)
+            lines_before += text.count("\n", 0, position)
+            text, position = text[position:] + more, 0
+            continue
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets as deep
+            raise not_json(path, lines_before + text.count("\n", 0, position) + 1, error)
+        yield value
+        if text[end] == "]":
+            break
+        position, is_first = end + 1, False
+    if text[end + 1:].strip() or file.read().strip():
+        raise UserError(f"{path}: not valid JSON: more follows the array")
+
+
+def not_json(path: Path, line: int, error: Exception) -> UserError:
+    return UserError(f"{path}: line {line}: not valid JSON ({error})")
+
+
+def read_json(path: Path) -> Iterator[tuple[str, object]]:
+    """iter_json_records. A file whose first line is `{`, as of LEVIR-CC and many COCO files, holds
+    one object."""
+    with user_error_on("a JSON document", str(path)), path.open("rb") as file:
+        if file.readline(99).strip() == b"{":
+            return iter([(str(path), json.loads(path.read_text(encoding="utf-8")))])
+    return iter_json_records(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+@dataclass(frozen=True, slots=True)
+class TableImage:
+    """An image in a table: a piece of an Arrow file, read whenever it is opened, as a Path is. Two
+    are equal if their contents are, in whichever rows."""
+    name: str                                     # a hash of the content
+    num_bytes: int
+    size: tuple[int, int] = field(compare=False)  # width, height
+    file: str = field(compare=False)
+    offset: int = field(compare=False)
+
+    def read_bytes(self) -> bytes:
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.num_bytes)
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        return io.BytesIO(self.read_bytes())
+
+
+def open_table(path: Path) -> Any:
+    """A shard or parquet as a datasets.Dataset, whose rows stay on disk."""
+    try:
+        import datasets
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: to read it, pip install datasets")
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    splits = {file.name.split("-")[0] for file in files}
+    splits = splits or {file.parent.name for file in path.glob("*/dataset_info.json")}
+    if len(splits) > 1 or splits and not files:
+        raise UserError(f"{path}: holds the splits {', '.join(sorted(splits))}; "
+                        "name the file or folder of one of them")
+    with user_error_on("a table that datasets can read", str(path)):
+        if not files:
+            return datasets.load_from_disk(str(path))
+        # Not Dataset.from_parquet, which reads gigabytes ahead
+        features = datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))
+        versions = [(str(file), file.stat().st_mtime_ns) for file in files]
+        return datasets.Dataset.from_generator(iter_parquet_rows, features, writer_batch_size=100,
+                                               gen_kwargs={"versions": versions})
+
+
+def iter_parquet_rows(versions: list[tuple[str, int]]) -> Iterator[dict]:
+    """The rows of parquet files. `datasets` keeps them for these names and times of change."""
+    from pyarrow import parquet
+    for file, _ in versions:  # pre_buffer would hold the whole file
+        for batch in parquet.ParquetFile(file, pre_buffer=False).iter_batches(100):
+            yield from batch.to_pylist()
+
+
+def iter_table_rows(path: Path, table: Any) -> Iterator[tuple[str, dict]]:
+    """("file: row", row) of each row, with a TableImage for each image."""
+    import pyarrow
+    numbers = count()
+    for file in table.cache_files:
+        with open(file["filename"], "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = pyarrow.py_buffer(mapped)
+        for batch in pyarrow.ipc.open_stream(buffer):
+            columns = {name: iter_column(column, file["filename"], buffer.address)
+                       for name, column in zip(batch.schema.names, batch.columns)}
+            for _ in range(batch.num_rows):
+                source = f"{path}: row {next(numbers)}"
+                with user_error_on("a row of readable images, `conversations` as JSON", source):
+                    row = {name: next(cells) for name, cells in columns.items()}
+                    if "conversations" in row:
+                        row["conversations"] = json.loads(row["conversations"])
+                yield source, row
+            mapped.madvise(mmap.MADV_DONTNEED)  # else the process seems to hold the whole table
+
+
+def iter_column(column: Any, file: str, start: int) -> Iterator[object]:
+    """The cells of a column of an Arrow file that is mapped at the address `start`: an image is a
+    TableImage, or its name if it is not in the table."""
+    import pyarrow
+    is_list = pyarrow.types.is_list(column.type)
+    if not is_image(column.type.value_type if is_list else column.type):
+        yield from column.to_pylist()
+    elif is_list:
+        images = iter_column(column.flatten(), file, start)
+        for n in column.value_lengths().to_pylist():
+            yield None if n is None else list(islice(images, n))
+    else:
+        content = column.field("bytes")
+        is_large = pyarrow.types.is_large_binary(content.type)
+        _, offsets, data = content.buffers()
+        offsets = np.frombuffer(offsets, np.int64 if is_large else np.int32)[content.offset:]
+        for i, name in enumerate(column.field("path").to_pylist()):
+            if content[i].is_valid:
+                image = memoryview(data)[offsets[i] : offsets[i + 1]]
+                with Image.open(io.BytesIO(image)) as opened:  # reads the header alone
+                    size = opened.size
+                yield TableImage(f"{zlib.crc32(image):08x}", len(image), size, file,
+                                 data.address + int(offsets[i]) - start)
+            else:
+                yield name
+
+
+def is_image(kind: Any) -> bool:
+    """Whether this Arrow type is that of `datasets` for images."""
+    import pyarrow
+    return pyarrow.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
+def has_task_marks(path: Path, table: Any | None) -> bool:
+    """Whether a text in the file begins with GeoChat's mark of a task."""
+    if table is None:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            return re.search(MARKED_TEXT.encode(), text) is not None
+    import pyarrow.compute
+    texts = table.data.column("conversations")
+    return bool(pyarrow.compute.any(pyarrow.compute.match_substring_regex(texts, MARKED_TEXT))
+                .as_py())
+
+
+# --------------------------------------------------------------------------------------------------
+# Names of splits and images
+
+def split_of_name(path: Path) -> str:
+    """The split that a folder or a published file is named after; "" if none."""
+    name = os.path.basename(os.path.abspath(path))  # of the folder `.` too
+    match = FILE_SPLIT.fullmatch(name)
+    return NAMED_SPLITS.get((match[match.lastindex] if match else name).lower(), "")
+
+
+@lru_cache(maxsize=2**18)  # one Path for the many samples of an image
+def image_path(image_folder: Path, name: str) -> Path:
+    return image_folder / name
+
+
+def image_names(record: dict) -> list | None:
+    """What the record names as its images: file names or TableImages. None if that is no list."""
+    names = [record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
+    names = names or record.get("image") or record.get("images")
+    names = names if isinstance(names, list) else [names]
+    return names if all(isinstance(name, (str, TableImage)) for name in names) else None
+
+
+def images_of(source: str, record: dict, image_folder: Path) -> tuple:
+    """The record's images in order: paths in image_folder, or TableImages."""
+    names = image_names(record)
+    if not names:
+        raise UserError(f"{source}: `image` is neither a file name nor a list of file names")
+    return tuple(image_path(image_folder, n) if isinstance(n, str) else n for n in names)
+
+
+def find_image(image_folder: Path, name: str) -> Path:
+    """image_folder / name. If it has no extension or a wrong one (GeoChat-Bench's aid.jsonl), the
+    image of the same stem."""
+    stem = name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
+    names = [name, *(f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES)]
+    return image_path(image_folder, next((n for n in names if (image_folder / n).is_file()), name))
+
+
+def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
+    """(width, height) of the first image. Reads the headers of all, to find a missing one early."""
+    sizes = [image.size if isinstance(image, TableImage) else read_image_size(image, source)
+             for image in images]
+    return sizes[0]
+
+
+def read_headers_ahead(records: Iterator, image_folder: Path) -> Iterator[tuple[str, object]]:
+    """The records. Threads read the headers of their images, which read_image_size remembers: one
+    by one, a network disk would answer a few hundred a second."""
+    seen = set()
+    with ThreadPoolExecutor(16) as pool:
+        for batch in iter(lambda: list(islice(records, 2000)), []):
+            names = {name for _, record in batch if isinstance(record, dict)
+                     for name in image_names(record) or () if isinstance(name, str)}
+            for name in names - seen:
+                pool.submit(read_image_size, image_path(image_folder, name), "")
+            seen |= names  # an error is met again by the reader, which names the record
+            yield from batch
