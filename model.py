@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from attention import SharedPrompt, make_completion_attention_mask
 from runtime.distributed import autocast, compute_dtype, device, to_compute_dtype
 from runtime.errors import UserError, first_line
-from sample import Sample, format_prompt, load_images
+from sample import CHAT_TEMPLATE, Sample, format_prompt, load_images
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # Qwen2.5-VL ends a turn with either
 # The vision tower keeps its own attention: it has no prompt to share.
@@ -56,6 +56,8 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
     folder = Path(__file__).parent / "tiny" if name == "tiny" else name
     if name.count("/") != 1 and not Path(folder).exists():  # a hub id has one slash
         raise UserError(f"--model {name}: no such folder")
+    if Path(folder, "model").is_dir() and not Path(folder, "config.json").exists():
+        raise UserError(f"--model {name}: a run's folder; its model is {Path(folder, 'model')}")
     try:
         model, report = Qwen.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
@@ -83,15 +85,23 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
 def save_model(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
     """Save in Hugging Face format. Raises UserError if the files cannot be written.
 
+    So that other programs ask the model as this one does, its chat template, image processor and
+    generation config replace those of a hub model.
     Written beside `folder` and moved there when complete, so that no run reads half a model.
     """
     disable_progress_bar()
+    tokenizer, image_processor, _ = processor
+    tokenizer.chat_template = CHAT_TEMPLATE
+    image_processor.do_resize = False  # it cannot make a square of an image, as load_images does
+    model.generation_config = GenerationConfig(  # greedy, without Qwen's penalty on repetition
+        eos_token_id=tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=vision_token_ids(model))
     partial_folder = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial_folder, ignore_errors=True)  # left by a run that was killed
         model.save_pretrained(partial_folder)
-        processor.tokenizer.save_pretrained(partial_folder)
-        processor.image_processor.save_pretrained(partial_folder)
+        tokenizer.save_pretrained(partial_folder)
+        image_processor.save_pretrained(partial_folder)
         shutil.rmtree(folder, ignore_errors=True)
         partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk raises either
@@ -286,15 +296,19 @@ def next_token_logits(model: Qwen, hidden: Tensor, temperature: float) -> Tensor
     """Hidden states (M, E) -> float32 logits (M, V): divided by the temperature, without the vision
     tokens. Rollout and token_logprobs both use them, so the log-probs in the loss are those of the
     distribution that was sampled."""
-    config = model.config
     logits = model.lm_head(hidden).float() / temperature
     # A sampled image token has no image, and breaks the next forward pass. The ids are compared one
     # by one: a list of them would be copied from the host, which a CUDA graph forbids.
     token_ids = torch.arange(logits.shape[1], device=logits.device)
-    vision_token_ids = (config.image_token_id, config.video_token_id,
-                        config.vision_start_token_id, config.vision_end_token_id)
-    is_vision = torch.stack([token_ids == i for i in vision_token_ids]).any(0)  # (V,)
+    is_vision = torch.stack([token_ids == i for i in vision_token_ids(model)]).any(0)  # (V,)
     return logits.masked_fill_(is_vision, float("-inf"))
+
+
+def vision_token_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that no completion may have."""
+    config = model.config
+    return [config.image_token_id, config.video_token_id,
+            config.vision_start_token_id, config.vision_end_token_id]
 
 
 def token_logprobs(model: Qwen, prompts: Prompts, tokens: Tensor, mask: Tensor,

@@ -3,6 +3,7 @@ separate, ordinary rows."""
 
 import contextlib
 import copy
+import itertools
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import attention
 import rollout
+import train_grpo
+from conftest import GRPO, rows
 from model import (
     STOP_TOKENS,
     collate,
@@ -30,6 +33,7 @@ from model import (
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
 from runtime.command_line import linear_warmup_decay
 from runtime.errors import UserError
+from test_scripts import here
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPTS = {  # name -> text, (width, height) of its images
@@ -307,11 +311,24 @@ def test_nan_logits_give_a_token_of_the_vocabulary():
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_a_rollout_of_a_model_gone_nan_ends(sharp, greedy):
+@pytest.mark.parametrize("logits", [math.nan, math.inf, -math.inf])
+def test_a_rollout_of_a_model_gone_nan_ends(sharp, greedy, logits):
     model, processor = sharp
-    with likelier(model, range(model.config.text_config.vocab_size), math.nan):
+    with likelier(model, range(model.config.text_config.vocab_size), logits):
         result = generate(model, processor, encode(processor, "one image"), 4, None if greedy else torch.rand(2, 4), 2)
     assert result.logprobs[result.mask].isnan().all() and (result.tokens < model.config.text_config.vocab_size).all()
+
+
+def test_steps_of_a_model_gone_nan_are_skipped_and_counted(sft, dataset, tmp_path, monkeypatch):
+    """The rollout has to survive, so that the guard sees the loss. All completions are the same: the rewards are made to differ."""
+    model, processor = load_model(str(sft / "model"))
+    model.model.language_model.norm.weight.data[:] = math.nan
+    save_model(model, processor, tmp_path / "nan")
+    numbers = itertools.count()
+    monkeypatch.setattr(train_grpo, "score_completion", lambda *args, **more: {"format": 0.0, "accuracy": next(numbers) % 2})
+    here(monkeypatch, train_grpo.main, "--task", "cls", "--model", tmp_path / "nan", "--data", dataset, *GRPO, "--out", tmp_path / "run")
+    assert [(row["skipped"], row["loss"], row["entropy"]) for row in rows(tmp_path / "run/metrics.jsonl")] == [
+        (1, None, None), (2, None, None)]
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24])

@@ -1,0 +1,71 @@
+"""Ask a model about one image: prints its reasoning and answer, and draws the answer's boxes.
+
+    python tools/ask.py --task det --image a.png "Locate every ship." --out answer.png
+    python tools/ask.py --task change --image before.png --image after.png "What has changed?"
+
+The completion is greedy, as in evaluate.py. Its boxes are in pixels of the resized image; they are
+drawn on the image as it is.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from boxes import obb_corners, parse_boxes
+from data import check_oriented
+from metrics.report import PREDICTED_COLOUR
+from model import load_model
+from rewards import TASKS, extract_answer
+from rollout import Sampler, predict
+from runtime.command_line import HelpFormatter, positive_int, run_main
+from runtime.distributed import device, to_compute_dtype
+from sample import Sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("question", help="the task's instruction is added to it")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--image", type=Path, action="append", required=True,
+                        help="again for each further image, in their order")
+    parser.add_argument("--model", default="tiny",
+                        help="`tiny`, a folder in Hugging Face format, or a hub id")
+    parser.add_argument("--oriented", action="store_true",
+                        help="det: ask for oriented boxes, of a model that was trained with them")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=96,
+                        help="longest completion")
+    parser.add_argument("--out", type=Path, help="a .png file, for the first image with the boxes")
+    args = parser.parse_args()
+    check_oriented(args.oriented, [args.task])
+    model, processor = load_model(args.model)
+    to_compute_dtype(model, vectors=True).to(device())
+    sample = Sample(id="--image", task=args.task, images=tuple(args.image), question=args.question,
+                    gt_answer="", image_size=processor.image_size, oriented=args.oriented)
+    [[text]] = predict(Sampler(model, processor), [sample], args.max_new_tokens)
+    print(text)
+    if args.out:
+        image = Image.open(args.image[0]).convert("RGB")
+        n_boxes = draw_boxes(image, extract_answer(text) or "none", processor.image_size)
+        image.save(args.out)
+        print(f"{args.out}: {n_boxes} boxes")
+
+
+def draw_boxes(image: Image.Image, answer: str, image_size: int) -> int:
+    """Draw an answer's boxes, in pixels of the resized image, on the original. Returns how many."""
+    boxes = parse_boxes(answer, oriented=True)                                      # (n, 5)
+    if boxes is None:  # the answer is no boxes
+        return 0
+    boxes = boxes[boxes[:, 2] > boxes[:, 0]]  # a malformed box has no area
+    for corners in obb_corners(boxes) * np.divide(image.size, image_size):          # (4, 2)
+        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners],
+                                      outline=PREDICTED_COLOUR, width=max(2, min(image.size) // 200))
+    return len(boxes)
+
+
+if __name__ == "__main__":
+    run_main(main, "nothing was written")
