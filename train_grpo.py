@@ -35,18 +35,17 @@ import grpo
 from data import (
     HELD_OUT_SAMPLES,
     add_data_flags,
+    check_oriented,
     fingerprint,
     get_batch,
-    load_split,
+    load_splits,
     parse_sources,
     parse_tasks,
     prefetch,
 )
-from metrics.held_out import held_out_rewards
-from metrics.plots import METRICS, plot_curves
-from metrics.report import read_entries, write_report
+from metrics.held_out import held_out_rewards, held_out_row
 from metrics.reward_models import load_reward_models
-from metrics.training import log_completions, print_held_out, print_step, step_metrics, step_speed
+from metrics.training import Console, log_completions, step_metrics, step_speed, write_pages
 from model import (
     Policy,
     add_adapters,
@@ -62,7 +61,7 @@ from rollout import Sampler, uniforms
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import (
     HelpFormatter,
-    add_resume_flag,
+    add_run_flags,
     linear_warmup_decay,
     non_negative_int,
     positive_int,
@@ -90,13 +89,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", default="det",
                         help="comma-separated tasks, one stage each in this order; or `all`")
     parser.add_argument("--out", type=Path, default=Path("runs/grpo"),
-                        help="folder that the run writes to; overwrites an existing run")
+                        help="folder that the run writes to; a run in it moves to OUT.1")
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
     add_data_flags(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
+    flags.add_argument("--heldout", type=non_negative_int, default=HELD_OUT_SAMPLES,
+                       help="held-out samples that the run is scored on, at most; 0: none")
     flags.add_argument("--image-size", type=positive_int,
                        help="side in pixels that images are resized to (default: the checkpoint's, "
                             "else 448)")
@@ -160,17 +161,18 @@ def parse_args() -> argparse.Namespace:
                             "least 1")
     flags = parser.add_argument_group("output")
     flags.add_argument("--save-every", type=positive_int, default=50,
-                       help="steps between checkpoints")
+                       help="steps between checkpoints, each with curves.png and report.html")
     flags.add_argument("--eval-every", type=positive_int, default=50,
                        help="steps between held-out scores")
     flags.add_argument("--tensorboard", action="store_true",
                        help="write each step's metrics to OUT/tensorboard as well")
-    add_resume_flag(flags)
+    add_run_flags(flags)
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
+    check_oriented(args.oriented, tasks)
     if args.group < 2:
         raise UserError(f"--group {args.group}: an advantage is relative to the group's mean, so a "
                         "group needs at least 2")
@@ -200,22 +202,23 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     image_size = processor.image_size
+    console = Console(len(tasks) * args.steps, args.eval_every)
+    console.print_model(args.model, model, image_size)
     sources = parse_sources(args.data, args.images)
     eval_sources = parse_sources(args.eval_data, args.images)
-    splits = [load_split(sources, eval_sources, task, image_size, args.seed, args.shots)
-              for task in tasks]
-    data = [split.train for split in splits]
-    held_out = [split.held_out[:HELD_OUT_SAMPLES] for split in splits]
-    print0("\n".join(split.summary for split in splits))
+    splits = load_splits(sources, eval_sources, tasks, image_size, args.seed, args.shots,
+                         args.oriented)
+    data = [splits[task].train for task in tasks]
+    held_out = [splits[task].held_out[:args.heldout] for task in tasks]
+    print0("\n".join(split.summary for split in splits.values()))
     reward_models = load_reward_models(tasks, args.sbert, args.sam)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
 
-    run = Run(args, run_config(args, [fingerprint(samples) for samples in data]),
+    run = Run(args, run_config(args, map(fingerprint, data), map(fingerprint, held_out)),
               {"stage": 0, "step": 0, "before": None, "skipped": 0})
     progress = run.progress
-    steps_done = progress["stage"] * args.steps + progress["step"]
-    metrics_log = MetricsLog(args.out, steps_done, args.tensorboard)
-    completions_log = JsonlLog(args.out / "samples.jsonl", steps_done * args.group)
+    metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)
+    completions_log = JsonlLog(args.out / "samples.jsonl", run.steps_done, args.group)
     run.install_signal_handlers()
     # One model learns, one generates. On one CPU, and with LoRA on one GPU, they are the same.
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
@@ -232,21 +235,27 @@ def main() -> None:
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
         guard = NonFiniteGuard(progress["skipped"])
+        score_held_out = partial(held_out_rewards, sampler, held_out[stage], args.max_new_tokens,
+                                 args.temperature, run.should_stop, **reward_models)
+        after = None
         if progress["step"]:
             run.load_checkpoint(policy, optimizer, ref_model)
             sync_sampling_model(sampling_model, policy)
-        score_held_out = partial(held_out_rewards, sampler, held_out[stage], args.max_new_tokens,
-                                 args.temperature, **reward_models)
-        if not progress["before"]:                              # a resumed stage keeps its scores
-            print0(f"{tasks[stage]}: scoring {len(held_out[stage])} held-out samples")
-        before = progress["before"] or score_held_out()
-        after = None
+            after = metrics_log.last_row.get("heldout", {})
+            if after is None:                                   # a signal stopped the scoring
+                after = score_held_out()
+                metrics_log.complete_last_row(held_out_row(after, part_weights))
+        before = progress["before"] or score_held_out()         # a resumed stage keeps its scores
+        if run.should_stop():
+            run.print_stopped()
+            return
         policy.train()
 
         steps = ((step, get_batch(data[stage], step, args.prompts, args.seed + stage))
                  for step in range(progress["step"], args.steps))
         local_steps = ((step, samples[rank() :: world_size()]) for step, samples in steps)
         for step, samples, prompts in prefetch(local_steps, partial(encode, processor)):
+            run.doing = f"finishing step {stage * args.steps + step + 1}"
             beta = args.beta                                    # a schedule of beta goes here
             lr = linear_warmup_decay(step, args.steps, args.lr, args.warmup)
 
@@ -347,28 +356,27 @@ def main() -> None:
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
                                 metrics["len_mean"], t3 - t0)}
             if (step + 1) % args.eval_every == 0 or is_last:
-                row["heldout"] = after = score_held_out()
+                after = score_held_out()
+                row |= held_out_row(after, part_weights)
             metrics_log.write(row)
             shown = step % args.prompts                         # one group per step
             log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages,
                             local_prompts.index(shown) if shown in local_prompts else None)
-            print_step(row, t3 - t0)
+            console.print_step(row, t3 - t0, texts[0][0], rewards[0, 0])
             stop = run.should_stop()
+            is_end = is_last and stage + 1 == len(tasks)
             if (step + 1) % args.save_every == 0 or is_last or stop:
                 progress = {"stage": stage, "step": step + 1, "before": before,
                             "skipped": guard.skipped}
                 run.save_checkpoint(progress, policy, optimizer, ref_model)
-            if stop and not (is_last and stage + 1 == len(tasks)):
-                print0(f"stopped after step {row['step']}; to continue: {run.resume_command()}")
+                if not is_end:
+                    write_pages(args.out, args.task)
+            if stop and (after is None or not is_end):
+                run.print_stopped()
                 return
 
-        after = after or score_held_out()                       # resumed after the last step
         progress = progress | {"step": 0, "before": None}       # the next stage starts at step 0
-        print_held_out(tasks[stage], len(held_out[stage]), before, after)
-        if rank() == 0:
-            plot_curves([args.out], METRICS, args.out / "curves.png")
-            write_report(args.out / "report.html", read_entries(args.out / "samples.jsonl"),
-                         f"GRPO on {args.task}: groups sampled in training")
+        console.print_held_out(tasks[stage], len(held_out[stage]), before, after)
 
     model = gather_full_model(policy, sampling_model)
     if rank() == 0:
@@ -376,6 +384,7 @@ def main() -> None:
             adapters.save_pretrained(args.out / "adapter")
             model = adapters.merge_and_unload()
         save_model(model, processor, args.out / "model")
+    write_pages(args.out, args.task)
     barrier()  # until the first rank has saved
     run.close()
     print0(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")

@@ -29,21 +29,23 @@ from data import (
     HELD_OUT_SAMPLES,
     Source,
     add_data_flags,
+    check_oriented,
     fingerprint,
     get_batch,
-    load_split,
+    load_splits,
     parse_sources,
     parse_tasks,
     prefetch,
 )
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
+from metrics.training import Console
 from model import Policy, Processor, Qwen, collate, encode, load_model, save_model
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import (
     HelpFormatter,
-    add_resume_flag,
+    add_run_flags,
     linear_warmup_decay,
     non_negative_int,
     positive_int,
@@ -61,7 +63,7 @@ from runtime.distributed import (
     sync_sampling_model,
     world_size,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, errors_as_warnings
 from runtime.logging import MetricsLog, NonFiniteGuard, check_tensorboard, print0
 from sample import Sample, format_prompt, format_target, jitter_boxes
 from tiny.scratch import new_tiny_model
@@ -72,13 +74,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", default="all",
                         help="comma-separated tasks to mix, a repeated one counts again; or `all`")
     parser.add_argument("--out", type=Path, required=True,
-                        help="folder for model/, checkpoint/, metrics.jsonl, curves.png")
+                        help="folder for model/, checkpoint/, metrics.jsonl, curves.png; a run in "
+                             "it moves to OUT.1")
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
     add_data_flags(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
+    flags.add_argument("--heldout", type=non_negative_int, default=HELD_OUT_SAMPLES,
+                       help="held-out samples of each task that the run is scored on, at most; 0: "
+                            "none")
     flags.add_argument("--box-noise", type=float, default=0.0,
                        help="std in pixels of noise on the box edges of det's targets: hasty "
                             "annotators, whom GRPO can surpass")
@@ -110,12 +116,13 @@ def parse_args() -> argparse.Namespace:
                        help="longest completion in the held-out scores")
     flags.add_argument("--tensorboard", action="store_true",
                        help="write each step's metrics to OUT/tensorboard as well")
-    add_resume_flag(flags)
+    add_run_flags(flags)
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
+    check_oriented(args.oriented, tasks)
     if args.box_noise and "det" not in tasks:
         raise UserError(f"--box-noise {args.box_noise} moves the boxes of det, which is not among "
                         f"--task {args.task}")
@@ -138,15 +145,17 @@ def main() -> None:
     else:
         model, processor = load_model(args.model, args.image_size)
     image_size = processor.image_size
+    console = Console(args.steps)
+    console.print_model(args.model, model, image_size)
     eval_sources = parse_sources(args.eval_data, args.images)
-    splits = [load_split(sources, eval_sources, task, image_size, args.seed, args.shots)
-              for task in tasks]
-    data = [split.train for split in splits]
-    held_out = {task: split.held_out[:HELD_OUT_SAMPLES] for task, split in zip(tasks, splits)}
-    print0("\n".join(dict.fromkeys(split.summary for split in splits)))
+    splits = load_splits(sources, eval_sources, tasks, image_size, args.seed, args.shots,
+                         args.oriented)
+    data = [splits[task].train for task in tasks]
+    held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
+    print0("\n".join(split.summary for split in splits.values()))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    run = Run(args, run_config(args, [fingerprint(samples) for samples in data]),
+    run = Run(args, run_config(args, map(fingerprint, data), map(fingerprint, held_out.values())),
               {"step": 0, "skipped": 0})
     first_step = run.progress["step"]
     metrics_log = MetricsLog(args.out, first_step, args.tensorboard)
@@ -163,6 +172,7 @@ def main() -> None:
     policy.train()
     steps = ((step, local_batch(args, data, step)) for step in range(first_step, args.steps))
     for step, samples, prompts in prefetch(steps, partial(encode, processor)):
+        run.doing = f"finishing step {step + 1}"
         t0 = time.perf_counter()
         targets = [tokenize_target(processor, sample) for sample in samples]
         # T counts the tokens of all micro-batches and ranks, so their losses add up to the mean
@@ -190,26 +200,32 @@ def main() -> None:
                "skipped": guard.skipped, "update_s": seconds, "tokens_per_s": T / seconds}
         metrics_log.write(row)
         if (step + 1) % 10 == 0 or step == first_step:
-            print0(f"step {step + 1:5d}  loss {row['loss']:7.4f}  grad {row['grad_norm']:6.2f}  "
-                   f"{seconds:5.2f} s")
+            print0(f"step {step + 1:5d}/{args.steps}  loss {row['loss']:7.4f}  grad "
+                   f"{row['grad_norm']:6.2f}  {seconds:5.2f} s  {console.eta(step + 1, seconds)}")
         stop = run.should_stop()
         is_last = step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or is_last or stop:
             run.save_checkpoint({"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
         if stop and not is_last:
-            print0(f"stopped after step {step + 1}; to continue: {run.resume_command()}")
+            run.print_stopped()
             return
 
     sync_sampling_model(sampling_model.to(device()), policy)
     sampler = Sampler(sampling_model, processor)
     for task in dict.fromkeys(tasks):  # rewards without SBERT and SAM
-        rewards = held_out_rewards(sampler, held_out[task], args.max_new_tokens)
-        means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
-        print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
+        rewards = held_out_rewards(sampler, held_out[task], args.max_new_tokens,
+                                   should_stop=run.should_stop)
+        if rewards is None:
+            run.print_stopped()
+            return
+        if rewards:
+            means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
+            print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
     model = gather_full_model(policy, sampling_model)
     if rank() == 0:
         save_model(model, processor, args.out / "model")
-        plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
+        with errors_as_warnings("curves.png"):
+            plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
     barrier()  # until the first rank has saved
     run.close()
     print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
@@ -220,8 +236,9 @@ def model_from_scratch(args: argparse.Namespace, sources: list[Source],
     """tiny's architecture with random weights, and a tokenizer learned from the data."""
     image_size = args.image_size or 112
     corpus = []
+    splits = load_splits(sources, [], tasks, image_size, oriented=args.oriented)
     for task in tasks:
-        samples = load_split(sources, [], task, image_size).train
+        samples = splits[task].train
         corpus += [format_prompt(sample) + format_target(sample)
                    for sample in get_batch(samples, 0, 500, args.seed)]
     return new_tiny_model(corpus, image_size)

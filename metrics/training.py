@@ -1,18 +1,34 @@
-"""What train_grpo.py reports of each step: metrics over all ranks, completions, console lines."""
+"""What the training scripts report: metrics over all ranks, completions, console lines."""
 
+import math
 from argparse import Namespace
+from collections import deque
+from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from attention import flash_attn
 from data import sample_to_row
 from grpo import groups_with_signal
+from metrics.plots import METRICS, plot_curves
+from metrics.report import read_entries, write_report
 from model import Prompts, Qwen, forward_flops, update_passes
 from rollout import Rollout
-from runtime.distributed import all_gather_object, all_reduce_means, all_reduce_sum, world_size
+from runtime.distributed import (
+    all_gather_object,
+    all_reduce_means,
+    all_reduce_sum,
+    rank,
+    world_size,
+)
+from runtime.errors import errors_as_warnings, warn
 from runtime.logging import JsonlLog, print0
 from sample import Sample
+
+STEPS_WITHOUT_SIGNAL = 5  # in a row, before a warning
 
 
 def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tensor],
@@ -62,23 +78,77 @@ def log_completions(log: JsonlLog, row: dict, samples: list[Sample], texts: list
         for g, text in enumerate(texts[b]):
             parts = {name: values[b, g].item() for name, values in reward_parts.items()}
             completions.append({"step": row["step"], "stage": row["stage"],
-                                **sample_to_row(samples[b]), "completion": text, "parts": parts,
+                                **sample_to_row(samples[b], log.path.parent),
+                                "completion": text, "parts": parts,
                                 "reward": rewards[b, g].item(),
                                 "advantage": advantages[b, g, 0].item()})  # of the first token
     for completion in chain(*all_gather_object(completions)):
         log.write(completion)
 
 
-def print_step(row: dict, seconds: float) -> None:
-    print0(f"step {row['step']:4d} {row['task']:6s} reward {row['reward']:.3f}  accuracy "
-           f"{row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  "
-           f"len {row['len_mean']:4.1f}  grad {row['grad_norm']:5.2f}  {seconds:.2f} s")
+def write_pages(out: Path, tasks: str) -> None:
+    """curves.png and report.html of the steps so far, written by the first rank."""
+    if rank() == 0:
+        with errors_as_warnings("curves.png"):
+            plot_curves([out], METRICS, out / "curves.png")
+        with errors_as_warnings("report.html"):
+            write_report(out / "report.html", read_entries(out / "samples.jsonl"),
+                         f"GRPO on {tasks}: groups sampled in training")
 
 
-def print_held_out(task: str, num_samples: int, before: dict[str, float],
-                   after: dict[str, float]) -> None:
-    if not num_samples:
-        return
-    rows = [f"{name:12s}{before[name]:8.3f}{after[name]:8.3f}" for name in before]
-    print0("\n".join([f"\n{task}: mean rewards over {num_samples} held-out samples",
-                      f"{'':12s}{'before':>8s}{'after':>8s}", *rows]))
+class Console:
+    """The lines that a run prints of its steps."""
+
+    def __init__(self, total_steps: int, eval_every: int = 1) -> None:
+        self.total_steps = total_steps
+        self.eval_every = eval_every
+        self.seconds = deque(maxlen=10)  # of the last steps
+        self.without_signal = 0          # steps in a row
+        self.has_warned = False
+
+    def print_model(self, name: str, model: Qwen, image_size: int) -> None:
+        sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        print0(f"model: {name}, {sum(size for size, _ in sizes):,} parameters, {trained:,} of them "
+               f"trained, images {image_size} px, attention "
+               f"{'flash-attn' if flash_attn else 'SDPA'}")
+
+    def eta(self, step: int, seconds: float) -> str:
+        """The time that is left after a step, counted from 1, from the mean of the last ten."""
+        self.seconds.append(seconds)
+        left = (self.total_steps - step) * sum(self.seconds) / len(self.seconds)
+        return f"ETA {timedelta(seconds=round(left))}"
+
+    def print_step(self, row: dict, seconds: float, text: str, reward: Tensor) -> None:
+        """The step's line, and now and then one of its completions with its reward."""
+        eta = self.eta(row["step"], seconds)
+        print0(f"step {row['step']:4d}/{self.total_steps} {row['task']:6s} reward "
+               f"{row['reward']:.3f}  accuracy {row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  "
+               f"entropy {row['entropy']:.3f}  len {row['len_mean']:4.1f}  grad "
+               f"{row['grad_norm']:5.2f}  {seconds:.2f} s  {eta}")
+        if row["step"] == 1 or row["step"] % self.eval_every == 0:
+            print0(f"    e.g. reward {reward:.3f} for {' '.join(text.split())}"[:160])
+        self.warn_without_signal(row)
+
+    def warn_without_signal(self, row: dict) -> None:
+        """One warning in a run if nothing could be learned from its last steps."""
+        advice = None
+        if row["truncated_frac"] == 1:
+            advice = ("all completions are cut off at --max-new-tokens; raise it, or teach the "
+                      "model to answer first, with train_sft.py")
+        elif row["zero_std_frac"] == 1:
+            advice = ("all completions of a group earn the same reward; if the task is too hard, "
+                      "teach it first, with train_sft.py, if it is too easy, change the data; or "
+                      "raise --temperature or --group")
+        self.without_signal = self.without_signal + 1 if advice else 0
+        if self.without_signal == STEPS_WITHOUT_SIGNAL and not self.has_warned:
+            self.has_warned = True
+            warn(f"warning: nothing could be learned in {STEPS_WITHOUT_SIGNAL} steps: {advice}")
+
+    def print_held_out(self, task: str, num_samples: int, before: dict[str, float],
+                       after: dict[str, float] | None) -> None:
+        if not after:
+            return
+        rows = [f"{name:12s}{before.get(name, math.nan):8.3f}{after[name]:8.3f}" for name in after]
+        print0("\n".join([f"\n{task}: mean rewards over {num_samples} held-out samples",
+                          f"{'':12s}{'before':>8s}{'after':>8s}", *rows]))

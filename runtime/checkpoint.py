@@ -1,20 +1,25 @@
-"""One training run's folder: its lock, its settings, its checkpoints, and how a signal ends it.
+"""One training run's folder: its lock, its settings, its checkpoints, how a signal ends it, and why
+it ended.
 
     out/checkpoint/           the tensors of all ranks, written by torch.distributed.checkpoint
     out/checkpoint/run.json   settings, progress, and a checksum of each of those files
+    out/ended.txt             why the run ended before it was complete: an entry from each rank
 """
 
 import fcntl
 import json
+import logging
 import os
 import shlex
 import shutil
 import signal
 import sys
+import time
 import warnings
 import zlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
@@ -30,24 +35,34 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from runtime.distributed import all_gather_object, all_reduce_max, barrier, rank, world_size
-from runtime.errors import UserError, first_line
+from runtime.errors import ENDINGS, LOST_PEER, UserError, first_line, record_end
 from runtime.logging import print0
 
 # Flags that change neither the data nor the loss.
 MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens",
                         "gradient-checkpointing", "compile", "tensorboard")
-FOLDERS = ("checkpoint", "checkpoint.old", "checkpoint.partial", "model", "model.partial",
-           "adapter", "tensorboard")
-FILES = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
-START_AGAIN = "start again without --resume, which clears the folder"
+NO_SETTINGS = ("out", "resume", "overwrite", "defaults")
+RESULTS = ("checkpoint", "checkpoint.old", "model", "adapter")  # what makes a folder hold a run
+ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "tensorboard", "metrics.jsonl",
+           "samples.jsonl", "curves.png", "report.html", "ended.txt")
+START_AGAIN = "start again without --resume, which moves this run aside"
+# timeout(1) signals a process and its group, torchrun passes on what its workers got already.
+SAME_SIGNAL_SECONDS = 0.3
 
 
-def run_config(args: Namespace, fingerprints: Sequence[str]) -> dict[str, str]:
-    """What makes a run what it is: its flags by name, and the data that it found."""
-    flags = {name.replace("_", "-"): " ".join(value) if isinstance(value, list) else str(value)
-             for name, value in vars(args).items()}
-    config = {name: value for name, value in flags.items() if name not in ("out", "resume")}
-    return config | {"data (as read)": ", ".join(fingerprints)}
+def run_config(args: Namespace, train: Iterable[str], held_out: Iterable[str]) -> dict[str, str]:
+    """What makes a run what it is: its flags by name, and the fingerprints of its data."""
+    config = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    texts = (", ".join(train), ", ".join(held_out)) if rank() == 0 else None
+    train_text, held_out_text = all_gather_object(texts)[0]  # one rank reads all samples for them
+    return flag_texts(config) | {"data (as read)": train_text,
+                                 "held-out data (as read)": held_out_text}
+
+
+def flag_texts(flags: dict[str, object]) -> dict[str, str]:
+    """The flags of a Namespace as they are written on a command line."""
+    return {name.replace("_", "-"): " ".join(value) if isinstance(value, list) else str(value)
+            for name, value in flags.items()}
 
 
 class Run:
@@ -56,54 +71,79 @@ class Run:
     .out       the folder, args.out
     .config    the settings that a resumed run must share, from run_config
     .progress  the caller's own dict, as the last checkpoint holds it
+    .doing     what a signal makes the run do
     """
 
     def __init__(self, args: Namespace, config: dict[str, str], fresh_progress: dict) -> None:
         """Begin a run, or with args.resume continue the one whose checkpoint is in args.out.
 
-        A new run removes what an earlier one left; a later --resume would take an old checkpoint
-        for this run's. Raises UserError if another run writes to the folder, or if the checkpoint
-        is damaged or has other settings.
+        A new run moves the one in args.out aside; a later --resume would take an old checkpoint for
+        this run's. Raises UserError if another run writes to the folder, or if the checkpoint is
+        damaged or has other settings.
         """
         self.out = args.out
         self.config = config
         self.progress = fresh_progress
+        self.steps_per_stage = args.steps
+        self.doing = "stopping before the next step"
         self.received_signals = []
+        self.is_acknowledged = False
         self.old_handlers = {}
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
         if not args.resume and Path(args.model).resolve().is_relative_to(self.out.resolve()):
-            raise UserError(f"--model {args.model} lies in --out {self.out}, which a new run "
-                            "clears; choose another --out")
+            raise UserError(f"--model {args.model} lies in --out {self.out}, from which a "
+                            "new run moves it away; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock_file = lock(self.out) if rank() == 0 else None
         # All ranks go by what the first one sees.
         folder = all_gather_object(last_checkpoint(self.out) if args.resume else None)[0]
+        if args.resume and rank() == 0:
+            print_last_end(self.out)
         if folder:
-            self.progress = read_progress(folder, config)
-            if self.progress.keys() != fresh_progress.keys():
-                raise UserError(f"--resume: {folder} is the checkpoint of another script; choose "
-                                "another --out, or leave --resume out")
-            return
-        if args.resume:
-            if (self.out / "model").exists():
-                raise UserError(f"--resume: {self.out} holds a model but no checkpoint; choose "
-                                "another --out, or leave --resume out")
-            print0(f"--resume: no checkpoint in {self.out} yet, the run begins")
+            self.progress = read_progress(folder, config, flag_texts(args.defaults), fresh_progress)
+            print0(f"--resume: {self.out} continues after step {self.steps_done}")
+        elif args.resume and (self.out / "model").exists():
+            raise UserError(f"--resume: {self.out} holds a model but no checkpoint; choose "
+                            "another --out, or leave --resume out")
+        elif rank() == 0:
+            if args.resume:
+                print0(f"--resume: no checkpoint in {self.out} yet, the run begins")
+            clear(self.out, keep_run=not args.overwrite)
         if rank() == 0:
-            for name in FOLDERS:
-                shutil.rmtree(self.out / name, ignore_errors=True)
-            for name in FILES:
-                (self.out / name).unlink(missing_ok=True)
+            remove(self.out / "ended.txt")
         barrier()
+        self.end_log = logging.FileHandler(self.out / "ended.txt", delay=True)
+        self.end_log.setFormatter(logging.Formatter(f"rank {rank()}, %(message)s"))
+        self.end_log.handleError = lambda _: None  # a full disk: stderr has to do
+        ENDINGS.addHandler(self.end_log)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of all stages at the last checkpoint."""
+        return self.progress.get("stage", 0) * self.steps_per_stage + self.progress["step"]
 
     def install_signal_handlers(self) -> None:
-        """From now on SIGTERM and SIGINT do not end the process; they make should_stop() true."""
-        received = self.received_signals
+        """From now on a first SIGTERM or SIGINT makes should_stop() true, a second one ends the
+        process."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.old_handlers[number] = signal.signal(
-                number, lambda number, _: received.append(number))
+            self.old_handlers[number] = signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """Acknowledge a first signal; at a second one, exit with status 128 + number."""
+        name = signal.Signals(number).name
+        if self.is_acknowledged:
+            record_end(128 + number, f"{name}, a second signal")
+            os._exit(128 + number)
+        self.received_signals.append(number)
+        if len(self.received_signals) == 1:
+            time.sleep(SAME_SIGNAL_SECONDS)
+            if rank() == 0:  # not by print, which the signal may have interrupted
+                os.write(2, f"\n{name}: {self.doing}; a second signal ends the process\n".encode())
+            self.is_acknowledged = True
 
     def close(self) -> None:
         """Restore the signal handlers and unlock the folder."""
+        ENDINGS.removeHandler(self.end_log)
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if self.lock_file:
@@ -113,15 +153,22 @@ class Run:
         """True on all ranks if a signal has reached one of them."""
         return all_reduce_max(len(self.received_signals)) > 0
 
+    def print_stopped(self) -> None:
+        """Say that a signal has stopped the run at its last checkpoint, and how to continue."""
+        where = f"after step {self.steps_done}" if self.steps_done else "without a checkpoint"
+        print0(f"stopped {where}; to continue: {self.resume_command()}")
+        if rank() == 0:
+            record_end(0, f"stopped {where} by a signal")
+
     def resume_command(self) -> str:
         """This run's command line with --resume. The address where torchrun's nodes meet is not
         known here."""
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        args = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return shlex.join(["python", *args, "--resume"])
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = [f"--nnodes={world_size() // local}", "--rdzv-..."] if world_size() > local else []
-        torchrun = ["torchrun", *nodes, f"--nproc-per-node={local}"]
-        launcher = torchrun if world_size() > 1 else ["python"]
-        args = [arg for arg in sys.argv if arg != "--resume"]
-        return shlex.join([*launcher, *args, "--resume"])
+        return shlex.join(["torchrun", *nodes, f"--nproc-per-node={local}", *args, "--resume"])
 
     def save_checkpoint(self, progress: dict, policy: Module, optimizer: Optimizer,
                         ref_model: Module | None = None) -> None:
@@ -130,20 +177,23 @@ class Run:
         step. Raises UserError if the disk is full."""
         folder, partial, old = (self.out / f"checkpoint{end}" for end in ("", ".partial", ".old"))
         try:
-            if rank() == 0 and partial.exists():
-                shutil.rmtree(partial)
+            if rank() == 0:
+                remove(partial)
             barrier()
-            with warnings.catch_warnings():  # one process alone is no mistake
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(state_dict(policy, optimizer, ref_model), checkpoint_id=partial)
+            dcp.save(state_dict(policy, optimizer, ref_model), checkpoint_id=partial)
             files = checksums(partial)
             if rank() == 0:
+                saved = {"settings": self.config, "progress": progress, "files": files,
+                         "checksum": zlib.crc32(repr(progress).encode())}
+                for log in self.out.glob("*.jsonl"):  # a power cut leaves none behind a checkpoint
+                    with open(log) as file:
+                        os.fsync(file.fileno())
                 with open(partial / "run.json", "w") as file:
-                    json.dump({"settings": self.config, "progress": progress, "files": files}, file)
+                    json.dump(saved, file)
                     file.flush()
                     os.fsync(file.fileno())
                 if folder.exists():  # if not, a run was killed between the renames: keep `old`
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
                     folder.rename(old)
                 partial.rename(folder)
                 shutil.rmtree(old, ignore_errors=True)
@@ -162,14 +212,12 @@ class Run:
         folder = last_checkpoint(self.out)
         written = read_run_json(folder)["files"]
         found = checksums(folder)
-        for name in written:
-            if written[name] != found.get(name):
+        for name in found | written:
+            if written.get(name) != found.get(name):
                 raise UserError(f"--resume: {folder / name} is damaged or missing; {START_AGAIN}")
         state = state_dict(policy, optimizer, ref_model)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load(state, checkpoint_id=folder)
+            dcp.load(state, checkpoint_id=folder)
         except CheckpointException as error:
             raise UserError(f"--resume: {folder} is not of this model ({reason(error)})") from error
         set_model_state_dict(policy, state["policy"])
@@ -194,28 +242,82 @@ def lock(out: Path) -> TextIO:
     return file
 
 
+def print_last_end(out: Path) -> None:
+    """Say why the last run in a folder ended, if it was not complete."""
+    ended, log = out / "ended.txt", out / "metrics.jsonl"
+    text = ended.read_text(errors="replace") if ended.is_file() else ""
+    steps = log.read_bytes().count(b"\n") if log.is_file() else 0
+    entries = [line for line in text.splitlines() if line.startswith("rank ")]
+    if entries:  # the cause is not in those that only saw another rank end
+        cause = min(entries, key=lambda entry: LOST_PEER in entry)
+        print0(f"--resume: the last run ended: {cause}")
+    elif steps and not (out / "model").exists():
+        print0(f"--resume: the last run ended without a word after step {steps}")
+
+
+def clear(out: Path, keep_run: bool) -> None:
+    """Leave nothing of an earlier run in a folder. A finished or resumable one moves to the next
+    free OUT.1, OUT.2, .. if it is to be kept. Raises UserError if it cannot."""
+    entries = [out / name for name in ENTRIES if os.path.lexists(out / name)]
+    if not (keep_run and entries and entries[0].name in RESULTS):
+        for entry in entries:
+            remove(entry)
+        return
+    try:
+        folders = (Path(f"{out.resolve()}.{n}") for n in count(1))
+        folder = next(folder for folder in folders if not os.path.lexists(folder))
+        folder.mkdir()
+        for entry in reversed(entries):  # RESULTS last: if this is killed, the rest follows later
+            entry.rename(folder / entry.name)
+    except OSError as error:
+        raise UserError(f"--out {out} holds a run, which cannot be moved aside ({error}); choose "
+                        "another --out, or replace the run by --overwrite") from error
+    print0(f"--out {out} held a run, which is now in {folder} (--overwrite replaces it instead)")
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint, if there is one. A run that is killed between the renames of
     save_checkpoint leaves it as checkpoint.old."""
-    return next((f for f in (out / "checkpoint", out / "checkpoint.old") if f.exists()), None)
+    folders = (out / "checkpoint", out / "checkpoint.old")
+    return next((folder for folder in folders if os.path.lexists(folder)), None)
 
 
 def read_run_json(folder: Path) -> dict[str, dict]:
-    """settings, progress and files of a checkpoint. Raises UserError if one of them is missing."""
+    """settings, progress and files of a checkpoint. Raises UserError if one of them is missing, or
+    if the progress is not as it was written."""
     file = folder / "run.json"
     try:
         saved = json.loads(file.read_text())
-        return {name: dict(saved[name]) for name in ("settings", "progress", "files")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        parts = {name: saved[name] for name in ("settings", "progress", "files")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError("a part is no object")
+        checksum = zlib.crc32(repr(parts["progress"]).encode())
+        if saved.get("checksum", checksum) != checksum:  # older checkpoints have none
+            raise ValueError("its progress has changed")
+        return parts
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"--resume: {file} is damaged ({first_line(error)}); "
                         f"{START_AGAIN}") from error
 
 
-def read_progress(folder: Path, config: dict[str, str]) -> dict:
-    """A checkpoint's progress. Raises UserError if its settings are not those of `config`. A flag
-    that an older checkpoint does not know is not compared."""
+def read_progress(folder: Path, config: dict[str, str], defaults: dict[str, str],
+                  fresh_progress: dict) -> dict:
+    """A checkpoint's progress. Raises UserError if it is not of this script, or if its settings are
+    not those of `config`. A flag that an older checkpoint does not know had its default."""
     saved = read_run_json(folder)
-    before = saved["settings"]
+    progress = saved["progress"]
+    if progress.keys() != fresh_progress.keys():
+        raise UserError(f"--resume: {folder} is the checkpoint of another script; choose another "
+                        "--out, or leave --resume out")
+    before = defaults | saved["settings"]
     changes = {name: f"--{name} was {before[name]} and is now {value}"
                for name, value in config.items() if name in before and value != before[name]}
     refused = [change for name, change in changes.items() if name not in MAY_CHANGE_ON_RESUME]
@@ -226,12 +328,13 @@ def read_progress(folder: Path, config: dict[str, str]) -> dict:
                for name in config if name not in before]
     for line in [*changes.values(), *unknown]:
         print0(f"--resume: {line}")
-    return saved["progress"]
+    return progress
 
 
 def checksums(folder: Path) -> dict[str, int]:
-    """{name: CRC-32} of each file but run.json. Each rank reads some of the files."""
-    files = sorted(set(folder.iterdir()) - {folder / "run.json"})
+    """{name: CRC-32} of each file with tensors. Each rank reads some of them."""
+    files = [path for path in (folder / ".metadata", *sorted(folder.glob("*.distcp")))
+             if path.is_file()]
     files = all_gather_object(files)[0]  # as the first rank sees it
     sums = {}
     for path in files[rank() :: world_size()]:

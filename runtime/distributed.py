@@ -10,7 +10,10 @@ A single GPU without LoRA has one too: without it, each token would cast the flo
 """
 
 import copy
+import ctypes
 import os
+import signal
+import sys
 from datetime import timedelta
 
 import torch
@@ -24,6 +27,7 @@ from torch.nn import Module
 from runtime.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for a dead one before it fails
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
 
 
 def rank() -> int:
@@ -69,6 +73,12 @@ def init_distributed(shard_size: int | None = None) -> DeviceMesh | None:
                         f"take a divisor of {world_size()}")
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # as a killed torchrun kills none
+    if rank() == 0:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"device: {name}, {torch.get_num_threads()} threads, processes: {world_size()}",
+              flush=True)
     if world_size() == 1:
         return None
     if not dist.is_initialized():

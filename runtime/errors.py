@@ -1,4 +1,16 @@
-"""The one exception whose message is meant for the user."""
+"""What is meant for the user: the one exception, warnings, and why a process ended."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+LOST_PEER = "another process has ended"
+# Takes what record_end is given. A run adds a file to it.
+ENDINGS = logging.getLogger("endings")
+ENDINGS.addHandler(logging.NullHandler())
+ENDINGS.propagate = False
 
 
 class UserError(Exception):
@@ -8,6 +20,27 @@ class UserError(Exception):
 
 class NotServedError(UserError):
     """A source of data cannot serve a task."""
+
+
+def record_end(code: int, why: str) -> None:
+    """Leave the reason in the run's folder, if this process has a run."""
+    with suppress(OSError):
+        ENDINGS.error("exit code %d: %s", code, why)
+
+
+def warn(text: str) -> None:
+    """A line on stderr, of the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def errors_as_warnings(what: str) -> Iterator[None]:
+    """A context that makes what a run can do without: an error in it is a warning."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  whatever fails in drawing, the model is worth more
+        warn(f"warning: {what} cannot be made ({first_line(error)})")
 
 
 def first_line(error: BaseException) -> str:

@@ -26,13 +26,25 @@ def print0(text: str) -> None:
 
 
 class JsonlLog:
-    """A file of JSON lines that the first rank writes. The first write cuts it back to its first
-    `keep_lines`; no earlier moment does, so that a --resume that is refused changes nothing."""
+    """A file of JSON lines that the first rank writes, equally many for each step. The first write
+    cuts it back to those of the first `steps`; no earlier moment does, so that a --resume that is
+    refused changes nothing. Raises UserError if one of them is damaged or missing."""
 
-    def __init__(self, path: Path, keep_lines: int) -> None:
+    def __init__(self, path: Path, steps: int, lines_per_step: int = 1) -> None:
         self.path = path
-        self.keep_lines = keep_lines
         self.is_cut_back = False
+        self.kept_lines = []
+        i = 0
+        if rank() == 0 and steps:
+            try:
+                self.kept_lines = path.read_bytes().split(b"\n")[: steps * lines_per_step]
+                for i in range(steps * lines_per_step):
+                    if json.loads(self.kept_lines[i])["step"] != i // lines_per_step + 1:
+                        raise ValueError
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                raise UserError(f"--resume: {path}: line {i + 1}, of a step before the checkpoint, "
+                                "is damaged or missing; restore the file, or start again without "
+                                "--resume, which moves this run aside") from error
 
     def write(self, row: dict) -> None:
         """Append a row, whose NaN and infinities become null. Raises UserError if it cannot."""
@@ -41,9 +53,8 @@ class JsonlLog:
         row = finite_or_null(row)
         try:
             if not self.is_cut_back:
-                lines = self.path.read_text().splitlines(keepends=True) if self.keep_lines else []
                 partial = self.path.with_suffix(".partial")
-                partial.write_text("".join(lines[: self.keep_lines]))
+                partial.write_bytes(b"".join(line + b"\n" for line in self.kept_lines))
                 partial.replace(self.path)
                 self.is_cut_back = True
             with open(self.path, "a") as file:
@@ -63,17 +74,25 @@ def check_tensorboard() -> None:
 
 class MetricsLog:
     """The one place where each step's metrics go: out/metrics.jsonl, and with `tensorboard` the
-    numbers to out/tensorboard. The steps of an earlier run after `steps_done` are discarded.
+    numbers to out/tensorboard. The steps of an earlier run after `steps_done` are discarded;
+    `.last_row` is the last one before.
 
     A fork adds wandb here: docs/forking.md shows how.
     """
 
     def __init__(self, out: Path, steps_done: int, tensorboard: bool = False) -> None:
         self.jsonl = JsonlLog(out / "metrics.jsonl", steps_done)
+        kept = self.jsonl.kept_lines
+        self.last_row = all_gather_object(json.loads(kept[-1]) if kept else {})[0]
         self.tensorboard = None
         if tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=steps_done + 1)
+
+    def complete_last_row(self, fields: dict) -> None:
+        """Write last_row again, with more fields."""
+        del self.jsonl.kept_lines[-1:]  # only the first rank has any
+        self.write(self.last_row | fields)
 
     def write(self, row: dict) -> None:
         """`row` has numbers, texts and dicts of numbers by name; row["step"] counts from 1."""

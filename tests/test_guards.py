@@ -4,7 +4,6 @@ second run in the same folder."""
 import copy
 import dataclasses
 import gc
-import itertools
 import json
 import os
 import resource
@@ -178,8 +177,9 @@ def test_out_that_cannot_be_made_is_one_line(sft, dataset, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Resume
 
-def run_args(out, resume=False):
-    return SimpleNamespace(out=out, resume=resume, model="tiny")
+def run_args(out, resume=False, overwrite=False, **defaults):
+    return SimpleNamespace(out=out, resume=resume, overwrite=overwrite, defaults=defaults,
+                           model="tiny", steps=10)
 
 
 def test_resume_may_change_flags_of_neither_data_nor_loss(
@@ -191,13 +191,15 @@ def test_resume_may_change_flags_of_neither_data_nor_loss(
 
 
 def test_flags_that_do_not_change_the_run_are_not_compared():
-    args = SimpleNamespace(out="a", resume=True, tensorboard=True, lr=1.0, save_every=7)
-    config = run_config(args, ["3 samples #1", "4 samples #2"])
+    args = SimpleNamespace(out="a", resume=True, overwrite=True, defaults={}, tensorboard=True,
+                           lr=1.0, save_every=7)
+    config = run_config(args, ["3 samples #1", "4 samples #2"], ["2 samples #3"])
     assert config == {"tensorboard": "True", "lr": "1.0", "save-every": "7",
-                      "data (as read)": "3 samples #1, 4 samples #2"}
+                      "data (as read)": "3 samples #1, 4 samples #2",
+                      "held-out data (as read)": "2 samples #3"}
 
 
-def test_flag_that_an_older_checkpoint_does_not_know_is_not_compared(tmp_path, capsys):
+def test_flag_that_an_older_checkpoint_does_not_know_had_its_default(tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
     saved = {"settings": {"lr": "1.0"}, "progress": {"step": 3}, "files": {}}
     (tmp_path / "checkpoint/run.json").write_text(json.dumps(saved))
@@ -209,6 +211,11 @@ def test_flag_that_an_older_checkpoint_does_not_know_is_not_compared(tmp_path, c
         Run(run_args(tmp_path, resume=True), {"lr": "1.0"}, {"stage": 0, "step": 0})
     with pytest.raises(UserError, match="--lr was 1.0 and is now 2.0"):
         Run(run_args(tmp_path, resume=True), {"lr": "2.0", "new-flag": "7"}, {"step": 0})
+    config = {"lr": "1.0", "new-flag": "7"}
+    with pytest.raises(UserError, match="--new-flag was 5 and is now 7"):
+        Run(run_args(tmp_path, resume=True, new_flag=5), config, {"step": 0})
+    run = Run(run_args(tmp_path, resume=True, new_flag=7), config, {"step": 0})
+    assert run.progress == {"step": 3} and run.steps_done == 3
 
 
 def test_checkpoint_without_its_list_of_files_is_damaged(tmp_path):
@@ -249,11 +256,11 @@ def test_resume_with_other_data_is_refused(staged, dataset, tmp_path):
     fewer = [load_samples(str(tmp_path / "data/data.json"), task, 112, None, "train", 0)
              for task in ("cls", "det")]
     args = run_args(tmp_path / "out", resume=True)
-    config = run_config(SimpleNamespace(), [fingerprint(samples) for samples in fewer])
-    assert list(config) == ["data (as read)"]
+    config = run_config(SimpleNamespace(), map(fingerprint, fewer), [])
+    assert list(config) == ["data (as read)", "held-out data (as read)"]
     message = r"data \(as read\) was (\d+ samples #\w+, )?\d+ samples #\w+ and is now"
     with pytest.raises(UserError, match=message):
-        Run(args, config, {})
+        Run(args, config, dict.fromkeys(("stage", "step", "before", "skipped")))
 
 
 def trained(save_first=False):
@@ -310,7 +317,7 @@ def test_second_run_into_the_same_folder_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_process_share_no_state(tmp_path):
-    """Each has its own lock, signals and progress, and one that is gone leaves nothing behind."""
+    """Each has its own lock, signals and progress, and one that is closed leaves nothing behind."""
     args = run_args(tmp_path / "one"), run_args(tmp_path / "two")
     one, two = (Run(a, {}, {"step": 0}) for a in args)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -328,7 +335,7 @@ def test_two_runs_in_one_process_share_no_state(tmp_path):
     one.save_checkpoint({"step": 5}, weight, torch.optim.AdamW(weight.parameters()))
     assert one.progress == {"step": 5} and two.progress == {"step": 0}
     assert last_checkpoint(tmp_path / "two") is None
-    del one
+    one.close()
     again = Run(run_args(tmp_path / "one", resume=True), {}, {"step": 0})
     assert again.progress == {"step": 5} and not again.should_stop()
     with pytest.raises(UserError, match="another run is writing there"):
@@ -336,19 +343,22 @@ def test_two_runs_in_one_process_share_no_state(tmp_path):
 
 
 def test_signal_ends_the_run_after_its_step_with_a_checkpoint_and_the_command_that_continues(
-        staged, tmp_path, monkeypatch, grpo_flags, capsys):
+        staged, tmp_path, monkeypatch, grpo_flags, capfd):
     """Between two stages too: the second one starts with the resumed run."""
     policy_loss = train_grpo.grpo.policy_loss
-    signals = itertools.cycle((signal.SIGTERM, signal.SIGINT))
+    for step, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGTERM), 1):
+        signals = [number]
 
-    def interrupted(*tensors, **options):
-        os.kill(os.getpid(), next(signals))
-        return policy_loss(*tensors, **options)
-    for step in range(1, 4):
+        def interrupted(*tensors, signals=signals, **options):
+            if signals:
+                os.kill(os.getpid(), signals.pop())
+            return policy_loss(*tensors, **options)
         with monkeypatch.context() as patch:
             patch.setattr(train_grpo.grpo, "policy_loss", interrupted)
             here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, *["--resume"][: step - 1])
-        said = capsys.readouterr().out
+        said, acknowledged = capfd.readouterr()
+        name = signal.Signals(number).name
+        assert f"{name}: finishing step {step}; a second signal ends the process\n" in acknowledged
         assert f"stopped after step {step}; to continue: python script" in said
         assert said.rstrip().endswith("--resume")
     here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")

@@ -137,6 +137,25 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_another_number(
     assert_close(alone / "grpo", tmp_path)
 
 
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+    """They once lived on, with their GPUs and the lock of their folder."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from runtime.distributed import init_distributed
+        init_distributed()
+        print("ready", flush=True)
+        time.sleep(600)
+    """)
+    launcher = subprocess.Popen(command(2, worker), stdout=subprocess.PIPE, text=True,
+                                env=ENVIRONMENT)
+    said = [launcher.stdout.readline() for _ in range(3)]  # the first rank names the device
+    assert said.count("ready\n") == 2
+    launcher.kill()
+    assert launcher.communicate(timeout=60)[0] == ""  # ends when no worker holds the pipe
+
+
 def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(tmp_path):
     done = torchrun(2, ROOT / "train_grpo.py", "--prompts", 3, "--out", tmp_path / "out",
                     check=False)

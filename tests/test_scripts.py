@@ -71,9 +71,10 @@ def test_saved_model_is_one_of_plain_transformers(staged):
     """In a process that has never seen this project, with numbers that can be computed with."""
     code = """if True:
         import sys, torch
-        from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(sys.argv[1], output_loading_info=True)
-        tokenizer, images = AutoTokenizer.from_pretrained(sys.argv[1]), AutoImageProcessor.from_pretrained(sys.argv[1])
+        tokenizer, images = AutoTokenizer.from_pretrained(sys.argv[1]), Qwen2VLImageProcessorPil.from_pretrained(sys.argv[1])
         assert not any(info.values()), info
         text = "<|im_start|>user\\nWhere?<|im_end|>\\n<|im_start|>assistant\\n"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
