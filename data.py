@@ -110,7 +110,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
 
     Each source holds out samples of its own. With eval_sources, these give what is held out: their
     test or val split, or all samples of one without. Raises UserError, in one line, for what a user
-    has to fix in a source, and if several sources put an image on both sides.
+    has to fix in a source, and if several sources put an image on both sides, of whichever tasks.
     """
     found = read_sources(sources, tasks, image_size, seed, oriented)
     eval_found = eval_sources and read_sources(eval_sources, tasks, image_size, oriented=oriented)
@@ -122,14 +122,14 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
                 raise no_samples(source.path, samples, "train")
         if eval_sources:
             _, held_out, rules = split_sources(eval_found[task], "heldout")
-        may_share = bool(eval_sources) or len(train) > 1  # one source alone splits by image
         train, held_out = join(train), join(held_out)
         if shots:
             train = few_shots(train, shots)
-        if may_share:
-            refuse_shared_images(train, held_out)
         summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
         splits[task] = Split(train, held_out, summary)
+    if eval_sources or len(sources) > 1:  # one source alone splits by image
+        refuse_shared_images([split.train for split in splits.values()],
+                             [split.held_out for split in splits.values()])
     return splits
 
 
@@ -140,6 +140,9 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
     found, reasons = {task: [] for task in tasks}, {task: [] for task in tasks}
     for source in sources:
         wanted = [task for task in found if source.task in (None, task)]
+        if not wanted:
+            warn(f"{source.path} is not read: {source.task} is not among --task")
+            continue
         for task, samples in read_source(source, wanted, image_size, seed).items():
             if isinstance(samples, NotServedError):
                 if source.task:
@@ -249,8 +252,10 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
     return sorted((sample for part in parts for sample in part), key=record_hash)
 
 
-def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
-    """Raises UserError if a held-out image is also trained on: the same file, or equal bytes."""
+def refuse_shared_images(train: Sequence[Sequence[Sample]],
+                         held_out: Sequence[Sequence[Sample]]) -> None:
+    """Raises UserError if an image of a held-out part is also trained on: the same file, or equal
+    bytes."""
     trained, held = image_files(train), image_files(held_out)
     size_of = {image: num_bytes(image) for image in trained | held}
     shared_sizes = {size_of[image] for image in trained} & {size_of[image] for image in held}
@@ -267,11 +272,11 @@ def refuse_shared_images(train: Sequence[Sample], held_out: Sequence[Sample]) ->
                         f"{other}; remove one of the records")
 
 
-def image_files(samples: Sequence[Sample]) -> dict[object, Sample]:
-    """The images of samples, paths or images of tables, each with a sample that uses it."""
-    if isinstance(samples, Scenes):
-        return {}
-    return {image: sample for sample in samples for image in sample.images}
+def image_files(parts: Sequence[Sequence[Sample]]) -> dict[object, Sample]:
+    """The images of samples, paths or images of tables, each with a sample that uses it. A rendered
+    scene has neither."""
+    return {image: sample for samples in parts if not isinstance(samples, Scenes)
+            for sample in samples for image in sample.images if hasattr(image, "read_bytes")}
 
 
 def num_bytes(image: object) -> int:

@@ -27,7 +27,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import (
     HELD_OUT_SAMPLES,
-    Source,
     add_data_flags,
     check_oriented,
     fingerprint,
@@ -40,7 +39,7 @@ from data import (
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.training import Console
-from model import Policy, Processor, Qwen, collate, encode, load_model, save_model
+from model import Policy, Processor, collate, encode, load_model, save_model
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import (
@@ -140,16 +139,21 @@ def main() -> None:
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
     sources = parse_sources(args.data, args.images)
-    if args.model == "scratch":
-        model, processor = model_from_scratch(args, sources, tasks)
+    eval_sources = parse_sources(args.eval_data, args.images)
+    load = partial(load_splits, sources, eval_sources, tasks, seed=args.seed, shots=args.shots,
+                   oriented=args.oriented)
+    if args.model == "scratch":  # tiny's architecture, a tokenizer learned from the data
+        image_size = args.image_size or 112
+        splits = load(image_size=image_size)
+        corpus = [format_prompt(sample) + format_target(sample) for task in tasks
+                  for sample in get_batch(splits[task].train, 0, 500, args.seed)]
+        model, processor = new_tiny_model(corpus, image_size)
     else:
         model, processor = load_model(args.model, args.image_size)
-    image_size = processor.image_size
+        image_size = processor.image_size
+        splits = load(image_size=image_size)
     console = Console(args.steps)
     console.print_model(args.model, model, image_size)
-    eval_sources = parse_sources(args.eval_data, args.images)
-    splits = load_splits(sources, eval_sources, tasks, image_size, args.seed, args.shots,
-                         args.oriented)
     data = [splits[task].train for task in tasks]
     held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
@@ -229,19 +233,6 @@ def main() -> None:
     barrier()  # until the first rank has saved
     run.close()
     print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
-
-
-def model_from_scratch(args: argparse.Namespace, sources: list[Source],
-                       tasks: list[str]) -> tuple[Qwen, Processor]:
-    """tiny's architecture with random weights, and a tokenizer learned from the data."""
-    image_size = args.image_size or 112
-    corpus = []
-    splits = load_splits(sources, [], tasks, image_size, oriented=args.oriented)
-    for task in tasks:
-        samples = splits[task].train
-        corpus += [format_prompt(sample) + format_target(sample)
-                   for sample in get_batch(samples, 0, 500, args.seed)]
-    return new_tiny_model(corpus, image_size)
 
 
 def local_batch(args: argparse.Namespace, data: list, step: int) -> list[Sample]:

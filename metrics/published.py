@@ -139,12 +139,12 @@ Geo-R1         82.4"""),
 
 def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = ()) -> str:
     """The published rows of a benchmark and one of `scores` (values in [0, 1]), in percent. A last
-    row is the upright_ceiling of the samples, where it counts in a column."""
+    row is the envelope_scores of the samples, where it counts in a column."""
     _, names, rows = BENCHMARKS[benchmark]
     found = {"this run": scores}
-    ceiling = upright_ceiling(samples)
-    if ceiling.keys() & set(names):
-        found["ceiling of upright answers"] = ceiling
+    envelopes = envelope_scores(samples)
+    if envelopes.keys() & set(names):
+        found["perfect upright answers"] = envelopes
     ours = {row: tuple(100 * values[name] if name in values else None for name in names)
             for row, values in found.items()}
     lines = [(benchmark, *names)]
@@ -155,12 +155,13 @@ def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = 
                      for model, *cells in lines)
 
 
-def upright_ceiling(samples: Sequence[Sample]) -> dict[str, float]:
+def envelope_scores(samples: Sequence[Sample]) -> dict[str, float]:
     """box_precision of answers that are the upright envelopes of oriented targets, in whole pixels
     of the paper's 448 x 448. {} if no target is turned.
 
-    A box at 45 degrees fills half of its envelope or less. So upright answers cannot reach 1 in the
-    columns that count oriented IoU, and this says how far they can.
+    A box at 45 degrees fills half of its envelope or less. So a model whose upright answers are
+    perfect scores this, not 1, in the columns that count oriented IoU (a box that is smaller than
+    the envelope can score more).
     """
     if not any(box[4] for sample in samples for box in sample.gt_boxes):
         return {}

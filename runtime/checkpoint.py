@@ -90,7 +90,8 @@ class Run:
         self.is_acknowledged = False
         self.old_handlers = {}
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
-        if not args.resume and Path(args.model).resolve().is_relative_to(self.out.resolve()):
+        model, out = Path(args.model).resolve(), self.out.resolve()
+        if not args.resume and any(model.is_relative_to(out / name) for name in ENTRIES):
             raise UserError(f"--model {args.model} lies in --out {self.out}, from which a "
                             "new run moves it away; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)

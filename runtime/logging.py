@@ -92,15 +92,19 @@ class MetricsLog:
     def complete_last_row(self, fields: dict) -> None:
         """Write last_row again, with more fields."""
         del self.jsonl.kept_lines[-1:]  # only the first rank has any
-        self.write(self.last_row | fields)
+        self.jsonl.write(self.last_row | fields)
+        self.write_scalars(fields, self.last_row["step"])
 
     def write(self, row: dict) -> None:
         """`row` has numbers, texts and dicts of numbers by name; row["step"] counts from 1."""
         self.jsonl.write(row)
+        self.write_scalars(row, row["step"])
+
+    def write_scalars(self, row: dict, step: int) -> None:
         if self.tensorboard:
             for name, value in flatten(row):
                 if name != "step" and isinstance(value, int | float):
-                    self.tensorboard.add_scalar(name, value, row["step"])
+                    self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()  # a killed run loses no step
 
 

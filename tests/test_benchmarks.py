@@ -31,7 +31,7 @@ from metrics.benchmarks import (
     multilabel,
     rouge,
 )
-from metrics.published import BENCHMARKS, read_earthdial_results, table, upright_ceiling
+from metrics.published import BENCHMARKS, envelope_scores, read_earthdial_results, table
 from rewards import TASKS
 from runtime.errors import UserError
 from sample import Sample
@@ -422,19 +422,19 @@ def test_table_shows_every_published_row_and_this_run(benchmark):
 def test_perfect_upright_answers_score_78_in_the_oriented_column():
     """The published rows count oriented IoU: without this row, 78 would look like a bad detector."""
     samples, _ = read_earthdial_results(released("rs_detection_results_GeoChat"), "det")
-    ceiling = upright_ceiling(samples)
-    assert 100 * ceiling["box_precision@0.5"] == pytest.approx(78.1, abs=.05)
-    assert 100 * ceiling["box_precision@0.5_small"] == pytest.approx(73.2, abs=.05)
+    envelopes = envelope_scores(samples)
+    assert 100 * envelopes["box_precision@0.5"] == pytest.approx(78.1, abs=.05)
+    assert 100 * envelopes["box_precision@0.5_small"] == pytest.approx(73.2, abs=.05)
 
 
-def test_ceiling_of_upright_answers_is_a_row_where_targets_are_turned():
+def test_envelopes_of_turned_targets_are_a_row():
     """A square that is turned by 30 degrees fills 0.54 of its envelope, and a long box at 45 degrees less than half."""
     boxes = [(25, 25, 50, 50, 0), (25, 25, 50, 50, 30), (25, 25, 50, 50, 60), (25, 25, 75, 30, 45)]
     turned = [det(box, subset="small") for box in boxes]
-    ceiling = upright_ceiling(turned)
-    assert ceiling["box_precision@0.5"] == 3 / 4 and ceiling["upright_precision@0.5"] == 1
-    assert table("geochat-det", {}, turned).split("\n")[-1].split()[:6] == ["ceiling", "of", "upright", "answers", "75.00", "-"]
-    assert upright_ceiling([det(A)]) == {}  # upright targets: no row
+    envelopes = envelope_scores(turned)
+    assert envelopes["box_precision@0.5"] == 3 / 4 and envelopes["upright_precision@0.5"] == 1
+    assert table("geochat-det", {}, turned).split("\n")[-1].split()[:6] == ["perfect", "upright", "answers", "75.00", "-", "-"]
+    assert envelope_scores([det(A)]) == {}  # upright targets: no row
     region = sample("rcap", "a", ((10, 10, 50, 50, 45),))
     for name, samples in (("geochat-det", [det(A)]), ("geochat-rcap", [region])):
         assert table(name, {}, samples).split("\n")[-1].startswith("this run")
