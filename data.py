@@ -10,12 +10,12 @@ import gc
 import os
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,22 +114,24 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
     """
     found = read_sources(sources, tasks, image_size, seed, oriented)
     eval_found = eval_sources and read_sources(eval_sources, tasks, image_size, oriented=oriented)
-    splits = {}
+    splits, trained, held = {}, [], []
     for task, parts in found.items():
         train, held_out, rules = split_sources(parts, whole="train" if eval_sources else None)
         for (source, samples), part in zip(parts, train):
             if not part:
                 raise no_samples(source.path, samples, "train")
+            trained.append((source.path, part))
         if eval_sources:
             _, held_out, rules = split_sources(eval_found[task], "heldout")
+            held += [("--eval-data", part) for part in held_out]
+        else:
+            held += [(source.path, part) for (source, _), part in zip(parts, held_out)]
         train, held_out = join(train), join(held_out)
         if shots:
             train = few_shots(train, shots)
         summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
         splits[task] = Split(train, held_out, summary)
-    if eval_sources or len(sources) > 1:  # one source alone splits by image
-        refuse_shared_images([split.train for split in splits.values()],
-                             [split.held_out for split in splits.values()])
+    refuse_shared_images(trained, held)
     return splits
 
 
@@ -252,30 +254,37 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
     return sorted((sample for part in parts for sample in part), key=record_hash)
 
 
-def refuse_shared_images(train: Sequence[Sequence[Sample]],
-                         held_out: Sequence[Sequence[Sample]]) -> None:
-    """Raises UserError if an image of a held-out part is also trained on: the same file, or equal
-    bytes."""
+def refuse_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
+                         held_out: Sequence[tuple[str, Sequence[Sample]]]) -> None:
+    """Raises UserError if a source trains on an image that another one holds out: the same file, or
+    equal bytes. One source alone splits by image. Both sides: (source, samples)."""
+    if len({source for source, _ in [*train, *held_out]}) == 1:
+        return
     trained, held = image_files(train), image_files(held_out)
-    size_of = {image: num_bytes(image) for image in trained | held}
-    shared_sizes = {size_of[image] for image in trained} & {size_of[image] for image in held}
+    size_of = {image: num_bytes(image) for _, image in trained | held}
+    shared_sizes = ({size_of[image] for _, image in trained}
+                    & {size_of[image] for _, image in held})
 
-    def contents(images: dict[object, Sample]) -> dict[tuple[int, int], object]:
+    def contents(images: dict[tuple[str, object], Sample]) -> dict[tuple, list]:
         """Only files of equal size can have equal bytes, so few files are read."""
-        return {(size_of[image], zlib.crc32(image.read_bytes())): image
-                for image in images if size_of[image] in shared_sizes}
+        found = defaultdict(list)
+        for source, image in images:
+            if size_of[image] in shared_sizes:
+                found[size_of[image], zlib.crc32(image.read_bytes())].append((source, image))
+        return found
 
     trained_contents, held_contents = contents(trained), contents(held)
     for content in sorted(trained_contents.keys() & held_contents.keys()):
-        one, other = trained_contents[content], held_contents[content]
-        raise UserError(f"{trained[one].id} trains on {one}, and {held[other].id} holds it out as "
-                        f"{other}; remove one of the records")
+        for one, other in product(trained_contents[content], held_contents[content]):
+            if one[0] != other[0]:
+                raise UserError(f"{trained[one].id} trains on {one[1]}, and {held[other].id} holds "
+                                f"it out as {other[1]}; remove one of the records")
 
 
-def image_files(parts: Sequence[Sequence[Sample]]) -> dict[object, Sample]:
-    """The images of samples, paths or images of tables, each with a sample that uses it. A rendered
-    scene has neither."""
-    return {image: sample for samples in parts if not isinstance(samples, Scenes)
+def image_files(parts: Sequence[tuple[str, Sequence[Sample]]]) -> dict[tuple, Sample]:
+    """{(source, image): a sample that uses it} for paths and images of tables. A rendered scene has
+    neither."""
+    return {(source, image): sample for source, samples in parts if not isinstance(samples, Scenes)
             for sample in samples for image in sample.images if hasattr(image, "read_bytes")}
 
 

@@ -708,6 +708,25 @@ def test_held_out_image_that_is_trained_on_is_refused(folder):
     refuse(str(error.value), "a_3.png", "copy.png", "remove one")
 
 
+def test_image_of_another_task_is_shared_too(folder):
+    """In SFT, and from stage to stage, one model learns all tasks."""
+    for name in ("a.json", "b.json"):
+        scenes_of(folder, name, ["sea"] * 20)
+    a, b = folder / "a.json", folder / "b.json"
+    with pytest.raises(UserError, match="holds it out"):
+        load_splits(parse_sources([f"cls={a}", f"vqa={b}"]), parse_sources([f"cls={b}", f"vqa={a}"]), ["cls", "vqa"], F)
+
+
+def test_scenes_have_no_files_to_share(folder):
+    eval_sources = parse_sources([scenes_of(folder, "a.json", ["sea"] * 3)])
+    assert load_splits(parse_sources(["synthetic"]), eval_sources, ["cls"], F, shots=3)["cls"].train
+
+
+def test_source_of_a_task_that_is_not_asked_for_is_not_read(folder, capsys):
+    load_splits(parse_sources(["synthetic", "cls=missing.json"]), [], ["det"], F)
+    assert "missing.json is not read" in capsys.readouterr().err
+
+
 def test_synthetic_is_not_joined_with_files(folder):
     with pytest.raises(UserError, match="synthetic cannot be joined"):
         load_split(parse_sources(["synthetic", scenes_of(folder, "a.json", ["sea"] * 20)]), [], "cls", F)
