@@ -316,7 +316,7 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         rule = "none" if whole == "train" else "all"
     else:  # by image and for all tasks of a file, so no task trains on another task's test image
         names = [image_name(sample) for sample in samples]
-        hashes = {name: zlib.crc32(name.encode()) for name in names}
+        hashes = {name: zlib.crc32(os.fsencode(name)) for name in names}
         chosen = {name for name in hashes if hashes[name] % 10 == 0}
         chosen = chosen or {min(hashes, key=hashes.get)}
         train = [sample for sample, name in zip(samples, names) if name not in chosen]

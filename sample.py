@@ -148,7 +148,7 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
     except FileNotFoundError:
         raise UserError(f"{source}: image {path} does not exist; --images names the folder that "
                         "image names are relative to")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: image {path} cannot be read ({error}); replace it or remove "
                         "the record")
     if min(size) < 2:

@@ -7,23 +7,37 @@
 
 An oriented box (OBB) is a rectangle with an angle, (x1, y1, x2, y2, theta). An axis-aligned box
 (HBB) has theta 0; the envelope of an OBB is the smallest HBB around it. Every box becomes pixels of
-the resized image, also in a question or within a description. `notes` counts, by reason, what was
-left out or changed because of noise. What a user has to fix raises UserError.
+the resized image, also in a question or within a description. Every target earns its own reward, up
+to rounding to whole pixels. What a user has to fix raises UserError.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from boxes import clip_and_round, convert_box, format_boxes, format_json, obb_to_hbb, parse_boxes
+from boxes import (
+    clip_and_round,
+    convert_box,
+    format_boxes,
+    format_json,
+    obb_to_hbb,
+    parse_boxes,
+    parse_numbers,
+)
+from readers.files import first_image_size, short
+from rewards import MAX_TEXT, strip_boxes
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample
 
-GRID = (100, 100)
 MAX_BOXES_PER_QUESTION = 100  # COCO's limit; the 536 ships of one DOTA tile are 5,000 tokens
+FAR = 1e6  # pixels from the image: an answer's numbers have at most six digits
+LOCATE = "Give me the location of "  # before a phrase that names an object
+NO_AREA = "boxes without area left out"
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 BRACKET = re.compile(r"\[[^\[\]]*\]")  # one box for parse_boxes
@@ -31,40 +45,64 @@ BRACE_BOX = r"\{(?:<-?\d+>){4}(?:\|<-?\d+>)?\}"
 FIVE_NUMBERS = rf"\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{4}}\s*\]"
 BOX = rf"(?:{BRACE_BOX}|\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{3,4}}\s*\])"
 # Consecutive boxes, with the brackets and tags between and around them.
-BOX_RUN = re.compile(rf"(?:<box>)?\[*{BOX}(?:(?:[\s,\[\]]|<delim>)*{BOX})*\]*(?:</box>)?")
+BOX_RUN = re.compile(rf"(?:<box>)?\[{{0,9}}{BOX}(?:(?:[\s,\[\]]|<delim>)*{BOX})*\]*(?:</box>)?")
 
 # GeoChat begins a question with the mark of its task.
 TASK_MARK = re.compile(
     r"\s*(?:<image>\s*)*\[(refer|grounding|identify|caption|classify|vqa|changedet)\]")
 MARK_TASKS = {"refer": ("det", "rec"), "grounding": ("ground",), "identify": ("rcap",),
               "caption": ("cap",), "classify": ("cls",), "vqa": ("vqa",), "changedet": ("change",)}
+MARKED_TEXT = rf'"(?:\s|\\[nrt]|<image>)*\[(?:{"|".join(MARK_TASKS)})\]'  # in JSON
 # A closed question lists the answers to choose from.
 CLOSED_QUESTION = re.compile(r"classif|classes|options:|yes or no|none, one, two", re.IGNORECASE)
 TAGS = re.compile(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>")
+LETTER_OR_DIGIT = re.compile(r"[^\W_]")
+RESERVED = re.compile(r"think>|</?answer>|<\|\w+\|>")  # tags of the answer, tokens of the chat
 LEADING_MARKS = re.compile(r"^\s*(?:\[[\w.]+\]\s*)+")
 LABELS_WITH_COMMAS = (  # of BigEarthNet
-    "land principally occupied by agriculture, with significant areas of natural vegetation",
-    "beaches, dunes, sands", "moors, heathland and sclerophyllous vegetation")
+    "land principally occupied by agriculture, with significant areas of natural vegetation|"
+    "beaches, dunes, sands|moors, heathland and sclerophyllous vegetation")
+
+
+class Request(NamedTuple):
+    """What a reader is asked for."""
+    task: str
+    image_size: int             # side in pixels of the resized image
+    image_folder: Path | None   # that image names are relative to; None: where the format has it
+    notes: Counter              # by reason, how much was left out or changed because of noise
+    marked: bool = False        # whether GeoChat's marks tell the tasks of turns apart
+    rsvqa_answers: Callable[[], dict] = dict  # question id -> answer
 
 
 # --------------------------------------------------------------------------------------------------
 # Boxes
 
-def clip_boxes(boxes: Iterable[Sequence[float]], image_size: int, notes: Counter) -> tuple:
+def clip_boxes(boxes: Iterable[Sequence[float]], request: Request) -> tuple:
     """The boxes (five numbers, pixels of the resized image) that have an area within the image.
+
     HBBs are clipped to the image. A clipped OBB would be no rectangle, so it stays whole, and its
-    envelope is clipped where it is used."""
-    kept = []
+    envelope is clipped where it is used. A box of a few pixels becomes that of its own answer,
+    which has whole pixels, if their IoU is below 0.75.
+    """
+    size, notes, kept = request.image_size, request.notes, []
     for box in boxes:
-        envelope = obb_to_hbb(box)
-        clipped = tuple(min(max(v, 0), image_size) for v in envelope)
-        x1, y1, x2, y2 = clipped
-        if box[2] <= box[0] or box[3] <= box[1] or x2 <= x1 or y2 <= y1:
-            notes["boxes without area left out"] += 1
+        x1, y1, x2, y2, theta = box
+        is_box = -FAR < x1 < x2 < FAR and -FAR < y1 < y2 < FAR and -FAR < theta < FAR  # not for NaN
+        envelope = obb_to_hbb(box) if is_box else (0, 0, 0, 0)
+        x1, y1, x2, y2 = clipped = tuple([min(max(v, 0), size) for v in envelope])
+        if x2 <= x1 or y2 <= y1:
+            notes[NO_AREA] += 1
             continue
-        if max(abs(a - b) for a, b in zip(clipped, envelope)) > 1e-6:
+        if clipped != envelope and max(abs(a - b) for a, b in zip(clipped, envelope)) > 1e-6:
             notes["boxes clipped to the image"] += 1
-        kept.append(tuple(box) if box[4] else (*clipped, 0))
+        box = tuple(box) if theta else (*clipped, 0)
+        if x2 - x1 < 8 or y2 - y1 < 8:  # of a larger one IoU >= (7 / 8)^2
+            a1, b1, a2, b2 = whole = clip_and_round(clipped, size)
+            common = (min(x2, a2) - max(x1, a1)) * (min(y2, b2) - max(y1, b1))
+            if common < 0.75 * ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - common):
+                notes["boxes of a few pixels rounded to whole pixels"] += 1
+                box = (*whole, 0)
+        kept.append(box)
     return tuple(kept)
 
 
@@ -91,6 +129,14 @@ def bounding_box(points: np.ndarray) -> tuple:
     return (*map(float, points.min(0)), *map(float, points.max(0)), 0)
 
 
+def box_from_pixels(box: Sequence[float], size: tuple[int, int], request: Request) -> tuple:
+    """A box in pixels of the original image, of `size`, in those of the resized image. Raises
+    ValueError if it can only be in fractions of the image."""
+    if max(box[:4]) <= 1:
+        raise ValueError(f"the box {tuple(box)} is in fractions of the image, expected pixels")
+    return convert_box(box, size, (request.image_size, request.image_size))
+
+
 def parse_grid_boxes(text: str, image_size: int) -> list[tuple]:
     """Boxes of the 0-100 grid in a text, in pixels of the resized image. Square brackets have to be
     doubled and hold five numbers; otherwise they hold pixels."""
@@ -98,39 +144,45 @@ def parse_grid_boxes(text: str, image_size: int) -> list[tuple]:
     if not found and "[[" in text:
         found = re.findall(FIVE_NUMBERS, text)
     boxes = [[float(v) for v in re.findall(NUMBER, box)] for box in found]
-    return [convert_box(box, GRID, (image_size, image_size)) for box in boxes]
+    return [convert_box(box, (100, 100), (image_size, image_size)) for box in boxes]
 
 
-def parse_pixel_boxes(text: str, size: tuple[int, int], image_size: int, source: str) -> tuple:
-    """Boxes `[x1, y1, x2, y2]` in pixels of the original image, in pixels of the resized image.
-
-    size  (width, height) of the original image
-    `none` and `[]` have no boxes. Raises UserError for a bad box.
-    """
+def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
+                      source: str) -> list[tuple]:
+    """Boxes `[x1, y1, x2, y2]` in pixels of the original image, of `size`, in pixels of the resized
+    image. `none` and `[]` have no boxes. Raises UserError for a bad box."""
     boxes = parse_boxes(text)
     if boxes is None:
         raise UserError(f"{source}: the text {text[:60]!r} has too many boxes")
     for bracket, (x1, y1, x2, y2) in zip(BRACKET.findall(text), boxes):
-        if not (-1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1):  # 1 px of rounding
-            lies = "its axis-aligned envelope lies" if bracket.count(",") == 4 else "lies"
-            raise UserError(f"{source}: box {bracket[:60]!r} is malformed, has no area, or {lies} "
-                            f"outside its image of {size[0]} x {size[1]} pixels")
-    return tuple(convert_box(box.tolist(), size, (image_size, image_size)) for box in boxes)
+        inside = -1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1  # 1 px of rounding
+        if inside and max(x2, y2) > 1:
+            continue
+        numbers = parse_numbers(bracket[1:-1])
+        if inside:
+            wrong = "looks like fractions of the image; write pixels of the original image"
+        elif len(numbers) not in (4, 5):
+            wrong = "is malformed, expected [x1, y1, x2, y2]"
+        elif numbers[2] <= numbers[0] or numbers[3] <= numbers[1]:
+            wrong = ("has no area, as x2 <= x1 or y2 <= y1; if it is x, y, width, height, write "
+                     "x1, y1, x2, y2")
+        else:
+            lies = "its axis-aligned envelope lies" if len(numbers) == 5 else "lies"
+            wrong = f"{lies} outside its image of {size[0]} x {size[1]} pixels"
+        raise UserError(f"{source}: box {bracket[:60]!r} {wrong}")
+    return [box_from_pixels(box, size, request) for box in boxes.tolist()]
 
 
-def rewrite_boxes(text: str, size: tuple[int, int], image_size: int, source: str,
-                  notes: Counter) -> tuple[str, tuple]:
+def rewrite_boxes(text: str, size: tuple[int, int], request: Request,
+                  source: str) -> tuple[str, tuple]:
     """(the text with its boxes as [x1,y1,x2,y2] in pixels of the resized image, these boxes)."""
     boxes = []
 
     def rewrite(match: re.Match) -> str:
-        found = parse_grid_boxes(match[0], image_size)
-        if found:
-            found = clip_boxes(found, image_size, notes)
-        else:
-            found = parse_pixel_boxes(match[0], size, image_size, source)
+        found = parse_grid_boxes(match[0], request.image_size)
+        found = clip_boxes(found or parse_pixel_boxes(match[0], size, request, source), request)
         boxes.extend(found)
-        return f" {format_boxes(found, image_size)}" if found else ""
+        return f" {format_boxes(found, request.image_size)}" if found else ""
 
     if "{" in text or "[" in text:
         text = BOX_RUN.sub(rewrite, text)
@@ -165,32 +217,26 @@ def tasks_of_question(question: str, target: str) -> tuple[str, ...]:
     return MARK_TASKS[mark]
 
 
-def phrase_to_question(task: str, phrase: str) -> str:
-    """A question from a phrase that names an object, or (rcap) from a box."""
-    if task == "rcap":
-        return f"What is the object at {phrase}"
-    return f"Give me the location of {phrase}"
-
-
 def parse_label_list(question: str, source: str) -> tuple[str, ...]:
     """The labels that a question lists after a colon or question mark. Commas within a label of
     BigEarthNet do not split it."""
     listed = re.search(r"[:?]([^:?.]*,[^:?.]*)", question)
     if not listed:
-        raise UserError(f"{source}: the question lists no classes after `:` or `?`, "
-                        "and mlc needs to know them all")
-    label = rf"(?:{'|'.join(LABELS_WITH_COMMAS)}|[^,])+"
-    return tuple(text.strip() for text in re.findall(label, listed[1], re.IGNORECASE))
+        raise UserError(f"{source}: the question lists no classes after `:` or `?`, and mlc needs "
+                        "to know them all")
+    labels = re.findall(rf"(?:{LABELS_WITH_COMMAS}|[^,])+", listed[1], re.IGNORECASE)
+    return tuple(label.strip() for label in labels)
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
     """(reasoning, gt_answer) of a target that may already have <think> and <answer> tags."""
     if "<" not in text:
         return "", text.strip()
-    text = re.sub(r"<\|\w+\|>", "", text)  # a completion cannot contain chat tokens
-    think = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return think[1].strip() if think else "", (answer[1] if answer else text).strip()
+    text = re.sub(r"<\|\w+\|>", " ", text)  # a completion cannot contain chat tokens
+    think, closed, _ = text.partition("<think>")[2].partition("</think>")
+    _, opened, answer = text.partition("<answer>")
+    answer = answer.partition("</answer>")[0] if opened else text
+    return think.strip() if closed else "", answer.strip()
 
 
 def default_think(task: str, gt_answer: str, n_boxes: int) -> str:
@@ -206,11 +252,31 @@ def default_think(task: str, gt_answer: str, n_boxes: int) -> str:
 # --------------------------------------------------------------------------------------------------
 # Samples
 
-def make_sample(source: str, task: str, image_size: int, images: Sequence, question: str,
+def check_target(source: str, task: str, question: str, think: str, gt_answer: str,
+                 n_boxes: int) -> None:
+    """Raises UserError for a target that would fail its own reward, and for text that holds a tag
+    of the answer or a token of the chat, ValueError for text that no tokenizer takes."""
+    text = f"{question}{think}{gt_answer}"
+    text.encode()  # not possible for half a surrogate pair
+    if not LETTER_OR_DIGIT.search(strip_boxes(gt_answer) if task == "ground" else gt_answer):
+        wrong = "is empty: it has neither letter nor digit (in conversations, the gpt value)"
+    elif len(gt_answer) > MAX_TEXT:
+        wrong = f"has {len(gt_answer)} characters, more than {MAX_TEXT}"
+    elif ">" in text and RESERVED.search(text):
+        wrong = f"or its question holds {RESERVED.search(text)[0]!r}, a part of the chat's layout"
+    elif task in ("ground", "ovd") and len(BRACKET.findall(gt_answer)) != n_boxes:
+        wrong = "has brackets that are no box [x1, y1, x2, y2]; write them as (..)"
+    else:
+        return
+    raise UserError(f"{source}: the target {gt_answer[:60]!r} {wrong}")
+
+
+def make_sample(source: str, request: Request, images: Sequence, question: str,
                 gt_answer: str = "", gt_boxes: Sequence = (), label: str = "", think: str = "",
-                category: str = "", **fields) -> Sample:
+                category: object = "", subset: object = "", **fields) -> Sample:
     """A Sample. For det, rec and ovd gt_answer is written here, from the boxes; `label` is the
-    class of ovd's boxes. Raises UserError for an empty target."""
+    class of ovd's boxes. Raises UserError for a target that check_target refuses."""
+    task, image_size = request.task, request.image_size
     if task == "det":
         gt_answer = format_boxes(gt_boxes, image_size)
     elif task == "rec":
@@ -218,49 +284,45 @@ def make_sample(source: str, task: str, image_size: int, images: Sequence, quest
     elif task == "ovd":
         gt_answer = format_json(
             [{"bbox_2d": clip_and_round(box, image_size), "label": label} for box in gt_boxes])
-    if not gt_answer:
-        raise UserError(f"{source}: the target is empty (in conversations, the gpt value)")
+    think = think or default_think(task, gt_answer, len(gt_boxes))
+    check_target(source, task, question, think, gt_answer, len(gt_boxes))
     if not category and task == "cls":
         category = gt_answer
-    return Sample(id=source, task=task, images=tuple(images), question=question,
-                  gt_answer=gt_answer, image_size=image_size, gt_boxes=tuple(gt_boxes),
-                  think=think or default_think(task, gt_answer, len(gt_boxes)),
-                  category=category, **fields)
+    return Sample(id=short(source), task=task, images=tuple(images), question=question,
+                  gt_answer=gt_answer, image_size=image_size, gt_boxes=tuple(gt_boxes), think=think,
+                  category=str(category or ""), subset=str(subset or ""), **fields)
 
 
-def sample_from_text(source: str, task: str, image_size: int, images: Sequence,
-                     size: tuple[int, int], question: str, gt_texts: Sequence[str],
-                     notes: Counter, boxes: Sequence = (), **fields) -> Iterator[Sample]:
+def sample_from_text(source: str, request: Request, images: Sequence, question: str,
+                     gt_texts: Sequence[str], boxes: Sequence = (), **fields) -> Iterator[Sample]:
     """The Sample of a question and its target texts as the data set writes them, or nothing.
 
-    size      (width, height) of the first image, before it is resized
     gt_texts  all right texts; the first one becomes gt_answer
     boxes     target boxes in pixels of the resized image, where they are not part of the text
     Yields nothing, and counts it in `notes`, if noise leaves no box or, for rec, several.
     """
-    question, gt_boxes = rewrite_boxes(question, size, image_size, source, notes)
+    task, notes, size = request.task, request.notes, first_image_size(images, source)
+    question, gt_boxes = rewrite_boxes(question, size, request, source)
     gt_answer, nothing_to_find = gt_texts[0], False
     if task in ("det", "rec"):
-        boxes = boxes or parse_grid_boxes(gt_answer, image_size)
-        if boxes:
-            gt_boxes = clip_boxes(boxes, image_size, notes)
-        elif parse_boxes(gt_answer) is None and not BRACKET.search(gt_answer):
-            needs = "boxes or `none`" if task == "det" else "a box"
-            raise UserError(f"{source}: the target {gt_answer[:60]!r} has no box [x1, y1, x2, y2]; "
-                            f"--task {task} needs {needs}")
-        else:
-            gt_boxes = parse_pixel_boxes(gt_answer, size, image_size, source)
-            nothing_to_find = task == "det"  # `none` is a target too
-    elif task in BOX_TASKS:
-        found = parse_boxes(gt_answer)
-        nothing_to_find = task != "ground" and found is not None and not len(found)
-        gt_answer, gt_boxes = rewrite_boxes(gt_answer, size, image_size, source, notes)
+        boxes = boxes or parse_grid_boxes(gt_answer, request.image_size)
+        if not boxes:
+            if parse_boxes(gt_answer) is None and not BRACKET.search(gt_answer):
+                needs = "boxes or `none`" if task == "det" else "a box"
+                raise UserError(f"{source}: the target {gt_answer[:60]!r} has no box "
+                                f"[x1, y1, x2, y2]; --task {task} needs {needs}")
+            boxes = parse_pixel_boxes(gt_answer, size, request, source)
+            nothing_to_find = task == "det" and not boxes  # `none` is a target too
+        gt_boxes = clip_boxes(boxes, request)
+    elif task == "ground":
+        gt_answer, gt_boxes = rewrite_boxes(gt_answer, size, request, source)
     else:
         gt_texts = [plain_text(text) for text in gt_texts]
         gt_answer = gt_texts[0]
+        if len(gt_texts) > 1:
+            fields["gt_texts"] = tuple(gt_texts)
 
-    needs_box = (task in BOX_TASKS or task == "rcap") and not nothing_to_find
-    if needs_box and not gt_boxes:
+    if (task in BOX_TASKS or task == "rcap") and not gt_boxes and not nothing_to_find:
         notes["records without a box in the image left out"] += 1
         return
     if task == "rec" and len(gt_boxes) > 1:
@@ -271,26 +333,26 @@ def sample_from_text(source: str, task: str, image_size: int, images: Sequence,
     if task == "pair":
         letters = tuple("ABCDEFGHIJ"[: len(images) - 1])
         if gt_answer not in letters:
-            raise UserError(f"{source}: the target {gt_answer!r} is not the letter of a candidate, "
-                            f"{', '.join(letters)}")
+            raise UserError(f"{source}: the target {gt_answer[:60]!r} is not the letter of a "
+                            f"candidate, {', '.join(letters)}")
         fields["choices"] = letters
-    if len(gt_texts) > 1:
-        fields["gt_texts"] = tuple(gt_texts)
-    yield make_sample(source, task, image_size, images, question, gt_answer, gt_boxes, **fields)
+    yield make_sample(source, request, images, question, gt_answer, gt_boxes, **fields)
 
 
-def sample_per_class(source: str, task: str, image_size: int, images: Sequence,
-                     objects: Iterable[tuple[str, tuple]], notes: Counter,
-                     question: str = "Locate every {}.", **fields) -> Iterator[Sample]:
+def sample_per_class(source: str, request: Request, images: Sequence,
+                     objects: Iterable[tuple[str, tuple]], question: str = "Locate every {}.",
+                     **fields) -> Iterator[Sample]:
     """One Sample (det, ovd) for each class of an image. `objects` are (class, box in pixels of the
     resized image)."""
     boxes_of_class: dict[str, list] = {}
     for label, box in objects:
-        boxes_of_class.setdefault(label, []).append(box)
+        boxes_of_class.setdefault(plain_text(str(label)), []).append(box)
     for kind, boxes in sorted(boxes_of_class.items()):
-        boxes = clip_boxes(boxes, image_size, notes)
+        boxes = clip_boxes(boxes, request)
+        if not kind:
+            raise UserError(f"{source}: an object has no class")
         if len(boxes) > MAX_BOXES_PER_QUESTION:
-            notes[f"questions for more than {MAX_BOXES_PER_QUESTION} boxes left out"] += 1
+            request.notes[f"questions for more than {MAX_BOXES_PER_QUESTION} boxes left out"] += 1
         elif boxes:
-            yield make_sample(f"{source}, {kind}", task, image_size, images, question.format(kind),
+            yield make_sample(f"{source}, {kind}", request, images, question.format(kind),
                               gt_boxes=boxes, label=kind, category=kind, **fields)

@@ -1,16 +1,16 @@
 """Pairs of ground and satellite images -> questions of `pair` (Geo-R1)."""
 
 import csv
+import os
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
 
-from readers.box_formats import make_sample
+from readers.box_formats import Request, make_sample
 from readers.files import first_image_size, user_error_on
 from runtime.errors import UserError
 from sample import Sample
@@ -18,54 +18,42 @@ from sample import Sample
 PAIR_CANDIDATES = 4  # satellite images to choose from
 
 
-class Place(NamedTuple):
-    source: str
-    ground: Path
-    satellite: Path
-    position: tuple | None  # (longitude, latitude) in degrees
-    city: str
-
-
-def read_pairs(path: Path, task: str, image_size: int, image_folder: Path | None,
-               notes: Counter) -> Iterator[Sample]:
+def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right. The
-    right letters follow the rank of a hash, so that their counts differ by at most 1.
-
-    data.split_samples holds out a tenth of the places, by the same hash. Wrong candidates are on
-    the side of their place, as long as it has enough: training shows no image of a held-out one.
-    """
-    places = read_places(path, image_folder)
+    right letters follow the rank of a hash, so that their counts differ by at most 1. By the same
+    hash data.split_samples holds out a tenth of the places. Wrong candidates are on the side of
+    their place, as long as it has enough: training shows no image of a held-out one."""
+    places = read_places(path, request.image_folder)
+    positions = [place[3] for place in places]
     k = min(PAIR_CANDIDATES, len(places))
     letters = tuple("ABCDEFGHIJ"[:k])
-    hashes = [zlib.crc32(place.ground.name.encode()) for place in places]
+    hashes = [zlib.crc32(os.fsencode(ground.name)) for _, ground, *_ in places]
     by_hash = sorted(range(len(places)), key=hashes.__getitem__)
     right_of = {i: rank % k for rank, i in enumerate(by_hash)}
-    is_held_out = [h % 10 == 0 for h in hashes]
-    if not any(is_held_out):
-        is_held_out = [h == min(hashes) for h in hashes]
+    held_out = {h for h in hashes if h % 10 == 0} or {min(hashes, default=0)}
     everyone = range(len(places))
-    sides = [[i for i in everyone if is_held_out[i] == side] for side in (True, False)]
+    sides = [[i for i in everyone if (hashes[i] in held_out) == side] for side in (True, False)]
     others_of = defaultdict(list)
     for members in (*sides, everyone):
-        for i, others in zip(members, other_places([places[i].position for i in members])):
+        for i, others in zip(members, other_places([positions[i] for i in members])):
             others_of[i] += [members[j] for j in others]
     for i, (source, ground, satellite, _, city) in enumerate(places):
-        others = [places[j].satellite for j in others_of[i]]
-        wrong = list(dict.fromkeys(other for other in others if other != satellite))[: k - 1]
-        expected = max(k, 2) - 1
-        if len(wrong) < expected:
-            raise UserError(f"{source}: {len(wrong)} other places to choose from, "
-                            f"expected {expected}; add pairs")
+        others = dict.fromkeys(places[j][2] for j in others_of[i])
+        wrong = [other for other in others if other != satellite][: k - 1]
+        if len(wrong) < max(k - 1, 1):
+            raise UserError(f"{source}: {len(wrong)} other places to choose from, expected "
+                            f"{max(k - 1, 1)}; add pairs")
         question = (f"The first image is taken on the ground, the others, A to {letters[-1]}, from "
                     "above. Which of them shows the same place?")
         right = right_of[i]
         candidates = (*wrong[:right], satellite, *wrong[right:])
-        yield make_sample(source, task, image_size, (ground, *candidates), question, letters[right],
+        yield make_sample(source, request, (ground, *candidates), question, letters[right],
                           choices=letters, category=city)
 
 
-def read_places(path: Path, image_folder: Path | None) -> list[Place]:
-    """The lines of tables without a header: `aerial,ground[,annotation]` (CVUSA) or
+def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
+    """(source, ground image, satellite image, (longitude, latitude) or None, city) of the lines of
+    tables without a header: `aerial,ground[,annotation]` (CVUSA) or
     `name,longitude,latitude,city,aerial,ground` (CV-Cities, <city>/img_info.csv)."""
     places, files = [], [path]
     if path.is_dir():
@@ -79,11 +67,13 @@ def read_places(path: Path, image_folder: Path | None) -> list[Place]:
                 if len(line) > 5:
                     _, lon, lat, city, aerial, ground = line[:6]
                     position, root = (float(lon), float(lat)), image_folder or file.parent.parent
+                    if not (abs(position[0]) <= 360 and abs(position[1]) <= 90):  # or NaN
+                        raise ValueError(f"no longitude and latitude: {lon}, {lat}")
                 else:
                     aerial, ground = line[:2]
                     position, city, root = None, "", image_folder or file.parent
                 first_image_size((root / ground, root / aerial), source)
-                places.append(Place(source, root / ground, root / aerial, position, city))
+                places.append((source, root / ground, root / aerial, position, city))
     return places
 
 

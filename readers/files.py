@@ -23,7 +23,6 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
-from readers.box_formats import MARK_TASKS
 from runtime.errors import UserError, first_line
 from sample import read_image_size
 
@@ -36,16 +35,24 @@ FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables of Hugging Face
     r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_-]+).*-of-\d+\.parquet")
 PIECE = 1 << 20  # characters of a JSON file that are read together
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-MARKED_TEXT = rf'"(?:\s|\\[nrt]|<image>)*\[(?:{"|".join(MARK_TASKS)})\]'  # in JSON
 
 
 @contextmanager
 def user_error_on(expected: str, source: str) -> Iterator[None]:
-    """Turns an error in reading into a UserError of one line: `source` is not `expected`."""
+    """Turns any error in reading into a UserError of one short line: `source` is not `expected`."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
-        raise UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it")
+    except Exception as error:  # noqa: BLE001  damaged files raise anything
+        if not isinstance(error, UserError):
+            error = UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it")
+        raise type(error)(short(str(error)))
+
+
+def short(text: str, limit: int = 300) -> str:
+    """The text in one line without control characters. If it is longer, its middle is left out."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= limit else f"{text[:limit - 100]} .. {text[-96:]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,10 +70,8 @@ def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
                 return
             for i, line in enumerate(file, 1):
                 if line.strip():
-                    try:
+                    with user_error_on("valid JSON", f"{path}: line {i}"):
                         value = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise not_json(path, i, error)
                     yield f"{path}: line {i}", value
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})")
@@ -87,26 +92,22 @@ def iter_json_array(path: Path, file: TextIO) -> Iterator[object]:
             end = JSON_SPACE.match(text, end).end()
             if text[end] not in ",]":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-        except (json.JSONDecodeError, IndexError) as error:
-            more = file.read(max(PIECE, len(text)))
+        except (ValueError, RecursionError, IndexError) as error:
+            is_cut = isinstance(error, (json.JSONDecodeError, IndexError))  # no 5,000 digits or [[[
+            more = file.read(max(PIECE, len(text))) if is_cut else ""
             if not more:
-                in_piece = text.count("\n", 0, getattr(error, "pos", len(text)))
-                raise not_json(path, lines_before + in_piece + 1, error)
+                at = getattr(error, "pos", len(text) if is_cut else position)
+                line = lines_before + text.count("\n", 0, at) + 1
+                raise UserError(f"{path}: line {line}: not valid JSON ({error})")
             lines_before += text.count("\n", 0, position)
             text, position = text[position:] + more, 0
             continue
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets as deep
-            raise not_json(path, lines_before + text.count("\n", 0, position) + 1, error)
         yield value
         if text[end] == "]":
             break
         position, is_first = end + 1, False
     if text[end + 1:].strip() or file.read().strip():
         raise UserError(f"{path}: not valid JSON: more follows the array")
-
-
-def not_json(path: Path, line: int, error: Exception) -> UserError:
-    return UserError(f"{path}: line {line}: not valid JSON ({error})")
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
@@ -147,22 +148,23 @@ def open_table(path: Path) -> Any:
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: to read it, pip install datasets")
-    files = [path]
-    if path.is_dir():
-        files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    is_folder = path.is_dir()
+    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) if is_folder else [path]
     splits = {file.name.split("-")[0] for file in files}
     splits = splits or {file.parent.name for file in path.glob("*/dataset_info.json")}
     if len(splits) > 1 or splits and not files:
         raise UserError(f"{path}: holds the splits {', '.join(sorted(splits))}; "
                         "name the file or folder of one of them")
     with user_error_on("a table that datasets can read", str(path)):
-        if not files:
-            return datasets.load_from_disk(str(path))
-        # Not Dataset.from_parquet, which reads gigabytes ahead
-        features = datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))
-        versions = [(str(file), file.stat().st_mtime_ns) for file in files]
-        return datasets.Dataset.from_generator(iter_parquet_rows, features, writer_batch_size=100,
-                                               gen_kwargs={"versions": versions})
+        if files:  # not by Dataset.from_parquet, which reads gigabytes ahead
+            features = datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))
+            versions = [(str(file), file.stat().st_mtime_ns) for file in files]
+            return datasets.Dataset.from_generator(
+                iter_parquet_rows, features, writer_batch_size=100,
+                gen_kwargs={"versions": versions})
+        table = datasets.load_from_disk(str(path))
+        table.data.validate(full=True)  # offsets outside a damaged file would end the process
+        return table
 
 
 def iter_parquet_rows(versions: list[tuple[str, int]]) -> Iterator[dict]:
@@ -210,15 +212,16 @@ def iter_column(column: Any, file: str, start: int) -> Iterator[object]:
         is_large = pyarrow.types.is_large_binary(content.type)
         _, offsets, data = content.buffers()
         offsets = np.frombuffer(offsets, np.int64 if is_large else np.int32)[content.offset:]
-        for i, name in enumerate(column.field("path").to_pylist()):
-            if content[i].is_valid:
+        names, filled = column.field("path").to_pylist(), column.is_valid().to_pylist()
+        for i, name in enumerate(names):
+            if filled[i] and content[i].is_valid:
                 image = memoryview(data)[offsets[i] : offsets[i + 1]]
                 with Image.open(io.BytesIO(image)) as opened:  # reads the header alone
                     size = opened.size
                 yield TableImage(f"{zlib.crc32(image):08x}", len(image), size, file,
                                  data.address + int(offsets[i]) - start)
             else:
-                yield name
+                yield name if filled[i] else None
 
 
 def is_image(kind: Any) -> bool:
@@ -227,15 +230,16 @@ def is_image(kind: Any) -> bool:
     return pyarrow.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 
 
-def has_task_marks(path: Path, table: Any | None) -> bool:
-    """Whether a text in the file begins with GeoChat's mark of a task."""
+def has_match(pattern: str, path: Path, table: Any | None) -> bool:
+    """Whether the pattern is in the file, or in the conversations of the table."""
     if table is None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            return re.search(MARKED_TEXT.encode(), text) is not None
+            return re.search(pattern.encode(), text) is not None
     import pyarrow.compute
-    texts = table.data.column("conversations")
-    return bool(pyarrow.compute.any(pyarrow.compute.match_substring_regex(texts, MARKED_TEXT))
-                .as_py())
+    if "conversations" not in table.column_names:
+        return False
+    found = pyarrow.compute.match_substring_regex(table.data.column("conversations"), pattern)
+    return bool(pyarrow.compute.any(found).as_py())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def image_path(image_folder: Path, name: str) -> Path:
 
 def image_names(record: dict) -> list | None:
     """What the record names as its images: file names or TableImages. None if that is no list."""
-    names = [record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
+    names = [record[key] for key in IMAGE_COLUMNS if key in record and record[key] is not None]
     names = names or record.get("image") or record.get("images")
     names = names if isinstance(names, list) else [names]
     return names if all(isinstance(name, (str, TableImage)) for name in names) else None
@@ -266,7 +270,7 @@ def images_of(source: str, record: dict, image_folder: Path) -> tuple:
     names = image_names(record)
     if not names:
         raise UserError(f"{source}: `image` is neither a file name nor a list of file names")
-    return tuple(image_path(image_folder, n) if isinstance(n, str) else n for n in names)
+    return tuple([image_path(image_folder, n) if isinstance(n, str) else n for n in names])
 
 
 def find_image(image_folder: Path, name: str) -> Path:

@@ -1,13 +1,5 @@
 """Data sets in their original layout -> Samples. The format is detected from the name of the file,
-the content of the folder, or the keys of the records.
-
-To add a format:
-1. Write a reader, a generator of Samples with the same arguments as the other readers: of a folder
-   here, of a record in json_records.py. `make_sample`, `sample_from_text` or `sample_per_class` of
-   box_formats.py makes the Samples.
-2. Add its line to the table at the end of the file: FOLDERS here, RECORDS in json_records.py.
-3. Test it in tests/test_readers.py, on a small file in the published layout.
-"""
+the content of the folder, or the keys of the records. docs/forking.md says how to add one."""
 
 import json
 import re
@@ -19,23 +11,19 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from boxes import convert_box
 from readers.box_formats import (
+    LOCATE,
+    NO_AREA,
+    Request,
     bounding_box,
+    box_from_pixels,
     make_sample,
     min_area_rect,
-    phrase_to_question,
     sample_from_text,
     sample_per_class,
 )
 from readers.cross_view import read_pairs
-from readers.files import (
-    IMAGE_SUFFIXES,
-    find_image,
-    first_image_size,
-    split_of_name,
-    user_error_on,
-)
+from readers.files import IMAGE_SUFFIXES, find_image, first_image_size, split_of_name, user_error_on
 from readers.json_records import CHANGE_QUESTION, read_mask, read_records
 from runtime.errors import NotServedError, UserError
 from sample import BOX_TASKS, INSTRUCTIONS, Sample, read_image_size
@@ -44,6 +32,9 @@ FMOW_VIEWS = 4  # images of a place in a question, as in EarthDial
 NWPU_CLASSES = dict(enumerate((
     "airplane", "ship", "storage tank", "baseball diamond", "tennis court", "basketball court",
     "ground track field", "harbor", "bridge", "vehicle"), 1))
+# Folders of other layouts, such as LEVIR-CD's A, B, label and list
+NO_CLASSES = {"a", "b", "label", "labels", "list", "image", "images", "mask", "masks",
+              "annotations", "jpegimages"}
 DISASTERS = {  # part of an xBD file's name -> class
     "volcano": "volcano", "fire": "fire", "earthquake": "earthquake", "flood": "flood",
     "tsunami": "tsunami", "tornado": "wind", "harvey": "flood", "florence": "flood",
@@ -53,19 +44,22 @@ DISASTERS = {  # part of an xBD file's name -> class
 def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder: Path | None,
                  notes: dict[str, Counter]) -> dict[str, list[Sample] | NotServedError]:
     """The Samples of a file or folder for each task, in its order; an error for a task that its
-    format does not serve.
-
-    image_folder  what image names are relative to; default: where the format keeps its images
-    notes         for each task, by reason, how much was left out or changed because of noise
-    Raises UserError for what a user has to fix.
-    """
-    file, name, served, reader = layout_of(path)
-    found = {task: not_served(path, task, name, served, reader) for task in tasks}
-    tasks = [task for task in found if task in served]
-    if reader is read_records:
-        return found | read_records(file, tasks, image_size, image_folder, notes)
-    return found | {task: list(reader(file, task, image_size, image_folder, notes[task]))
-                    for task in tasks}
+    format does not serve. `notes` are those of a Request, for each task. Raises UserError for what
+    a user has to fix."""
+    with user_error_on("readable", str(path)):
+        file, name, served, reader = layout_of(path)
+        found = {task: not_served(path, task, name, served, reader) for task in tasks}
+        tasks = [task for task in found if task in served]
+        if reader is read_records:
+            found |= read_records(file, tasks, image_size, image_folder, notes)
+        else:
+            found |= {task: list(reader(file, Request(task, image_size, image_folder, notes[task])))
+                      for task in tasks}
+        for task in tasks:
+            if isinstance(found[task], list) and notes[task][NO_AREA] > len(found[task]):
+                raise UserError(f"{path}: {notes[task][NO_AREA]} boxes have no area, as x2 <= x1 or"
+                                " y2 <= y1; boxes are x1, y1, x2, y2 (COCO: x, y, width, height)")
+    return found
 
 
 def layout_of(path: Path) -> tuple[Path, str, Sequence[str], Callable]:
@@ -79,113 +73,101 @@ def layout_of(path: Path) -> tuple[Path, str, Sequence[str], Callable]:
     if path.is_file():
         return path, "a file of records", INSTRUCTIONS, read_records
     for pattern, name, served, reader in FOLDERS:
-        if any(path.glob(pattern)):
-            if reader is None:
-                return only_file(path, pattern), name, served, read_records
-            return path, name, served, reader
+        files = glob(path, pattern)
+        if reader is None and len(files) > 1:  # each holds records
+            raise UserError(f"{path}: holds {', '.join(f.name for f in files)}; name one of them")
+        if files:
+            return (path if reader else files[0]), name, served, reader or read_records
     return path, "one folder per class", ("cls",), read_class_folders
 
 
 def not_served(path: Path, task: str, name: str, served: Sequence[str],
                reader: Callable) -> NotServedError:
-    hint = ""
+    hint = "; boxes are not read from CSV" if reader is read_pairs and task in BOX_TASKS else ""
     if reader is read_class_folders:  # of any folder that is no other layout
         name = f"no known layout (docs/data.md lists them), and {name}"
         hint = "; for a file of records, --data is the file and --images the folder"
-    elif reader is read_pairs and task in BOX_TASKS:
-        hint = "; boxes are not read from CSV"
     return NotServedError(f"{path}: {name} serves {', '.join(served)}, not {task}{hint}")
 
 
-def only_file(path: Path, pattern: str) -> Path:
-    """The one file of this pattern, which holds the records of a folder."""
-    files = sorted(path.glob(pattern))
-    if len(files) > 1:
-        raise UserError(f"{path}: holds {', '.join(f.name for f in files)}; name one of them")
-    return files[0]
+def glob(path: Path, pattern: str) -> list[Path]:
+    """What fits a pattern, in which {,*/} is the folder itself or those of its splits."""
+    return sorted({file for inside in ("", "*/")
+                   for file in path.glob(pattern.replace("{,*/}", inside))})
 
 
 # --------------------------------------------------------------------------------------------------
-# Readers of folders: (path, task, image_size, image_folder, notes) -> Samples
+# Readers of folders: (path, request) -> Samples
 
-def subfolders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir())
-
-
-def read_class_folders(path: Path, task: str, image_size: int, image_folder: Path | None,
-                       notes: Counter) -> Iterator[Sample]:
+def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
     """EuroSAT and AID: `path[/split][/only folder]/<Class>/<image>`. The question lists the class
     names."""
-    roots = subfolders(path)
+    roots = glob(path, "*/")
     has_splits = bool(roots) and all(map(split_of_name, roots))
     root_of = {}
     for root in roots if has_splits else [path]:
-        folders = subfolders(root)
-        while len(folders) == 1 and subfolders(folders[0]):  # EuroSAT's classes are in 2750/
-            folders = subfolders(folders[0])
+        folders = glob(root, "*/")
+        while len(folders) == 1 and glob(folders[0], "*/"):  # EuroSAT's classes are in 2750/
+            folders = glob(folders[0], "*/")
         root_of |= dict.fromkeys(folders, root)
+    names = sorted({folder.name for folder in root_of})
     files = [file for folder in root_of for file in folder.iterdir()]
-    if files and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-        names = ", ".join(folder.name for folder in list(root_of)[:5])
-        raise UserError(f"{path}: no images directly in {names}; if these are splits and not "
-                        "classes, name one of them as --data")
-    classes = ", ".join(sorted({folder.name for folder in root_of}))
-    question = f"Which class does this scene belong to? Classes: {classes}."
+    has_images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+    if NO_CLASSES.intersection(map(str.lower, names)) or files and not has_images:
+        raise UserError(f"{path}: no known layout (docs/data.md lists them), and its folders "
+                        f"{', '.join(names)[:60]} are no classes with images directly in them; if "
+                        "they are splits, name one of them as --data")
+    question = f"Which class does this scene belong to? Classes: {', '.join(names)}."
     for folder, root in root_of.items():
         for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
             source = f"{root.name}/" * has_splits + f"{folder.name}/{file.name}"
             read_image_size(file, source)
-            yield make_sample(source, task, image_size, (file,), question, folder.name,
+            yield make_sample(source, request, (file,), question, folder.name,
                               split=split_of_name(root))
 
 
-def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, task: str,
-                       image_size: int, notes: Counter, split: str = "") -> Iterator[Sample]:
+def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, request: Request,
+                       split: str = "") -> Iterator[Sample]:
     """Samples of an image whose annotation file has one object a line. `parse` maps (line, size of
     the image) to (class, box in pixels of the resized image)."""
-    size = read_image_size(image, str(file))
+    objects, size = [], read_image_size(image, str(file))
     with user_error_on("text", str(file)):
-        lines = file.read_text().splitlines()
-    objects = []
-    for i, line in enumerate(lines, 1):
-        if line.strip() and not line.startswith(("imagesource:", "gsd:")):  # DOTA's metadata
-            with user_error_on(expected, f"{file}: line {i}"):
-                objects.append(parse(line, size))
-    yield from sample_per_class(str(file), task, image_size, (image,), objects, notes, split=split)
+        for i, line in enumerate(file.read_text().splitlines(), 1):
+            if line.strip() and not line.startswith(("imagesource:", "gsd:")):  # DOTA's metadata
+                with user_error_on(expected, f"{file}: line {i}"):
+                    objects.append(parse(line, size))
+        yield from sample_per_class(str(file), request, (image,), objects, split=split)
 
 
-def read_nwpu(path: Path, task: str, image_size: int, image_folder: Path | None,
-              notes: Counter) -> Iterator[Sample]:
+def read_nwpu(path: Path, request: Request) -> Iterator[Sample]:
     """NWPU VHR-10: `ground truth/NNN.txt`, lines (x1,y1),(x2,y2),class in pixels, stray blanks."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
         fields = re.fullmatch(r"\((\d+),(\d+)\),\((\d+),(\d+)\),(\d+)", re.sub(r"\s", "", line))
         *box, label = map(int, fields.groups())
-        return NWPU_CLASSES[label], convert_box(box, size, (image_size, image_size))
+        return NWPU_CLASSES[label], box_from_pixels(box, size, request)
 
     for file in sorted(path.glob("ground truth/*.txt")):
-        image = find_image(image_folder or path / "positive image set", f"{file.stem}.jpg")
-        yield from samples_from_lines(file, image, parse, "(x1,y1),(x2,y2),class", task, image_size,
-                                      notes)
+        folder = request.image_folder or path / "positive image set"
+        image = find_image(folder, f"{file.stem}.jpg")
+        yield from samples_from_lines(file, image, parse, "(x1,y1),(x2,y2),class", request)
 
 
-def read_dota(path: Path, task: str, image_size: int, image_folder: Path | None,
-              notes: Counter) -> Iterator[Sample]:
+def read_dota(path: Path, request: Request) -> Iterator[Sample]:
     """DOTA: [split/]labelTxt*/X.txt, lines x1 y1 .. x4 y4 class [difficulty] in pixels. The corners
     are scaled before an oriented box (OBB) is made of them: two scale factors would skew it."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
         *corners, label = line.split()[:9]
         corners = np.array(corners, float).reshape(4, 2)
-        return label, min_area_rect(corners / size * image_size)
+        return label, min_area_rect(corners / size * request.image_size)
 
-    for file in sorted([*path.glob("labelTxt*/*.txt"), *path.glob("*/labelTxt*/*.txt")]):
+    for file in glob(path, "{,*/}labelTxt*/*.txt"):
         root = file.parent.parent
-        image = find_image(image_folder or root / "images", f"{file.stem}.png")
-        yield from samples_from_lines(file, image, parse, "x1 y1 .. x4 y4 class", task, image_size,
-                                      notes, split_of_name(root))
+        image = find_image(request.image_folder or root / "images", f"{file.stem}.png")
+        yield from samples_from_lines(file, image, parse, "x1 y1 .. x4 y4 class", request,
+                                      split_of_name(root))
 
 
-def read_dior_rsvg(path: Path, task: str, image_size: int, image_folder: Path | None,
-                   notes: Counter) -> Iterator[Sample]:
+def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
     """DIOR-RSVG: all objects of the folder, or those of a list if the path is train.txt, val.txt or
     test.txt. A list names the objects of a split by their number in the order of Annotations/*.xml.
 
@@ -207,65 +189,60 @@ def read_dior_rsvg(path: Path, task: str, image_size: int, image_folder: Path | 
             objects = list(enumerate(tree.iter("object"), count))
             count += len(objects)
             is_held_out = held_out in [split_of.get(i, "") for i, _ in objects]
-            if path.is_file():
-                objects = [(i, node) for i, node in objects if i in split_of]
-            image = (image_folder or root / "JPEGImages") / tree.findtext("filename")
-            size = read_image_size(image, str(file)) if objects else None
+            image = (request.image_folder or root / "JPEGImages") / tree.findtext("filename")
             for i, node in objects:
                 split = split_of.get(i, "")
+                if path.is_file() and i not in split_of:
+                    continue
                 if split == "train" and is_held_out:
-                    notes[f"train objects in {held_out} images are not trained on"] += 1
+                    request.notes[f"train objects in {held_out} images are not trained on"] += 1
                     split = ""
                 sides = ("xmin", "ymin", "xmax", "ymax")
                 box = [float(node.findtext(f"bndbox/{side}")) for side in sides]
-                boxes = [convert_box(box, size, (image_size, image_size))]
-                question = phrase_to_question(task, node.findtext("description").strip())
-                yield from sample_from_text(
-                    f"{file}: object {i}", task, image_size, (image,), size, question, [""], notes,
-                    boxes, category=node.findtext("name"), split=split)
+                box = box_from_pixels(box, read_image_size(image, str(file)), request)
+                question = LOCATE + node.findtext("description").strip()
+                yield from sample_from_text(f"{file}: object {i}", request, (image,), question,
+                                            [""], [box], category=node.findtext("name"),
+                                            split=split)
     if split_of and max(split_of) >= count:
         raise UserError(f"{path}: object {max(split_of)} is listed, but Annotations holds {count}; "
                         "some annotations are missing")
 
 
-def read_xbd(path: Path, task: str, image_size: int, image_folder: Path | None,
-             notes: Counter) -> Iterator[Sample]:
+def read_xbd(path: Path, request: Request) -> Iterator[Sample]:
     """xBD: [split/]images/*_{pre,post}_disaster.png with labels or masks of the later image. cls
     asks for the disaster, and whether a building is damaged. det, which needs the labels, asks for
-    the buildings of each class of damage.
-
-    train (tier1 in the geotiffs) and tier3 are for training. The xView2 challenge used test for its
-    public leaderboard and hold for its final ranking. Here hold is "val": unused beside test.
-    """
-    pattern = "images/*_post_disaster.*"
-    for post in sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")]):
+    the buildings of each class of damage. train (tier1 in the geotiffs) and tier3 are for training.
+    The xView2 challenge ranked by test and hold; here hold is "val": unused beside test."""
+    for post in glob(path, "{,*/}images/*_post_disaster.*"):
         pair, source = (post.with_name(post.name.replace("_post_", "_pre_")), post), post.name
         size, split = first_image_size(pair, source), split_of_name(post.parent.parent)
         with user_error_on("an annotation of xBD", source):
-            buildings, damaged = read_xbd_annotation(post, size, image_size)
-        if task == "cls":
-            yield from ask_about_disaster(source, image_size, pair, damaged, split)
-        elif buildings is None:
-            notes["image pairs without labels/*.json left out"] += 1
-        else:
-            classified = [(kind, box) for kind, box in buildings if kind != "un-classified"]
-            if len(classified) < len(buildings):
-                notes["buildings of no class left out"] += len(buildings) - len(classified)
-            question = "Locate every {} building in the second image."
-            yield from sample_per_class(source, task, image_size, pair, classified, notes, question,
-                                        split=split)
+            buildings, damaged = read_xbd_annotation(post, size, request.image_size)
+            if request.task == "cls":
+                yield from ask_about_disaster(source, request, pair, damaged, split)
+            elif buildings is None:
+                request.notes["image pairs without labels/*.json left out"] += 1
+            else:
+                known = [(kind, box) for kind, box in buildings if kind != "un-classified"]
+                request.notes["buildings of no class left out"] += len(buildings) - len(known)
+                question = "Locate every {} building in the second image."
+                yield from sample_per_class(source, request, pair, known, question, split=split)
 
 
 def read_xbd_annotation(post: Path, size: tuple[int, int], image_size: int) -> tuple:
     """(buildings, damaged); None for what is not annotated. `buildings` is a list of (damage, box
     in pixels of the resized image), from labels/*.json. `damaged`, whether any is, comes from that
     file or from a mask in targets/ or masks/ (0 no building, 1 no damage .. 4 destroyed)."""
+    def to_box(wkt: str) -> tuple:  # POLYGON ((x y, ..)) in pixels
+        points = np.reshape(re.findall(r"[-\d.e]+", wkt.partition("((")[2]), (-1, 2))
+        return bounding_box(points.astype(float) / size * image_size)
+
     root = post.parent.parent
     label = root / "labels" / f"{post.stem}.json"
     if label.is_file():
         features = json.loads(label.read_text(encoding="utf-8"))["features"]["xy"]
-        buildings = [(f["properties"]["subtype"], polygon_box(f["wkt"], size, image_size))
-                     for f in features]
+        buildings = [(f["properties"]["subtype"], to_box(f["wkt"])) for f in features]
         damage = ("minor-damage", "major-damage", "destroyed")
         return buildings, any(kind in damage for kind, _ in buildings)
     for mask in (root / "targets" / f"{post.stem}_target.png", root / "masks" / post.name):
@@ -274,35 +251,27 @@ def read_xbd_annotation(post: Path, size: tuple[int, int], image_size: int) -> t
     return None, None
 
 
-def polygon_box(wkt: str, size: tuple[int, int], image_size: int) -> tuple:
-    """POLYGON ((x y, ..)) in pixels -> its axis-aligned box (HBB), pixels of the resized image."""
-    points = np.reshape(re.findall(r"[-\d.e]+", wkt.partition("((")[2]), (-1, 2)).astype(float)
-    return bounding_box(points / size * image_size)
-
-
-def ask_about_disaster(source: str, image_size: int, pair: tuple, damaged: bool | None,
+def ask_about_disaster(source: str, request: Request, pair: tuple, damaged: bool | None,
                        split: str) -> Iterator[Sample]:
     """What the disaster is, and whether there is damage (None: not annotated)."""
     kind = next((kind for name, kind in DISASTERS.items() if name in source), None)
     if kind is None:
         raise UserError(f"{source}: the name has none of xBD's disasters ({', '.join(DISASTERS)}); "
                         "rename or remove it")
-    classes = ", ".join(sorted(set(DISASTERS.values())))
-    question = f"Which disaster struck between the images? Classes: {classes}."
-    yield make_sample(f"{source}, disaster", "cls", image_size, pair, question, kind,
+    question = ("Which disaster struck between the images? Classes: "
+                f"{', '.join(sorted(set(DISASTERS.values())))}.")
+    yield make_sample(f"{source}, disaster", request, pair, question, kind,
                       think=f"The damage is that of {kind}.", split=split)
     if damaged is not None:
         question = "Is any building damaged in the second image? Classes: yes, no."
-        yield make_sample(f"{source}, damage", "cls", image_size, pair, question,
-                          "yes" if damaged else "no",
+        yield make_sample(f"{source}, damage", request, pair, question, "yes" if damaged else "no",
                           think=f"{'A' if damaged else 'No'} building is damaged.", split=split)
 
 
-def read_earthreason(path: Path, task: str, image_size: int, image_folder: Path | None,
-                     notes: Counter) -> Iterator[Sample]:
+def read_earthreason(path: Path, request: Request) -> Iterator[Sample]:
     """EarthReason: [split/]QAs/X.json with `questions`, images/X.*, and labels/X.png, a mask that
     is empty if there is no target. The release names no class: `category` is for --shots."""
-    for file in sorted([*path.glob("QAs/*.json"), *path.glob("*/QAs/*.json")]):
+    for file in glob(path, "{,*/}QAs/*.json"):
         root = file.parent.parent
         with user_error_on("`questions` of EarthReason", str(file)):
             document = json.loads(file.read_text(encoding="utf-8"))
@@ -310,15 +279,14 @@ def read_earthreason(path: Path, task: str, image_size: int, image_folder: Path 
             row = {"problem": document["questions"], "category": document.get("category"),
                    "image": f"images/{image}", "mask": f"labels/{file.stem}.png",
                    "split": split_of_name(root)}
-            yield from read_mask(str(file), row, task, image_size, root, notes)
+            yield from read_mask(str(file), row, request._replace(image_folder=root))
 
 
-def read_fmow(path: Path, task: str, image_size: int, image_folder: Path | None,
-              notes: Counter) -> Iterator[Sample]:
+def read_fmow(path: Path, request: Request) -> Iterator[Sample]:
     """fMoW: [split/]<class>/<class>_<i>/<class>_<i>_<j>_rgb.jpg, image j of place i. cls asks for
     the class of a place, from its first images as a whole. (`test` has no class folders.)"""
-    pattern, files_of = "*/*_[0-9]*/*_rgb.jpg", defaultdict(list)
-    for file in [*path.glob(pattern), *path.glob(f"*/{pattern}")]:
+    files_of = defaultdict(list)
+    for file in glob(path, "{,*/}*/*_[0-9]*/*_rgb.jpg"):
         files_of[file.parent].append(file)
     classes = ", ".join(sorted({place.parent.name for place in files_of}))
     question = f"Which class is this place of? Classes: {classes}."
@@ -327,25 +295,22 @@ def read_fmow(path: Path, task: str, image_size: int, image_folder: Path | None,
         source = f"{root.name}/{place.name}"
         images = sorted(files, key=lambda file: (len(file.name), file.name))[:FMOW_VIEWS]
         first_image_size(images, source)
-        yield make_sample(source, task, image_size, images, question, kind,
-                          split=split_of_name(root))
+        yield make_sample(source, request, images, question, kind, split=split_of_name(root))
 
 
-def read_dubai_cc(path: Path, task: str, image_size: int, image_folder: Path | None,
-                  notes: Counter) -> Iterator[Sample]:
+def read_dubai_cc(path: Path, request: Request) -> Iterator[Sample]:
     """Dubai-CC: description_jsontr_te_val/{Train,Validation,Test}_Dubai_CC.json, and the tiles of
     two years in imgs_tiles/RGB/500_{2000,2010}/."""
-    tiles = image_folder or path / "imgs_tiles" / "RGB"
+    tiles = request.image_folder or path / "imgs_tiles" / "RGB"
     for file in sorted(path.glob("*/*_Dubai_CC.json")):
         split = split_of_name(Path(file.name.partition("_")[0]))
         with user_error_on("captions of Dubai-CC", str(file)):
             for row in json.loads(file.read_text(encoding="utf-8"))["images"]:
-                source, name = f"{file}: {row['filename']}", row["filename"]
+                name = row["filename"]
                 images = (tiles / "500_2000" / name, tiles / "500_2010" / name)
                 gt_texts = [sentence["raw"] for sentence in row["sentences"]]
-                size = first_image_size(images, source)
-                yield from sample_from_text(source, task, image_size, images, size,
-                                            CHANGE_QUESTION, gt_texts, notes, split=split)
+                yield from sample_from_text(f"{file}: {name}", request, images, CHANGE_QUESTION,
+                                            gt_texts, split=split)
 
 
 def refuse_pickle(path: Path, *_: object) -> Iterator[Sample]:
@@ -354,29 +319,23 @@ def refuse_pickle(path: Path, *_: object) -> Iterator[Sample]:
                     "not read; write JSON lines of `image`, `mask`, `problem` and `split`")
 
 
-# (files that identify a folder, its name, the tasks that it may serve, reader; None: the file holds
-# records); first match counts
+# (files that identify a folder, see glob, its name, the tasks that it may serve, reader; None: the
+# file holds records); first match counts
 FOLDERS = (
     ("dataset_info.json", "an EarthDial shard", INSTRUCTIONS, read_records),
     ("dataset_dict.json", "an EarthDial shard", INSTRUCTIONS, read_records),
     ("*.parquet", "a folder of parquet", INSTRUCTIONS, read_records),
     ("data/*.parquet", "a folder of parquet", INSTRUCTIONS, read_records),
     ("ground truth/*.txt", "NWPU VHR-10", ("det", "ovd"), read_nwpu),
-    ("labelTxt*/*.txt", "DOTA", ("det", "ovd"), read_dota),
-    ("*/labelTxt*/*.txt", "DOTA", ("det", "ovd"), read_dota),
+    ("{,*/}labelTxt*/*.txt", "DOTA", ("det", "ovd"), read_dota),
     ("Annotations/*.xml", "DIOR-RSVG", ("rec", "det"), read_dior_rsvg),
-    ("images/*_post_disaster.*", "xBD", ("cls", "det"), read_xbd),
-    ("*/images/*_post_disaster.*", "xBD", ("cls", "det"), read_xbd),
-    ("QAs/*.json", "EarthReason", ("seg",), read_earthreason),
-    ("*/QAs/*.json", "EarthReason", ("seg",), read_earthreason),
+    ("{,*/}images/*_post_disaster.*", "xBD", ("cls", "det"), read_xbd),
+    ("{,*/}QAs/*.json", "EarthReason", ("seg",), read_earthreason),
     ("*/*_Dubai_CC.json", "Dubai-CC", ("change",), read_dubai_cc),
     ("LevirCCcaptions*.json", "LEVIR-CC", ("change",), None),
     ("*_questions.json", "RSVQA", ("vqa",), None),
     ("data.csv", "a folder of ground and satellite images", ("pair",), read_pairs),
-    ("img_info.csv", "CV-Cities", ("pair",), read_pairs),
-    ("*/img_info.csv", "CV-Cities", ("pair",), read_pairs),
-    ("refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
-    ("rrsisd/refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
-    ("*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
-    ("*/*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
+    ("{,*/}img_info.csv", "CV-Cities", ("pair",), read_pairs),
+    ("{,*/}refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
+    ("{,*/}*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
 )

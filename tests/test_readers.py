@@ -19,6 +19,7 @@ from boxes import obb_to_hbb
 from data import Source, few_shots, load_samples, load_splits
 from readers import box_formats
 from readers.box_formats import (
+    Request,
     min_area_rect,
     parse_label_list,
     rewrite_boxes,
@@ -70,6 +71,10 @@ def read(path, task, images=None, notes=None, image_size=F):
     if isinstance(found, NotServedError):
         raise found
     return found
+
+
+def request(task, notes):
+    return Request(task, F, None, notes)
 
 
 def samples_of(path, task, images=None, notes=None, image_size=F):
@@ -145,7 +150,7 @@ def test_boxes_of_every_notation_become_pixels_anywhere_in_a_text():
     notes = Counter()
     text, boxes = rewrite_boxes(
         "[grounding] [hr_rgb_0.5] <image> \\n <ref>1 ship</ref> <box>[[[25, 50, 50, 75, 0]]]</box> at left, "
-        "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, F, "here", notes)
+        "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, request("det", notes), "here")
     assert text == "1 ship [28,56,56,84] at left, two [0,0,28,28],[56,56,84,84] and [0,0,56,56]."
     assert [box[4] for box in boxes] == [0, 0, 90, 0] and not notes
 
@@ -153,7 +158,7 @@ def test_boxes_of_every_notation_become_pixels_anywhere_in_a_text():
 def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():
     notes = Counter()
     noisy = "a {<90><80><102><104>|<0>} b {<50><50><50><60>|<0>} c"
-    text, boxes = rewrite_boxes(noisy, SIZE, F, "here", notes)
+    text, boxes = rewrite_boxes(noisy, SIZE, request("det", notes), "here")
     assert text == "a [101,90,112,112] b c" and len(boxes) == 1
     assert notes == {"boxes clipped to the image": 1, "boxes without area left out": 1}
 
@@ -1220,7 +1225,7 @@ A = {"image": "a.png"}
 @pytest.mark.parametrize("task, record, says", [
     ("pair", chat("<image><image>Which?", "C", image=["a.png", "b.png"]), "'C'.*A"),
     ("mlc", chat("Which classes?", "sea"), "lists no classes"), ("ovd", chat("?", "x"), "serves.*not ovd; `ovd` reads COCO"),
-    ("vqa", EARTHDIAL["vqa"][0] | A | {"groundtruth": ""}, "the target is empty"),
+    ("vqa", EARTHDIAL["vqa"][0] | A | {"groundtruth": ""}, "the target '' is empty"),
     ("det", EARTHDIAL["det"][0] | A | {"groundtruth": "[[1, 2, 3]]"}, "`groundtruth`.*five numbers"),
     ("change", EARTHDIAL["change"][0] | A | {"groundtruth": '["A road.'}, "EarthDial.*JSONDecodeError"),
     ("rcap", EARTHDIAL["vqa"][0] | A, "serves cls, mlc, cap, change, vqa, not rcap"),
@@ -1402,9 +1407,9 @@ def test_real_dota_boxes_cover_their_polygons(monkeypatch):
 def test_questions_for_hundreds_of_boxes_are_left_out_and_counted():
     """One tile of DOTA has 536 ships: an answer of 5,000 tokens, which needed 14 GB of activations."""
     notes, ships = Counter(), [("ship", (i, 0, i + 1, 1, 0)) for i in range(101)]
-    assert not list(sample_per_class("a.txt", "det", F, ("a.png",), ships, notes))
+    assert not list(sample_per_class("a.txt", request("det", notes), ("a.png",), ships))
     assert notes.total() == 1
-    assert len(list(sample_per_class("a.txt", "det", F, ("a.png",), ships[:100], notes))) == 1
+    assert len(list(sample_per_class("a.txt", request("det", notes), ("a.png",), ships[:100]))) == 1
 
 
 @real
