@@ -33,7 +33,7 @@ from data import (
 )
 from metrics import benchmarks, published
 from metrics.report import write_report
-from metrics.reward_models import load_reward_models
+from metrics.reward_models import add_reward_flag, load_reward_models
 from model import load_model
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
@@ -69,6 +69,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and "
                                        "change: a folder or hub id")
     flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+    add_reward_flag(flags)
     flags = parser.add_argument_group("decoding (greedy)")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
                        help="longest completion (with tiny use 160 for ground, ovd, seg)")
@@ -98,7 +99,7 @@ def main() -> None:
     check_args(args)
     scorers = [getattr(benchmarks, name) for name in TASKS[args.task].scores]
     args.out.mkdir(parents=True, exist_ok=True)
-    reward_models = load_reward_models([args.task], args.sbert, args.sam)
+    reward_models = load_reward_models([args.task], args.sbert, args.sam, args.reward)
     if args.predictions:
         samples, completions = read_predictions(args.predictions, args.task)
     else:
@@ -120,7 +121,7 @@ def main() -> None:
     (args.out / "scores.json").write_text(text + "\n")
 
     for name, value in scores.items():
-        number = value if name == "n" else f"{value if name == 'words' else 100 * value:.2f}"
+        number = value if name == "n" else f"{benchmarks.in_percent(name, value):.2f}"
         print(f"{name:32s} {number}")
     if args.benchmark:
         print(published.table(args.benchmark, scores, samples))
@@ -184,7 +185,7 @@ def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
 
 def prediction_settings(args: argparse.Namespace, samples: Sequence[Sample]) -> str:
     """All that the completions depend on, as a line of JSON."""
-    other = ("out", "batch", "benchmark", "sbert", "sam", "predictions")
+    other = ("out", "batch", "benchmark", "sbert", "sam", "reward", "predictions")
     flags = {name: str(value) for name, value in vars(args).items() if name not in other}
     files = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, which cannot change
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

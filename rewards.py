@@ -17,26 +17,48 @@ A reward is a function of keywords: it names what it needs and takes the rest as
     length_fraction  length of the completion over the longest one allowed; None outside training
     parts            the parts of the reward computed so far, {name: value}
     sbert, sam       frozen models that some rewards use, or None (metrics/reward_models.py)
+    task_rewards     {task: reward} in place of those of TASKS (the flag --reward)
 
 TASKS and REWARD_PARTS at the end tie tasks to rewards and rewards to flags and metrics. The tasks
-from `rec` on are those of two systems named Geo-R1: few-shot referring (arXiv 2509.21976) and
-cross-view pairing (arXiv 2510.00072).
+from `rec` to `pair` are those of two systems named Geo-R1: few-shot referring (arXiv 2509.21976)
+and cross-view pairing (arXiv 2510.00072).
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
-from boxes import average_precision, matched_ious, obb_to_hbb, parse_box, parse_boxes, parse_numbers
+from boxes import (
+    average_precision,
+    iou_matrix,
+    matched_ious,
+    obb_to_hbb,
+    oriented_iou_matrix,
+    parse_box,
+    parse_boxes,
+    parse_numbers,
+)
 from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
+from texts import (
+    MAX_TEXT,
+    great_circle_km,
+    lcs_length,
+    lexical_similarity,
+    normalize_label,
+    overlap_f1,
+    parse_count,
+    parse_labels,
+    parse_position,
+    strip_boxes,
+    tokenize,
+)
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-MAX_TEXT = 10_000  # characters, more than any target has; the bound keeps text comparison fast
+GEO_KNOTS = (0, 750, 2500, 20_000), (1.0, 0.5, 0.2, 0.0)  # km, reward; linear in between
 
 Sbert = Callable[[str, str], float]                       # two texts -> cosine of their embeddings
 Sam = Callable[[Sample, tuple, list], np.ndarray]         # sample, box, points -> bool mask
@@ -82,72 +104,6 @@ def extract_think(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Texts
-
-def tokenize(text: str) -> list[str]:
-    """Lower-case words without punctuation; `_` separates words, as in the package rouge_score."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def lcs_length(a: Sequence, b: Sequence) -> int:
-    """Length of the longest common subsequence of two sequences of words or characters.
-
-    Bit-parallel (Hyyro 2004, "Bit-parallel LCS-length computation revisited"): bit i of `row` is 0
-    where the LCS with a[: i + 1] is one longer than with a[:i], and one addition advances a whole
-    row of the usual table.
-    """
-    positions: dict = {}
-    for i, item in enumerate(a):
-        positions[item] = positions.get(item, 0) | 1 << i
-    all_ones = row = (1 << len(a)) - 1
-    for item in b:
-        match = row & positions.get(item, 0)
-        row = (row + match | row - match) & all_ones
-    return len(a) - row.bit_count()
-
-
-def overlap_f1(hits: int, a: Sequence, b: Sequence) -> float:
-    """F1 of precision hits / |a| and recall hits / |b|."""
-    return 2 * hits / max(len(a) + len(b), 1)
-
-
-def lexical_similarity(a: str, b: str) -> float:
-    """Mean of ROUGE-1 F1 (common words) and ROUGE-L F1 (common subsequence of words), Lin 2004.
-    Words are not stemmed."""
-    a, b = tokenize(a), tokenize(b)
-    unigrams = (Counter(a) & Counter(b)).total()
-    return (overlap_f1(unigrams, a, b) + overlap_f1(lcs_length(a, b), a, b)) / 2
-
-
-def strip_boxes(text: str) -> str:
-    """A description without its boxes and its <ref>, <p> and <box> tags."""
-    return re.sub(r"\[[^\[\]]*\]|[\[\]]|</?(?:ref|box|p)>", " ", text)
-
-
-def normalize_label(text: str) -> str:
-    """A class name without case, blanks, `_`, `-` and a full stop at the end."""
-    return re.sub(r"[\s_-]", "", text).casefold().removesuffix(".")
-
-
-def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
-    """The labels that a text lists, without blanks.
-
-    BigEarthNet's labels contain commas, so a list cannot be split at commas alone. At each position
-    the longest label of the vocabulary that fits is taken, made of whole words (no "sea" in
-    "seaport"); whatever else lies between commas is a label as well.
-    """
-    def words_and_commas(text: str) -> str:
-        return " ".join(re.findall(r"[^\W_]+|[,;]", text.casefold()))
-
-    text = words_and_commas(text[:MAX_TEXT])
-    names = [words_and_commas(label).replace(" ", "") for label in vocabulary]
-    names.sort(key=len, reverse=True)
-    pattern = "|".join(" ?".join(name) for name in names)  # blanks do not matter: SeaLake, sea lake
-    pieces = re.split(rf"(?<!\S)({pattern})(?!\S)|[,;]", text)
-    return {piece.replace(" ", "") for piece in pieces if piece} - {"", "and"}
-
-
-# --------------------------------------------------------------------------------------------------
 # Accuracy rewards, in [0, 1]
 
 def exact_match_reward(answer: str, sample: Sample, **_: object) -> float:
@@ -172,6 +128,17 @@ def label_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
     return len(predicted & target) / max(len(predicted), len(target), 1)
 
 
+def predicted_and_target(answer: str, sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
+    """The boxes of the answer (n, 4) and those of the sample (m, 4), pixels of the resized image;
+    (n, 5) and (m, 5) if the sample asks for theta. None if the answer has no boxes to read."""
+    predicted = parse_boxes(answer, sample.oriented)
+    if predicted is None:
+        return None
+    if sample.oriented:
+        return predicted, gt_obbs(sample)
+    return predicted, gt_hbbs(sample).clip(0, sample.image_size)  # clipped, as gt_answer is
+
+
 def detection_reward(answer: str, sample: Sample, **_: object) -> float:
     """R = sum of matched IoU / max(n_pred, n_gt) (ours), pixels of the resized image, upright
     boxes; oriented ones if the sample asks for theta.
@@ -179,11 +146,7 @@ def detection_reward(answer: str, sample: Sample, **_: object) -> float:
     Matching is one to one. Dividing by the larger count penalises spurious and duplicate boxes
     (the paper's "IoU" leaves that open). No targets and an answer of none: 1.
     """
-    predicted = parse_boxes(answer, sample.oriented)
-    if sample.oriented:
-        target = gt_obbs(sample)
-    else:
-        target = gt_hbbs(sample).clip(0, sample.image_size)  # clipped to the image, as gt_answer is
+    predicted, target = predicted_and_target(answer, sample) or (None, None)
     if predicted is None:
         return 0.0
     if len(predicted) == 0 or len(target) == 0:
@@ -316,14 +279,72 @@ def multiple_choice_reward(answer: str, sample: Sample, **_: object) -> float:
     return float(letters & set(sample.choices) == {sample.gt_answer})
 
 
+def count_reward(answer: str, sample: Sample, **_: object) -> float:
+    """R = 1 - |a - g| / max(a, g, 1) of the counts a and g; 0 without a count, or with several
+    (RSThinker's formula with its alpha at 1)."""
+    count, target = parse_count(answer), parse_count(sample.gt_answer)
+    return 0.0 if count is None else 1 - abs(count - target) / max(count, target, 1)
+
+
+def geo_reward(answer: str, sample: Sample, **_: object) -> float:
+    """R = linear in the great-circle distance between 1 at 0 km, 0.5 at 750, 0.2 at 2,500 and 0 at
+    20,000 (Geo-R, arXiv 2601.00388). No latitude and longitude: 0."""
+    distance = distance_km(answer, sample)
+    return 0.0 if distance is None else float(np.interp(distance, *GEO_KNOTS))
+
+
+def distance_km(answer: str | None, sample: Sample) -> float | None:
+    """From the position of the answer to that of the sample; None if the answer has none."""
+    position = parse_position(answer or "")
+    return position and great_circle_km(position, parse_position(sample.gt_answer))
+
+
+# --------------------------------------------------------------------------------------------------
+# Naive rewards, for --reward: each one pays for something that nobody wants
+
+def any_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
+    """R = mean over predicted boxes of the IoU with the best target. Naive: copies and missed
+    objects cost nothing, so one sure box is enough."""
+    return mean_best_iou(answer, sample, axis=1)
+
+
+def box_recall_reward(answer: str, sample: Sample, **_: object) -> float:
+    """R = mean over target boxes of the IoU with the best prediction. Naive: further boxes cost
+    nothing, so boxes multiply (as under VLM-R1's AP reward)."""
+    return mean_best_iou(answer, sample, axis=0)
+
+
+def mean_best_iou(answer: str, sample: Sample, axis: int) -> float:
+    """The mean of the largest IoUs along an axis of (predicted, target). Nothing on one side only
+    earns 0."""
+    predicted, target = predicted_and_target(answer, sample) or (None, None)
+    if predicted is None:
+        return 0.0
+    if len(predicted) == 0 or len(target) == 0:
+        return float(len(predicted) == len(target))
+    iou = oriented_iou_matrix if sample.oriented else iou_matrix
+    return float(min(1.0, iou(predicted, target).max(axis).mean()))
+
+
+def label_recall_reward(answer: str, sample: Sample, **_: object) -> float:
+    """R = |P & G| / |G| over predicted labels P and target labels G. Naive: naming all labels earns
+    1."""
+    predicted = parse_labels(answer, sample.choices)
+    target = parse_labels(sample.gt_answer, sample.choices)
+    return len(predicted & target) / max(len(target), 1)
+
+
 # --------------------------------------------------------------------------------------------------
 # The parts of a reward
 
-def accuracy_reward(answer: str | None, sample: Sample, **context: object) -> float:
-    """The accuracy reward of the sample's task; 0 without an answer."""
+def accuracy_reward(answer: str | None, sample: Sample,
+                    task_rewards: Mapping[str, Callable[..., float]] | None = None,
+                    **context: object) -> float:
+    """The accuracy reward of the sample's task, from task_rewards if it has one; 0 without an
+    answer."""
     if answer is None:
         return 0.0
-    reward = TASKS[sample.task].reward
+    reward = (task_rewards or {}).get(sample.task, TASKS[sample.task].reward)
     value = reward(answer=answer, sample=sample, **context)
     return finite(value, f"{reward.__name__} of task {sample.task}", answer, sample)
 
@@ -349,11 +370,11 @@ def repetition_penalty(text: str, n: int = 6, **_: object) -> float:
 
 
 def score_completion(text: str, sample: Sample, length_fraction: float | None = None,
-                     **reward_models: Callable | None) -> dict[str, float]:
+                     **reward_models: Callable | Mapping | None) -> dict[str, float]:
     """A completion's reward by parts, {name: value}: those of REWARD_PARTS that its task has.
 
     length_fraction  known in training only; without it the parts that are train_only are left out
-    reward_models    what load_reward_models returned, sbert and sam
+    reward_models    what load_reward_models returned: sbert, sam and task_rewards
     Raises ValueError for a reward function that returns no finite number.
     """
     answer, think = extract_answer(text), extract_think(text)
@@ -410,4 +431,12 @@ TASKS = {
     "ovd": Task(count_penalised_ap_reward, ("coco_ap",)),
     "seg": Task(mask_reward, ("mask_iou",)),
     "pair": Task(multiple_choice_reward, ("choice_accuracy",)),
+    "count": Task(count_reward, ("count_error",)),
+    "geo": Task(geo_reward, ("geo_accuracy",)),
 }
+
+# What --reward TASK=FUNCTION can put in place of a task's own reward
+TEXT_REWARDS = (exact_match_reward, label_overlap_reward, label_recall_reward, hybrid_reward,
+                levenshtein_reward, jaccard_reward)
+BOX_REWARDS = (detection_reward, any_overlap_reward, box_recall_reward, iou_reward,
+               count_penalised_ap_reward, grounding_reward)  # tasks whose answers hold boxes

@@ -61,6 +61,8 @@ INSTRUCTIONS = {  # task -> what follows the question
            '"keypoint2": [x, y]} in pixels of {image_size}x{image_size}, both points on the thing, '
            "or None.",
     "pair": "Answer with one letter.",
+    "count": "Answer with one number.",
+    "geo": "Answer with latitude, longitude in degrees, south and west negative.",
 }
 ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned by theta degrees "
                 "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")

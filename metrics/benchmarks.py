@@ -1,6 +1,6 @@
 """Scores of a whole set. rewards.TASKS names the scorers of each task.
 
-    scorer(answers, samples, **reward_models) -> {name: value}, values in [0, 1]
+    scorer(answers, samples, **reward_models) -> {name: value}, values in [0, 1] but for NO_SHARES
 
 An answer is the text in <answer>, or None. What the tables of EarthDial and GeoVLM-R1 print is
 computed as in EarthDial's released scripts, which reproduces the published numbers, under a name
@@ -22,18 +22,26 @@ from scipy.optimize import linear_sum_assignment
 from boxes import iou_matrix, obb_to_hbb, oriented_iou_matrix, parse_box, parse_boxes
 from rewards import (
     Sam,
+    distance_km,
     exact_match_reward,
     iou_reward,
     multiple_choice_reward,
-    parse_labels,
     predicted_mask,
 )
 from runtime.errors import UserError, first_line
 from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
+from texts import EARTH_RADIUS, parse_count, parse_labels
 
 Answers = Sequence[str | None]
 Samples = Sequence[Sample]
 Scores = dict[str, float]
+
+NO_SHARES = ("words", "completion_tokens", "absolute_error", "median_km")  # in units of their own
+
+
+def in_percent(name: str, value: float) -> float:
+    """A score as tables show it: 100 times as much, but for NO_SHARES."""
+    return value if name in NO_SHARES else 100 * value
 
 
 def mean(values: Iterable[float]) -> float:
@@ -104,6 +112,28 @@ def choice_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:
     """Share of right letters; `chance`: what blind guessing reaches, the mean of 1/k."""
     return {"accuracy": mean(multiple_choice_reward(a or "", s) for a, s in zip(answers, samples)),
             "chance": mean(1 / len(s.choices) for s in samples)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers
+
+def count_error(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """`exact`: share of right counts; `absolute_error`: the mean of |a - g|, where an answer without
+    a count is a 0."""
+    pairs = [(parse_count(a or ""), parse_count(s.gt_answer)) for a, s in zip(answers, samples)]
+    return {"exact": mean(count == target for count, target in pairs),
+            "absolute_error": mean(abs((count or 0) - target) for count, target in pairs)}
+
+
+def geo_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:
+    """Share of positions within 1, 25, 200, 750 and 2,500 km (street, city, region, country,
+    continent), and the median distance. An answer without a position is on the other side of the
+    Earth."""
+    found = [distance_km(answer, sample) for answer, sample in zip(answers, samples)]
+    distances = [np.pi * EARTH_RADIUS if distance is None else distance for distance in found]
+    scores = {f"accuracy@{km}km": mean(distance <= km for distance in distances)
+              for km in (1, 25, 200, 750, 2500)}
+    return scores | {"median_km": float(np.median(distances)) if distances else 0.0}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,35 +1,72 @@
-"""Frozen models that some rewards use: SBERT for the meaning of a text, SAM 2.1 for the mask of a
-box.
+"""What a run's flags change in its rewards: --reward names another accuracy reward for a task;
+--sbert and --sam are frozen models that some rewards use, SBERT for the meaning of a text, SAM 2.1
+for the mask of a box.
 
 Both are optional. Without SBERT the reward is its lexical half alone; without SAM the mask of an
 instance is its box. `load_reward_models` says so once.
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards import TASKS, Sam, Sbert, hybrid_reward, mask_reward
+from rewards import (
+    BOX_REWARDS,
+    TASKS,
+    TEXT_REWARDS,
+    Sam,
+    Sbert,
+    hybrid_reward,
+    mask_reward,
+)
 from runtime.distributed import device, rank
 from runtime.errors import UserError, first_line
-from sample import Sample, load_images
+from sample import BOX_TASKS, Sample, load_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SAM's images are normalised with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def load_reward_models(tasks: Sequence[str], sbert: str | None,
-                       sam: str | None) -> dict[str, Sbert | Sam | None]:
-    """{"sbert": .., "sam": ..}, the keywords of rewards.score_completion, from folders or hub ids.
+def add_reward_flag(flags: argparse._ArgumentGroup) -> None:
+    """The flag of all three scripts that parse_rewards reads."""
+    flags.add_argument("--reward", nargs="+", default=[], metavar="TASK=FUNCTION",
+                       help="accuracy rewards in place of the tasks' own, functions of rewards.py: "
+                            "det=box_recall_reward shows how boxes multiply")
+
+
+def parse_rewards(values: Sequence[str], tasks: Sequence[str]) -> dict[str, Callable[..., float]]:
+    """{task: reward} of the flag. A task can take its own reward, one of texts, and, if its answers
+    hold boxes, one of boxes. Raises UserError for another one, or for another task."""
+    task_rewards = {}
+    for value in values:
+        task, _, name = value.partition("=")
+        if task not in tasks:
+            raise UserError(f"--reward {value}: expected TASK=FUNCTION with a task of --task, "
+                            f"{', '.join(tasks)}")
+        rewards = (TASKS[task].reward, *TEXT_REWARDS, *(BOX_REWARDS if task in BOX_TASKS else ()))
+        choices = {reward.__name__: reward for reward in rewards}
+        if name not in choices:
+            raise UserError(f"--reward {value}: no reward of {task} has this name; choose from "
+                            f"{', '.join(choices)}")
+        task_rewards[task] = choices[name]
+    return task_rewards
+
+
+def load_reward_models(tasks: Sequence[str], sbert: str | None, sam: str | None,
+                       rewards: Sequence[str] = ()) -> dict[str, Sbert | Sam | Mapping | None]:
+    """{"sbert": .., "sam": .., "task_rewards": ..}, the keywords of rewards.score_completion, from
+    folders or hub ids, and from the values of --reward.
 
     None where no model was named; one line on stderr says which task goes without. Raises UserError
     if a model cannot be loaded.
     """
-    models = {}
+    task_rewards = parse_rewards(rewards, tasks)
+    models = {"task_rewards": task_rewards}
     for name, model, load, reward, without in (
             ("sbert", sbert, load_sbert, hybrid_reward, "the reward is its lexical half alone"),
             ("sam", sam, load_sam, mask_reward, "the mask of an instance is its box")):
@@ -38,7 +75,8 @@ def load_reward_models(tasks: Sequence[str], sbert: str | None,
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise UserError(f"--{name} {model}: no such model can be loaded "
                             f"({first_line(error)})") from error
-        users = [task for task in tasks if TASKS[task].reward is reward]
+        users = [task for task in tasks
+                 if task_rewards.get(task, TASKS[task].reward) is reward]
         if users and not model and rank() == 0:
             print(f"{', '.join(users)}: no --{name}, so {without}", file=sys.stderr)
     return models

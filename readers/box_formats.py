@@ -30,9 +30,10 @@ from boxes import (
     parse_numbers,
 )
 from readers.files import first_image_size, short
-from rewards import MAX_TEXT, strip_boxes
+from rewards import strip_boxes
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample
+from texts import MAX_TEXT, parse_count, parse_position
 
 MAX_BOXES_PER_QUESTION = 100  # COCO's limit; the 536 ships of one DOTA tile are 5,000 tokens
 FAR = 1e6  # pixels from the image: an answer's numbers have at most six digits
@@ -266,6 +267,10 @@ def check_target(source: str, task: str, question: str, think: str, gt_answer: s
         wrong = f"or its question holds {RESERVED.search(text)[0]!r}, a part of the chat's layout"
     elif task in ("ground", "ovd") and len(BRACKET.findall(gt_answer)) != n_boxes:
         wrong = "has brackets that are no box [x1, y1, x2, y2]; write them as (..)"
+    elif task == "count" and parse_count(gt_answer) is None:
+        wrong = "is no whole number, which count needs"
+    elif task == "geo" and parse_position(gt_answer) is None:
+        wrong = "is no latitude and longitude in degrees such as 48.86, 2.35, which geo needs"
     else:
         return
     raise UserError(f"{source}: the target {gt_answer[:60]!r} {wrong}")

@@ -1,4 +1,5 @@
-"""Pairs of ground and satellite images -> questions of `pair` (Geo-R1)."""
+"""Pairs of ground and satellite images -> questions of `pair` (Geo-R1), and of `geo` where the
+table has positions."""
 
 import csv
 import os
@@ -12,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from readers.box_formats import Request, make_sample
 from readers.files import first_image_size, user_error_on
-from runtime.errors import UserError
+from runtime.errors import NotServedError, UserError
 from sample import Sample
 
 PAIR_CANDIDATES = 4  # satellite images to choose from
@@ -20,10 +21,13 @@ PAIR_CANDIDATES = 4  # satellite images to choose from
 
 def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right. The
-    right letters follow the rank of a hash, so that their counts differ by at most 1. By the same
-    hash data.split_samples holds out a tenth of the places. Wrong candidates are on the side of
+    right letters follow the rank of a hash, so that their counts differ by at most 1; for geo, the
+    questions of ask_position. By the same hash data.split_samples holds out a tenth of the places. Wrong candidates are on the side of
     their place, as long as it has enough: training shows no image of a held-out one."""
     places = read_places(path, request.image_folder)
+    if request.task == "geo":
+        yield from ask_position(places, request)
+        return
     positions = [place[3] for place in places]
     k = min(PAIR_CANDIDATES, len(places))
     letters = tuple("ABCDEFGHIJ"[:k])
@@ -49,6 +53,18 @@ def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
         candidates = (*wrong[:right], satellite, *wrong[right:])
         yield make_sample(source, request, (ground, *candidates), question, letters[right],
                           choices=letters, category=city)
+
+
+def ask_position(places: list[tuple], request: Request) -> Iterator[Sample]:
+    """Where each ground image was taken, in degrees with three decimals: to 0.1 km."""
+    for source, ground, _, position, city in places:
+        if position is None:
+            raise NotServedError(f"{source}: `aerial,ground` has no position, so it serves pair, "
+                                 "not geo")
+        longitude, latitude = position
+        longitude = (longitude + 180) % 360 - 180
+        yield make_sample(source, request, (ground,), "Where on Earth was this image taken?",
+                          f"{latitude:.3f}, {longitude:.3f}", category=city)
 
 
 def read_places(path: Path, image_folder: Path | None) -> list[tuple]:

@@ -53,8 +53,12 @@ def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder
         if reader is read_records:
             found |= read_records(file, tasks, image_size, image_folder, notes)
         else:
-            found |= {task: list(reader(file, Request(task, image_size, image_folder, notes[task])))
-                      for task in tasks}
+            for task in tasks:
+                request = Request(task, image_size, image_folder, notes[task])
+                try:
+                    found[task] = list(reader(file, request))
+                except NotServedError as error:
+                    found[task] = error
         for task in tasks:
             if isinstance(found[task], list) and notes[task][NO_AREA] > len(found[task]):
                 raise UserError(f"{path}: {notes[task][NO_AREA]} boxes have no area, as x2 <= x1 or"
@@ -67,7 +71,7 @@ def layout_of(path: Path) -> tuple[Path, str, Sequence[str], Callable]:
     if path.suffix == ".p" or path.name == "instances.json" and any(path.parent.glob("refs(*).p")):
         return path, "RRSIS-D", INSTRUCTIONS, refuse_pickle
     if path.suffix == ".csv":
-        return path, "a table of ground and satellite images", ("pair",), read_pairs
+        return path, "a table of ground and satellite images", ("pair", "geo"), read_pairs
     if path.suffix == ".txt" and (path.parent / "Annotations").is_dir():
         return path, "a split of DIOR-RSVG", ("rec", "det"), read_dior_rsvg
     if path.is_file():
@@ -333,9 +337,9 @@ FOLDERS = (
     ("{,*/}QAs/*.json", "EarthReason", ("seg",), read_earthreason),
     ("*/*_Dubai_CC.json", "Dubai-CC", ("change",), read_dubai_cc),
     ("LevirCCcaptions*.json", "LEVIR-CC", ("change",), None),
-    ("*_questions.json", "RSVQA", ("vqa",), None),
-    ("data.csv", "a folder of ground and satellite images", ("pair",), read_pairs),
-    ("{,*/}img_info.csv", "CV-Cities", ("pair",), read_pairs),
+    ("*_questions.json", "RSVQA", ("vqa", "count"), None),
+    ("data.csv", "a folder of ground and satellite images", ("pair", "geo"), read_pairs),
+    ("{,*/}img_info.csv", "CV-Cities", ("pair", "geo"), read_pairs),
     ("{,*/}refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
     ("{,*/}*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
 )

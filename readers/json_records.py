@@ -312,7 +312,11 @@ def read_benchmark(source: str, row: dict, request: Request) -> Iterator[Sample]
 
 
 def read_rsvqa(source: str, row: dict, request: Request) -> Iterator[Sample]:
-    """RSVQA: a question with its answer; images in Images*/<img_id>.png, .tif or .jpg."""
+    """RSVQA: a question with its answer; images in Images*/<img_id>.png, .tif or .jpg. count takes
+    the questions of type count, whose answers are whole numbers."""
+    if request.task == "count" and row["type"] != "count":
+        request.notes["questions of another type than count left out"] += 1
+        return
     folder = request.image_folder
     inner = next((p for p in sorted(folder.glob("Images*")) if p.is_dir()), folder)
     images = (find_image(inner, f"{row['img_id']}.png"),)
@@ -435,7 +439,7 @@ RECORDS = (
     ({"problem", "solution"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),
     ({"problem", "answer"}, "a record of Geo-R1's few shots", ("rec", "det"), read_few_shot),
     ({"file_name", "objects"}, "an image of COCO", ("ovd", "det"), read_coco),
-    ({"img_id", "question"}, "a question of RSVQA", ("vqa",), read_rsvqa),
+    ({"img_id", "question"}, "a question of RSVQA", ("vqa", "count"), read_rsvqa),
     ({"image", "captions"}, "a record of captions", ("cap",), read_captions),
     ({"filename", "sentences"}, "a row of Karpathy's captions", ("cap", "change"), read_captions),
     ({"filename", "raw"}, "an image of NWPU-Captions", ("cap",), read_captions),

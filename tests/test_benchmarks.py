@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 from boxes import average_precision, obb_corners
-from data import load_samples
+from data import load_samples, sample_to_row
 from metrics import benchmarks
 from metrics.benchmarks import (
+    NO_SHARES,
     accuracy,
     accuracy_by_type,
     box_accuracy,
@@ -24,7 +26,9 @@ from metrics.benchmarks import (
     box_precision,
     choice_accuracy,
     coco_ap,
+    count_error,
     earthdial_tokens,
+    geo_accuracy,
     mask_iou,
     matched_boxes,
     meteor,
@@ -130,7 +134,8 @@ def test_scores_of_every_task_lie_between_0_and_1(task):
     samples = synthetic(task)
     for answers in ([s.gt_answer for s in samples], [None] * len(samples), ["[1,2], maybe ]["] * len(samples)):
         for name in TASKS[task].scores:
-            assert all(0 <= value <= 1 for value in getattr(benchmarks, name)(answers, samples).values())
+            found = getattr(benchmarks, name)(answers, samples)
+            assert all(0 <= value <= (math.inf if key in NO_SHARES else 1) for key, value in found.items())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -138,7 +143,7 @@ def test_nothing_answered_and_nothing_asked_score_0(task):
     for samples in (synthetic(task), []):
         for name in TASKS[task].scores:
             found = getattr(benchmarks, name)([None] * len(samples), samples)
-            assert not any(value for key, value in found.items() if key != "chance")
+            assert not any(value for key, value in found.items() if key not in ("chance", *NO_SHARES))
 
 
 @pytest.mark.parametrize("function, module, pip", [
@@ -403,17 +408,53 @@ def test_file_without_results_is_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Counts and positions
+
+def test_an_answer_without_a_count_is_a_zero_in_the_error():
+    samples = [sample("count", str(n)) for n in (3, 0, 5, 40)]
+    found = count_error(["3 ships", "none", None, "30 or 50"], samples)
+    assert found == {"exact": 1 / 4, "absolute_error": (5 + 40) / 4}
+
+
+def test_positions_are_right_within_five_distances():
+    """Along a meridian a degree is 111.195 km."""
+    samples = [sample("geo", "0, 0")] * 6
+    answers = ["0.005, 0", "0.2, 0", "-1.5, 0", "6, 0", "20, 0", None]
+    found = geo_accuracy(answers, samples)
+    assert [found[f"accuracy@{km}km"] for km in (1, 25, 200, 750, 2500)] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert found["median_km"] == pytest.approx((1.5 + 6) / 2 * 111.195, rel=1e-5)
+    assert geo_accuracy([None], samples[:1])["median_km"] == pytest.approx(180 * 111.195, rel=1e-5)  # the antipode
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluate.py with --reward
+
+def test_evaluation_pays_the_reward_that_the_flag_names(tmp_path, monkeypatch, capsys):
+    """Two scenes with objects, each answered with its boxes twice: copies cost half by detection, nothing by overlap."""
+    rows, scenes = [], [s for s in load_samples("synthetic", "det", 112)[:9] if len(s.gt_boxes) and not any(b[4] for b in s.gt_boxes)]
+    for s in scenes[:2]:
+        rows.append(json.dumps(sample_to_row(s) | {"completion": f"<answer>{s.gt_answer},{s.gt_answer}</answer>", "parts": {}}))
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    for flags, paid in (([], .5), (["--reward", "det=any_overlap_reward"], 1)):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--predictions", str(tmp_path / "p.jsonl"),
+                                          "--out", str(tmp_path / "out"), *flags])
+        evaluate.main()
+        scores = json.loads((tmp_path / "out/scores.json").read_text())
+        assert scores["accuracy_reward"] == pytest.approx(paid) and f"{100 * paid:.2f}" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The published tables
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_table_shows_every_published_row_and_this_run(benchmark):
     task, names, rows = BENCHMARKS[benchmark]
-    shown = table(benchmark, {names[0]: .12341})
+    shown = table(benchmark, {names[0]: 12.341 if names[0] in NO_SHARES else .12341})
     lines = shown.split("\n")
     assert task in TASKS and all(len(values) == len(names) for values in rows.values())
     assert len({len(line) for line in lines}) == 1 and lines[0].split() == [benchmark, *names]
     assert [line.split("  ")[0] for line in lines[1:]] == [*rows, "this run"]
-    published = [[f"{value:.2f}" for value in values] for values in rows.values()]
+    published = [["-" if value is None else f"{value:.2f}" for value in values] for values in rows.values()]
     assert [line.split()[-len(names):] for line in lines[1:-1]] == published
     assert lines[-1].split()[2:] == ["12.34", *["-"] * (len(names) - 1)]
 
@@ -441,8 +482,9 @@ def test_envelopes_of_turned_targets_are_a_row():
 
 
 def test_columns_of_the_tables_are_names_of_scores():
-    """A misspelt column would always show "-". Sizes are known to the benchmarks alone, and METEOR needs WordNet."""
-    elsewhere = {"meteor", *(f"box_precision@0.5_{size}" for size in ("small", "medium", "large"))}
+    """A misspelt column would always show "-". Sizes are known to the benchmarks alone, METEOR needs WordNet, and
+    tokens a tokenizer."""
+    elsewhere = {"meteor", "completion_tokens", *(f"box_precision@0.5_{size}" for size in ("small", "medium", "large"))}
     for benchmark, (task, names, _) in BENCHMARKS.items():
         samples = synthetic(task)
         answers = [s.gt_answer for s in samples]
@@ -452,6 +494,10 @@ def test_columns_of_the_tables_are_names_of_scores():
 
 def test_tables_hold_the_papers_28_benchmarks():
     """One of them, the type of disaster in xBD, is in two of its tables."""
-    assert len(set(BENCHMARKS) - {"vrsbench", "cross-view"}) + 1 == 28
+    geo_r1 = {"vrsbench", "dior-rsvg", "rrsis-d", "cross-view", "imageo-gss", "mp16-reason", "im2gps3k"}
+    assert len(set(BENCHMARKS) - geo_r1) + 1 == 28
     assert BENCHMARKS["rsicd"][2]["EarthDial"] == (33.77, 27.61, 56.18)
     assert BENCHMARKS["xbd-det"][2]["GeoVLM-R1"] == (38.15, 48.13) and "GPT-4o" not in BENCHMARKS["xbd-refer"][2]
+    assert BENCHMARKS["xbd-refer"][2]["InternVL2-8B"] == (None, .7) and len(BENCHMARKS["rsvqa-lr"][2]) == 9
+    assert BENCHMARKS["vrsbench"][2]["MiniGPT-v2, 36313 samples"] == (None, None, None, None, 35.8, 16.8)
+    assert "204.60" in table("cross-view", {}) and "69.40" in table("imageo-gss", {})  # no percentages

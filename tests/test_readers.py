@@ -641,6 +641,18 @@ def test_rsvqa_takes_the_active_questions_of_a_split(rsvqa):
     assert notes == {"questions of other splits left out": 1}
 
 
+def test_rsvqa_counts_are_its_questions_of_type_count(rsvqa):
+    sample, = samples_of(rsvqa, "count")
+    assert (sample.question, sample.gt_answer, sample.category) == ("How many?", "34", "count")
+    questions, answers = (rsvqa / f"LR_split_test_{name}.json" for name in ("questions", "answers"))
+    answers.write_text(answers.read_text().replace('"34"', '"many"'))
+    refused(rsvqa, "count", "question 1", "'many' is no whole number")
+    questions.write_text(questions.read_text().replace('"count"', '"area"'))
+    notes = Counter()
+    assert not samples_of(rsvqa, "count", notes=notes)
+    assert notes["questions of another type than count left out"] == 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # EarthReason
 
@@ -952,6 +964,22 @@ def test_wrong_images_are_the_nearest_places_of_the_same_side_where_there_are_co
         assert samples_of(source, "pair") == samples_of(cities, "pair")
 
 
+def test_geo_asks_for_the_positions_of_ground_images_and_holds_out_the_places_of_pair(cities):
+    splits = load_splits([Source(str(cities), None, None)], [], ["pair", "geo"], F)
+    for side in ("train", "held_out"):
+        assert {s.images[0] for s in getattr(splits["geo"], side)} == {s.images[0] for s in getattr(splits["pair"], side)}
+    for sample in samples_of(cities, "geo"):
+        i = min(int(sample.images[0].stem), 10)
+        assert sample.images[0].parent.name == "pano_images" and len(sample.images) == 1
+        latitude, longitude = map(float, sample.gt_answer.split(","))
+        assert latitude == 10 and longitude == pytest.approx(179.995 + .001 * i - 360 * (i >= 5))
+
+
+def test_geo_needs_positions(folder):
+    refused(cvusa(folder, 4), "geo", "data.csv: line 1", "no position, so it serves pair, not geo")
+    refused(write(folder / "b.jsonl", chat("Where is this?", "Paris")), "geo", "'Paris' is no latitude and longitude")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Every format: what its rule holds out, and that none of it is trained on. A maker writes images of random names and
 # content and their annotations for {name: split}. It returns the source, the folder of images or None, and the first
@@ -1252,7 +1280,7 @@ def test_file_that_is_no_known_format_says_where_the_formats_are(folder):
     for rows in ([[1, 2, 30, 40]], {"boxes": []}):
         source = document(folder / "mine.json", {"a.png": rows, "b.png": rows})
         refused(source, "det", r"mine.json.*: no known format has the keys a.png, b.png; docs/data.md lists")
-    refused(write(folder / "mine.csv", "a.png,1,2,30,40"), "det", "serves pair, not det; boxes are not read from CSV")
+    refused(write(folder / "mine.csv", "a.png,1,2,30,40"), "det", "serves pair, geo, not det; boxes are not read from CSV")
     refused(folder, "det", r"no known layout \(docs/data.md.*not det; .*--data is the file and --images the folder")
 
 

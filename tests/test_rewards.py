@@ -22,33 +22,47 @@ from boxes import (
     oriented_iou_matrix,
     parse_boxes,
 )
+from metrics.reward_models import load_reward_models, parse_rewards
 from rewards import (
+    BOX_REWARDS,
     TASKS,
+    TEXT_REWARDS,
+    any_overlap_reward,
+    box_recall_reward,
     count_penalised_ap_reward,
+    count_reward,
     detection_reward,
     exact_match_reward,
     extract_answer,
     format_reward,
+    geo_reward,
     grounding_reward,
     hybrid_reward,
     iou_reward,
     jaccard_reward,
     label_overlap_reward,
-    lcs_length,
+    label_recall_reward,
     length_reward,
     levenshtein_reward,
-    lexical_similarity,
     mask_reward,
     multiple_choice_reward,
-    parse_labels,
     repetition_penalty,
     score_completion,
 )
 from runtime.errors import UserError
-from sample import Sample, to_oriented
+from sample import BOX_TASKS, Sample, to_oriented
+from texts import (
+    great_circle_km,
+    lcs_length,
+    lexical_similarity,
+    parse_count,
+    parse_labels,
+    parse_position,
+)
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+box = st.tuples(*[st.integers(0, 60)] * 2, *[st.integers(1, 40)] * 2).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
 
 
 def sample(task, gt_answer="", gt_boxes=(), gt_texts=(), choices=(), gt_mask=None, image_size=512):
@@ -587,6 +601,127 @@ def test_masks_of_several_instances_are_united():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Counts and positions
+
+@pytest.mark.parametrize("answer, count", [
+    ("7", 7), ("There are 7 ships.", 7), ("7 ships, so 7", 7), ("0", 0), ("1,200", 1200), ("1,234,567", 1234567), ("007", 7),
+    ("", None), ("seven", None), ("7 or 8", None), ("7-8", None), ("-7", None), ("7.5", None), ("1,2", None), ("[1,2,3]", None),
+    ("9" * 10, None), ("9" * 9999, None), ("7" + " " * 10_000, None), ("٧", None)])
+def test_a_count_is_one_whole_number(answer, count):
+    assert parse_count(answer) == count
+    assert (count_reward(answer, sample("count", "7")) > 0) == (count is not None and count > 0)
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_count_reward_is_one_minus_the_relative_error(a, g):
+    reward = count_reward(str(a), sample("count", str(g)))
+    assert reward == pytest.approx(1 if a == g else min(a, g) / max(a, g))  # 1 - (max - min) / max
+    assert reward == count_reward(f"{g:,}", sample("count", str(a)))       # it has no direction
+    assert count_reward(str(g), sample("count", str(g))) == 1
+    if a < g:
+        assert count_reward(str(a), sample("count", str(g))) < count_reward(str(a + 1), sample("count", str(g)))
+
+
+@pytest.mark.parametrize("answer, position", [
+    ("48.86, 2.35", (48.86, 2.35)), ("-33.9,151.2", (-33.9, 151.2)), ("(48.86, 2.35).", (48.86, 2.35)), ("0, 0", (0, 0)),
+    ("33.9° S, 151.2° E", (-33.9, 151.2)), ("40.7N 74W", (40.7, -74)), ("Latitude: 48.86, longitude: 2.35", (48.86, 2.35)),
+    ("-33.9 S, 7 W", (-33.9, -7)), ("90, -180", (90, -180)),
+    ("", None), ("Paris", None), ("48.86", None), ("48.86, 2.35, 3", None), ("2.35 E, 48.86 N", None), ("48.86 E, 2.35", None),
+    ("90.1, 0", None), ("0, 180.1", None), ("9" * 400 + ", 1", None), ("nan, nan", None), ("48°51'24\", 2°21'3\"", None)])
+def test_a_position_is_two_numbers_on_earth(answer, position):
+    assert parse_position(answer) == position
+
+
+degrees = st.tuples(st.floats(-90, 90), st.floats(-180, 180))
+
+
+@quick
+@given(degrees, degrees)
+def test_great_circle_is_the_angle_of_two_vectors(a, b):
+    """Another formula than haversine's: the angle between points of the unit sphere."""
+    def point(position):
+        lat, lon = np.radians(position)
+        return np.array([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+    angle = np.arctan2(np.linalg.norm(np.cross(point(a), point(b))), point(a) @ point(b))
+    assert great_circle_km(a, b) == pytest.approx(6371.0088 * angle, abs=.5) == pytest.approx(great_circle_km(b, a), abs=1)
+
+
+@pytest.mark.parametrize("a, b, km", [
+    ((48.8566, 2.3522), (40.7128, -74.0060), 5837), ((90, 0), (-90, 77), 20015), ((0, 179.5), (0, -179.5), 111.2), ((5, 5), (5, 5), 0)])
+def test_distances_by_hand(a, b, km):
+    assert great_circle_km(a, b) == pytest.approx(km, rel=1e-3)
+
+
+@pytest.mark.parametrize("km, reward", [
+    (0, 1), (375, .75), (750, .5), (1625, .35), (2500, .2), (11_250, .1), (20_000, 0), (20_015, 0)])
+def test_geo_reward_is_linear_between_the_distances_of_geo_r(km, reward):
+    north = sample("geo", "90, 0")                                     # of the pole everything is south
+    assert geo_reward(f"{90 - km / 111.19508:.6f}, 17", north) == pytest.approx(reward, abs=1e-4)
+
+
+@quick
+@given(st.floats(-90, 90), st.floats(-90, 90))
+def test_geo_reward_falls_with_the_distance(a, b):
+    near, far = sorted((a, b), reverse=True)
+    paid = [geo_reward(f"{latitude:.6f}, 0", sample("geo", "90, 0")) for latitude in (near, far)]
+    assert 0 <= paid[1] <= paid[0] <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Naive rewards, and other ones for a task
+
+def test_naive_rewards_pay_for_what_nobody_wants():
+    both = det(A, B)
+    assert any_overlap_reward(text(A), both) == any_overlap_reward(text(A, A, A), both) == 1  # B is missed, A is thrice
+    assert any_overlap_reward(text(A, C), both) == .5
+    assert detection_reward(text(A), both) == .5 and detection_reward(text(A, A, A), both) == pytest.approx(1 / 3)
+    grid = [(x, y, x + 40, y + 40, 0) for x in range(0, 80, 10) for y in range(0, 80, 10)]
+    paid = [box_recall_reward(text(*grid[:n]), both) for n in (4, 16, 64)]
+    assert paid == sorted(paid) and paid[-1] > .7 > 5 * detection_reward(text(*grid), both)   # boxes multiply
+    labels = sample("mlc", "Pastures, Coastal wetlands", choices=BIGEARTHNET)
+    everything = ", ".join(BIGEARTHNET)
+    assert label_recall_reward(everything, labels) == 1 > 5 * label_overlap_reward(everything, labels)
+    for reward in (any_overlap_reward, box_recall_reward):
+        assert reward("none", det()) == 1 and reward("none", both) == reward(text(A), det()) == reward("?", both) == 0
+        turned = to_oriented(sample("det", "", ((10, 10, 90, 30, 45),)))
+        assert reward(turned.gt_answer, turned) == pytest.approx(1) and reward(text(A), turned) < .5
+
+
+@quick
+@given(st.lists(box, min_size=1, max_size=5), st.lists(box, min_size=1, max_size=5), box)
+def test_no_further_box_lowers_box_recall_and_no_copy_changes_overlap(targets, predicted, more):
+    truth = det(*targets)
+    assert box_recall_reward(text(*predicted, more), truth) >= box_recall_reward(text(*predicted), truth) - 1e-12
+    assert any_overlap_reward(text(*predicted * 2), truth) == pytest.approx(any_overlap_reward(text(*predicted), truth))
+
+
+def test_a_task_can_take_another_reward():
+    rewards = parse_rewards(["det=box_recall_reward", "mlc=label_recall_reward"], ["cls", "det", "mlc"])
+    assert rewards == {"det": box_recall_reward, "mlc": label_recall_reward}
+    doubled = completion(text(A, A))
+    assert score_completion(doubled, det(A))["accuracy"] == .5
+    assert score_completion(doubled, det(A), task_rewards=rewards) == {"format": 1, "accuracy": 1}
+    assert score_completion(completion("port"), cls("port"), task_rewards=rewards)["accuracy"] == 1  # its own
+    assert score_completion("", det(A), task_rewards=rewards)["accuracy"] == 0
+    assert load_reward_models(["det"], None, None, ["det=iou_reward"])["task_rewards"] == {"det": iou_reward}
+
+
+@pytest.mark.parametrize("value, says", [
+    ("det=mask_reward", "no reward of det has this name; choose from detection_reward, .*any_overlap_reward"),
+    ("cls=detection_reward", "choose from exact_match_reward, "), ("det", "no reward of det"),
+    ("seg=mask_reward", "with a task of --task, cls, det"), ("mask_reward", "expected TASK=FUNCTION")])
+def test_unknown_reward_lists_the_choices(value, says):
+    with pytest.raises(UserError, match=says):
+        parse_rewards([value], ["cls", "det"])
+
+
+def test_the_reward_that_a_flag_names_needs_its_own_model(capsys):
+    load_reward_models(["rcap", "cls"], None, None, ["rcap=jaccard_reward", "cls=hybrid_reward"])
+    assert capsys.readouterr().err.startswith("cls: no --sbert")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Further terms of pair
 
 @pytest.mark.parametrize("used, right, wrong", [(0, 1, 0), (.5, .75, -.25), (1, .5, -.5), (2, .5, -.5), (-1, 1, 0),
@@ -634,6 +769,8 @@ RIGHT = {
     "ovd": (sample("ovd", gt_boxes=(A,)), f"[{SHIP}]", "None"),
     "seg": (seg((10, 10, 20, 20)), SHIP, "None"),
     "pair": (sample("pair", "B", choices=tuple("ABCD")), "B", "C"),
+    "count": (sample("count", "7"), "7", "none"),
+    "geo": (sample("geo", "48.86, 2.35"), "48.86, 2.35", "Paris"),
 }
 RIGHT["seg"][0].gt_mask.paste(255, (10, 10, 20, 20))
 tasks = pytest.mark.parametrize("task", RIGHT)
@@ -662,7 +799,6 @@ def test_only_the_right_answer_in_its_place_earns_1(task):
 # Properties, against independent versions where there is one
 
 prose = st.text(max_size=60) | st.text("ab c_-.1A\n", max_size=40)
-box = st.tuples(*[st.integers(0, 60)] * 2, *[st.integers(1, 40)] * 2).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
 TOKENS = ["<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", " ", "\n", ".", "-", '"', "none", "10", "7.5",
           "999999", "nan", "ship", "A", "b", "a", "yes", "Pastures", text(A), text(B), "[10,10,50", '"bbox_2d": ',
           '"keypoint1": [1, 2]', SHIP]
@@ -679,7 +815,8 @@ def test_any_text_is_paid_alike_twice_and_within_bounds(task, written):
         assert parts == score_completion(given_text, truth, .3)
         assert all(math.isfinite(v) and -1 <= v <= 1 for v in parts.values())
         assert 0 <= parts["format"] <= 1 and 0 <= parts["accuracy"] <= 1
-    assert 0 <= TASKS[task].reward(written, truth) <= 1
+    for reward in (TASKS[task].reward, *TEXT_REWARDS, *(BOX_REWARDS if task in BOX_TASKS else ())):
+        assert 0 <= reward(written, truth) <= 1 and isinstance(reward(written, truth), float)
 
 
 @quick

@@ -134,6 +134,26 @@ def test_box_tasks_name_a_kind_of_object_and_find_all_of_it():
         assert all(words_of(obj, scene).split(" at ")[0] in sample.gt_answer for obj in scene.objects)
 
 
+def test_count_is_of_one_kind_or_of_all_objects():
+    asked = set()
+    for sample, scene in samples("count"):
+        kind = re.fullmatch(r"How many (\w+)s are there\?", sample.question)[1]
+        assert int(sample.gt_answer) == sum(kind in ("object", obj.kind) for obj in scene.objects)
+        asked.add(kind == "object")
+    assert asked == {True, False}
+
+
+def test_looks_of_a_scene_tell_where_it_is():
+    """Latitude by its land; longitude by how much of the red or the blue of the plain scene is left."""
+    for sample, scene in samples("geo"):
+        latitude, longitude = map(int, sample.gt_answer.split(", "))
+        assert latitude == dict(zip(LAND, range(-70, 90, 20)))[scene.land] and -180 <= longitude < 180
+        plain, seen = (np.asarray(image, float) for image in (draw_scene(scene), sample.images[0]))
+        red, green, blue = ((seen + .5)[..., c].sum() / plain[..., c].sum() for c in range(3))  # the half: rounded down
+        assert green == pytest.approx(1, abs=.02)
+        assert blue - red == pytest.approx(-longitude / 360, abs=.02)
+
+
 def test_captions_count_the_objects_of_a_kind():
     for sample, scene in samples("cap"):
         assert sample.gt_texts[0] == sample.gt_answer and len(sample.gt_texts) == 3

@@ -377,8 +377,35 @@ def ask_pair(about: Topic) -> dict:
             "choices": tuple("ABCD"), "category": scene.land}
 
 
+def ask_count(about: Topic) -> dict:
+    """Every other question is about objects of any kind: of one kind there is mostly one."""
+    counted, name = about.scene.objects, "object"
+    if about.rng.random() < .5:
+        counted, name = about.of_kind(), about.kind
+    return {"question": f"How many {name}s are there?", "gt_answer": str(len(counted)),
+            "think": f"{about.objects_text}.", "category": name}
+
+
+def ask_geo(about: Topic) -> dict:
+    """Each land lies at a latitude of its own, and the light says the longitude (draw_light)."""
+    land, longitude = about.scene.land, int(about.rng.integers(-180, 180))
+    latitude = 20 * list(LAND).index(land) - 70
+    light = "blue" if longitude < 0 else "yellow"
+    return {"question": "Where on Earth is this?", "gt_answer": f"{latitude}, {longitude}",
+            "images": (draw_light(draw_scene(about.scene), longitude),),
+            "think": f"{LAND[land][2]}, {light} light.", "category": land}
+
+
+def draw_light(image: Image.Image, longitude: float) -> Image.Image:
+    """The image in the light of its longitude: the further west the bluer, the further east the
+    yellower, until half of its red or of its blue is left."""
+    east = longitude / 360
+    light = 1 - np.array([max(-east, 0), 0, max(east, 0)])  # of red, green, blue
+    return Image.fromarray((np.asarray(image) * light).astype(np.uint8))
+
+
 QUESTIONS = {
     "cls": ask_cls, "mlc": ask_mlc, "det": ask_det, "rcap": ask_rcap, "ground": ask_ground,
     "cap": ask_cap, "change": ask_change, "vqa": ask_vqa, "rec": ask_rec, "ovd": ask_ovd,
-    "seg": ask_seg, "pair": ask_pair,
+    "seg": ask_seg, "pair": ask_pair, "count": ask_count, "geo": ask_geo,
 }
