@@ -43,6 +43,13 @@ def parse_tasks(text: str) -> list[str]:
     return list(TASKS) if text == "all" else [check_task(task) for task in text.split(",")]
 
 
+def parse_stages(text: str) -> list[list[str]]:
+    """The tasks of each stage: `cls,det+rcap` is cls, then det and rcap mixed; `all`, a stage for
+    each task."""
+    stages = list(TASKS) if text == "all" else text.split(",")
+    return [[check_task(task) for task in stage.split("+")] for stage in stages]
+
+
 def check_task(task: str) -> str:
     """The task itself. Raises UserError if TASKS does not have it."""
     if task not in TASKS:
@@ -398,6 +405,17 @@ def get_batch(samples: Sequence[Sample], step: int, size: int, seed: int) -> lis
     for position in range(step * size, (step + 1) * size):
         epoch, i = divmod(position, len(samples))
         batch.append(samples[permutation(len(samples), seed, epoch)[i]])
+    return batch
+
+
+def get_mixed_batch(streams: Sequence[Sequence[Sample]], step: int, size: int, seed: int,
+                    part: tuple[int, int] = (0, 1)) -> list[Sample]:
+    """The samples of one step; `part` (rank, world size): those of this rank. The tasks take turns,
+    each with a stream of its own."""
+    batch = []
+    for position in range(step * size + part[0], (step + 1) * size, part[1]):
+        i, task_index = divmod(position, len(streams))
+        batch += get_batch(streams[task_index], i, 1, seed + task_index)
     return batch
 
 

@@ -5,10 +5,11 @@ reward is than the mean of its group. The policy moves along the advantages; a c
 PPO (Schulman et al. 2017), limits each move, and a KL penalty holds it near a frozen reference
 model.
 
-    GRPO      Shao et al. 2024, arXiv 2402.03300
-    DAPO      Yu et al. 2025, arXiv 2503.14476: mean over tokens, not completions; wider upper clip
-    Dr. GRPO  Liu et al. 2025, arXiv 2503.20783: no division by the group's std or by the length
-    GSPO      Zheng et al. 2025, arXiv 2507.18071: one ratio per completion
+    GRPO       Shao et al. 2024, arXiv 2402.03300
+    DAPO       Yu et al. 2025, arXiv 2503.14476: mean over tokens, not completions; wider upper clip
+    Dr. GRPO   Liu et al. 2025, arXiv 2503.20783: no division by the group's std or by the length
+    GSPO       Zheng et al. 2025, arXiv 2507.18071: one ratio per completion, normalised by length
+    GeoVLM-R1  Fiaz et al. 2025, arXiv 2509.25026: one ratio per completion, as printed
 
 Shapes: B prompts, G completions each, C completion tokens (padded); b of the B prompts in a
 micro-batch. `loss_mask` is True on the tokens that carry loss.
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LOSSES = ("grpo", "dr_grpo", "dapo", "gspo")
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "geovlm")
 MAX_LOG_RATIO = 10.0  # beyond it is noise, and one overflowing exp would make the whole step NaN
 
 
@@ -36,8 +37,7 @@ def compute_advantages(
     out. The std is unbiased (divisor G - 1), as in TRL.
 
     Returns the advantages, (B, G, 1), or (B, G, C) where each token has its own, and the groups to
-    keep, (B,) bool; the others carry no loss. To try another estimator, edit this function: the
-    unused arguments are for that.
+    keep, (B,) bool; the others carry no loss. The unused arguments are for other estimators.
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     advantages = centered / (rewards.std(1, keepdim=True) + 1e-4) if divide_by_std else centered
@@ -45,26 +45,29 @@ def compute_advantages(
 
 
 def groups_with_signal(rewards: Tensor) -> Tensor:
-    """(B, G) -> (B,) True where the rewards of a group differ.
-
-    Where they are equal, all advantages are 0 and there is nothing to learn. Such a group is left
-    out of the loss; otherwise its KL penalty would still pull at the policy.
+    """(B, G) -> (B,) True where the rewards of a group differ. Where they are equal, all advantages
+    are 0; such a group is left out of the loss, or its KL penalty would still pull at the policy.
     """
     return rewards.amax(1) - rewards.amin(1) > 1e-6
+
+
+def overlong_punishment(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """Completion lengths in tokens -> a reward: 0 up to `buffer` tokens before max_new_tokens, from
+    there linearly down to -1 at max_new_tokens (DAPO, eq. 13)."""
+    return ((max_new_tokens - buffer - lengths.double()) / buffer).clamp(max=0)
 
 
 def token_weights(loss_mask: Tensor, loss: str, max_new_tokens: int,
                   all_reduce_sum: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
     """The weight w_it of each token in the loss, (B, G, C), over all prompts of a step.
 
-        grpo, gspo   1 / (N |o_i|)   mean over N completions of the mean over tokens (GRPO, eq. 3)
-        dapo         1 / sum |o_i|   mean over all tokens of the step, as in verl, on which DAPO's
-                                     code is built (its eq. 8 prints one for each group)
-        dr_grpo      1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
+        grpo     1 / (N |o_i|)   mean over N completions of the mean over tokens (GRPO, eq. 3); so
+                                 do gspo and geovlm, of whose ratio it makes 1 / N per completion
+        dapo     1 / sum |o_i|   mean over all tokens of the step that carry loss, as in verl, on
+                                 which DAPO's code is built (its eq. 8 prints one for each group)
+        dr_grpo  1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
 
-    N counts every completion of the step; one without loss is a zero in the mean. DAPO replaces
-    groups without signal by new ones; here its mean is over the tokens that carry loss. C_max is
-    max_new_tokens.
+    N counts every completion of the step; one without loss is a zero. C_max is max_new_tokens.
 
     Computed before the step is split into micro-batches, and with counts of all ranks. So the
     losses of micro-batches and ranks simply add up, and their number changes nothing.
@@ -105,17 +108,16 @@ def policy_loss(
 
         L = - sum_it w_it [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - beta KL ]
 
-    rho is the token's ratio pi / pi_old (GRPO, eq. 3), or for gspo the geometric mean of the ratios
-    of the completion's tokens (GSPO, eq. 7). In the first optimiser step on a rollout old_logprobs
-    equal logprobs, so rho = 1 and the gradient of the first term is that of -sum w A log pi.
-
-    Also returns sums over the tokens that carry loss, for metrics: how many were clipped, and KL.
+    rho is the token's ratio pi / pi_old (GRPO, eq. 3); for gspo the geometric mean of these over
+    the completion's tokens (GSPO, eq. 7); for geovlm their product pi(o|q) / pi_old(o|q), which a
+    hundred tokens soon drive out of any clip range, so it is not the default. In the first step on
+    a rollout rho = 1. Also returns sums over the tokens with loss: how many were clipped, and KL.
     """
     # where, not a product with the mask: 0 * inf is NaN
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0.0)
-    if loss == "gspo":
-        lengths = loss_mask.sum(2, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio.sum(2, keepdim=True) / lengths).expand_as(logprobs)
+    if loss in ("gspo", "geovlm"):
+        root = loss_mask.sum(2, keepdim=True).clamp(min=1) if loss == "gspo" else 1
+        log_ratio = (log_ratio.sum(2, keepdim=True) / root).expand_as(logprobs)
     rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = rho * advantages
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages

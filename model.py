@@ -215,6 +215,26 @@ def collate(prompts: list[Prompts]) -> Prompts:
         image_embeds=torch.cat([p.image_embeds for p in prompts]) if has_embeds else None)
 
 
+def pack_groups(sizes: dict[int, tuple[int, int]], pack_tokens: int) -> list[list[int]]:
+    """{index of a group: (prompt tokens, completion tokens)} -> the indices of each micro-batch.
+
+    Groups of similar size go together, as many as fit in `pack_tokens` when padded to the longest
+    prompt and the longest completions among them, at least one.
+    """
+    def padded_tokens(indices: list[int]) -> int:
+        longest_prompt = max(sizes[i][0] for i in indices)
+        longest_completions = max(sizes[i][1] for i in indices)
+        return len(indices) * (longest_prompt + longest_completions)
+
+    micro_batches = []
+    for index in sorted(sizes, key=lambda i: sum(sizes[i]), reverse=True):
+        if micro_batches and padded_tokens([*micro_batches[-1], index]) <= pack_tokens:
+            micro_batches[-1].append(index)
+        else:
+            micro_batches.append([index])
+    return micro_batches
+
+
 def mrope_position_ids(input_ids: list[int], image_grid_thw: list[list[int]], image_token_id: int,
                        merge_size: int) -> Tensor:
     """Rotary positions (3, P) of one prompt. Text counts up in all three; an image counts its time,

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention import SharedPrompt
@@ -59,6 +60,18 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # (B, G, C) of the sampled tokens, as sampled; 0 elsewhere
     entropy: Tensor   # (B, G, C) of the distributions they were sampled from, in nats; 0 elsewhere
     stopped: Tensor   # (B, G) False where the completion was cut off at C tokens
+
+
+def replace_groups(rollout: Rollout, indices: Sequence[int], new: Rollout) -> Rollout:
+    """The rollout with the groups of `new` at these indices. Padded places are masked."""
+    C = max(rollout.tokens.shape[2], new.tokens.shape[2])
+
+    def replaced(old: Tensor, new: Tensor) -> Tensor:
+        if old.dim() == 3:                                                      # (B, G, C)
+            old, new = (F.pad(x, (0, C - x.shape[2])) for x in (old, new))
+        return old.index_copy(0, torch.tensor(indices, device=old.device), new)
+
+    return Rollout(*map(replaced, rollout, new))
 
 
 class SamplingParams(NamedTuple):

@@ -1,21 +1,15 @@
 """GRPO, after SFT: sample completions, reward them, make the better ones of each group more likely.
-One task at a time.
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-specific accuracy reward, advantages
 relative to the group, a clipped ratio, a KL penalty to a frozen reference model, one stage per
-task. Different from it:
-
-- The ratio is that of a token. The paper prints the ratio of a whole completion; --loss gspo uses
-  it, normalised by length.
-- Advantages are not divided by the group's std unless --divide-by-std says so. IoU rewards of a
-  group often differ by very little, and the division would inflate that.
-- A group's prompt is computed once for all its completions.
-- Groups whose rewards are all equal are left out.
+task. Different from it: the ratio is that of a token, not of a completion (--loss geovlm),
+advantages are not divided by the group's std (--divide-by-std), a group's prompt is computed once
+for all its completions, groups whose rewards are all equal are left out. docs/method.md says why.
 
 A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
 
     torchrun train_grpo.py --task det                    # the embedded default: minutes on a laptop
-    python train_grpo.py --task cls,det --out runs/staged   # det starts from the end of cls
+    python train_grpo.py --task cls,det+rcap --out runs/staged   # cls, then a mix of two tasks
     torchrun --nproc-per-node 8 train_grpo.py --task det --model runs/sft-3b/model \\
         --data GeoChat_Instruct.json --lr 1e-6 --beta 0.04 --divide-by-std --prompts 16 \\
         --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
@@ -27,6 +21,7 @@ and its page report.html, curves.png, model/ and checkpoint/.
 import argparse
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -37,27 +32,35 @@ from data import (
     add_data_flags,
     check_oriented,
     fingerprint,
-    get_batch,
+    get_mixed_batch,
     load_splits,
     parse_sources,
-    parse_tasks,
+    parse_stages,
     prefetch,
 )
-from metrics.held_out import held_out_rewards, held_out_row
+from metrics.held_out import held_out_by_task, held_out_row
 from metrics.reward_models import load_reward_models
-from metrics.training import Console, log_completions, step_metrics, step_speed, write_pages
+from metrics.training import (
+    Console,
+    log_completions,
+    stack_parts,
+    step_metrics,
+    step_speed,
+    write_pages,
+)
 from model import (
     Policy,
     add_adapters,
     collate,
     encode,
     load_model,
+    pack_groups,
     save_model,
     with_image_embeds,
     without_adapters,
 )
 from rewards import REWARD_PARTS, score_completion
-from rollout import Sampler, uniforms
+from rollout import Sampler, replace_groups, uniforms
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import (
     HelpFormatter,
@@ -87,7 +90,8 @@ from runtime.logging import JsonlLog, MetricsLog, NonFiniteGuard, check_tensorbo
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--task", default="det",
-                        help="comma-separated tasks, one stage each in this order; or `all`")
+                        help="stages, comma-separated, in this order: a task, or several mixed, as "
+                             "in det+rcap; or `all`, a stage for each task")
     parser.add_argument("--out", type=Path, default=Path("runs/grpo"),
                         help="folder that the run writes to; a run in it moves to OUT.1")
     flags = parser.add_argument_group("model and data")
@@ -111,6 +115,9 @@ def parse_args() -> argparse.Namespace:
                        help="C: longest completion (with tiny use 160 for ground, ovd, seg)")
     flags.add_argument("--temperature", type=float, default=1.0,
                        help="of sampling, and of the log-probs that are trained on")
+    flags.add_argument("--resample", type=non_negative_int, default=0,
+                       help="replace groups without signal by those of other prompts, up to this "
+                            "many times a step (DAPO)")
     flags.add_argument("--seed", type=non_negative_int, default=0,
                        help="seed of the data order and of sampling")
     flags.add_argument("--compile", action="store_true",
@@ -124,6 +131,9 @@ def parse_args() -> argparse.Namespace:
                        help="for rcap and change: a folder, or a hub id such as "
                             "sentence-transformers/all-MiniLM-L6-v2")
     flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+    flags.add_argument("--overlong-buffer", type=non_negative_int, default=0,
+                       help="punish completions within this many tokens of --max-new-tokens, by "
+                            "up to -1 (DAPO); 0: do not")
     flags = parser.add_argument_group("objective")
     flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo",
                        help="token weights and ratio, see grpo.py; with one inner step gspo is "
@@ -170,29 +180,32 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
+def check_args(args: argparse.Namespace, stages: list[list[str]]) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
-    check_oriented(args.oriented, tasks)
+    check_oriented(args.oriented, list(chain(*stages)))
     if args.group < 2:
         raise UserError(f"--group {args.group}: an advantage is relative to the group's mean, so a "
                         "group needs at least 2")
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: greedy completions of a group are all "
                         "the same; it has to be positive")
+    if args.overlong_buffer > args.max_new_tokens:
+        raise UserError(f"--overlong-buffer {args.overlong_buffer} is longer than --max-new-tokens "
+                        f"{args.max_new_tokens}, of which it is the end")
     if args.prompts % world_size():
         raise UserError(f"--prompts {args.prompts} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
     if args.tensorboard:
         check_tensorboard()
-    if args.lora and len(tasks) > 1:
+    if args.lora and len(stages) > 1:
         raise UserError("--lora has one stage, whose reference is the model without adapters; run "
                         "the tasks one by one, each from the previous one's model/")
 
 
 def main() -> None:
     args = parse_args()
-    tasks = parse_tasks(args.task)
-    check_args(args, tasks)
+    stages = parse_stages(args.task)
+    check_args(args, stages)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
     model, processor = load_model(args.model, args.image_size)
@@ -202,20 +215,21 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     image_size = processor.image_size
-    console = Console(len(tasks) * args.steps, args.eval_every)
+    console = Console(len(stages) * args.steps, args.eval_every)
     console.print_model(args.model, model, image_size)
     sources = parse_sources(args.data, args.images)
     eval_sources = parse_sources(args.eval_data, args.images)
-    splits = load_splits(sources, eval_sources, tasks, image_size, args.seed, args.shots,
-                         args.oriented)
-    data = [splits[task].train for task in tasks]
-    held_out = [splits[task].held_out[:args.heldout] for task in tasks]
+    splits = load_splits(sources, eval_sources, list(chain(*stages)), image_size, args.seed,
+                         args.shots, args.oriented)
+    data = [[splits[task].train for task in tasks] for tasks in stages]
+    held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
-    reward_models = load_reward_models(tasks, args.sbert, args.sam)
+    reward_models = load_reward_models(list(splits), args.sbert, args.sam)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
+    part_weights["overlong"] = 1.0
 
-    run = Run(args, run_config(args, map(fingerprint, data), map(fingerprint, held_out)),
-              {"stage": 0, "step": 0, "before": None, "skipped": 0})
+    config = run_config(args, map(fingerprint, chain(*data)), map(fingerprint, held_out.values()))
+    run = Run(args, config, {"stage": 0, "step": 0, "before": {}, "skipped": 0})
     progress = run.progress
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)
     completions_log = JsonlLog(args.out / "samples.jsonl", run.steps_done, args.group)
@@ -223,9 +237,12 @@ def main() -> None:
     # One model learns, one generates. On one CPU, and with LoRA on one GPU, they are the same.
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     sampler = Sampler(sampling_model, processor, args.compile)
+    score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
+                             args.temperature, run.should_stop, **reward_models)
     local_prompts = range(rank(), args.prompts, world_size())   # this rank's prompts of each step
 
-    for stage in range(progress["stage"], len(tasks)):
+    for stage in range(progress["stage"], len(stages)):
+        tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
         ref_model = None                                        # frees the previous stage's memory
         optimizer = None
         if args.beta and not adapters:  # with LoRA, the reference is the policy without adapters
@@ -235,55 +252,69 @@ def main() -> None:
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
         guard = NonFiniteGuard(progress["skipped"])
-        score_held_out = partial(held_out_rewards, sampler, held_out[stage], args.max_new_tokens,
-                                 args.temperature, run.should_stop, **reward_models)
         after = None
         if progress["step"]:
             run.load_checkpoint(policy, optimizer, ref_model)
             sync_sampling_model(sampling_model, policy)
-            after = metrics_log.last_row.get("heldout", {})
+            after = metrics_log.last_row.get("heldout_tasks", {})
             if after is None:                                   # a signal stopped the scoring
-                after = score_held_out()
-                metrics_log.complete_last_row(held_out_row(after, part_weights))
-        before = progress["before"] or score_held_out()         # a resumed stage keeps its scores
+                is_last = progress["step"] == args.steps
+                after = score_held_out(tasks_so_far if is_last else tasks)
+                metrics_log.complete_last_row(held_out_row(after, tasks, part_weights))
+        unscored = [task for task in tasks if task not in progress["before"]]
+        before = progress["before"] | (score_held_out(unscored) or {})  # as the stage began
         if run.should_stop():
             run.print_stopped()
             return
         policy.train()
 
-        steps = ((step, get_batch(data[stage], step, args.prompts, args.seed + stage))
-                 for step in range(progress["step"], args.steps))
-        local_steps = ((step, samples[rank() :: world_size()]) for step, samples in steps)
-        for step, samples, prompts in prefetch(local_steps, partial(encode, processor)):
+        local_batch = partial(get_mixed_batch, data[stage], size=args.prompts,
+                              seed=args.seed + stage, part=(rank(), world_size()))
+        steps = ((step, local_batch(step)) for step in range(progress["step"], args.steps))
+        for step, samples, prompts in prefetch(steps, partial(encode, processor)):
             run.doing = f"finishing step {stage * args.steps + step + 1}"
             beta = args.beta                                    # a schedule of beta goes here
             lr = linear_warmup_decay(step, args.steps, args.lr, args.warmup)
 
-            # --- rollout: G completions for each prompt -----------------------------------------
+            # --- rollout: G completions for each prompt, again for groups without signal --------
             # From here on B counts this rank's prompts, and C is its longest completion.
             t0 = time.perf_counter()
-            if args.freeze or args.lora:
-                prompts = [with_image_embeds(sampling_model, prompt) for prompt in prompts]
-            # Random numbers by (seed, stage, step, prompt): the same rollout on any number of ranks
-            numbers = uniforms((args.seed, stage, step), local_prompts, args.group,
-                               args.max_new_tokens)
-            rollout = sampler.generate(collate(prompts), args.max_new_tokens, args.group,
-                                       args.temperature, numbers)
-            texts = sampler.decode_texts(rollout)                               # B x G
-            lengths = rollout.mask.sum(2)                                       # (B, G)
-            t1 = time.perf_counter()
+            rollout, resampled, scored = None, 0, [[]] * len(samples)           # B x G x {part: r}
+            wanted = list(range(len(samples)))              # groups to sample: at first all
+            for attempt in range(1 + args.resample):
+                # Prompts and random numbers depend on (seed, stage, draw, prompt): the same on any
+                # number of ranks. A further attempt draws those of a step after the run's end.
+                draw = step + attempt * args.steps
+                if attempt:
+                    resampled += len(wanted)
+                    others = local_batch(draw)
+                    for b in wanted:
+                        samples[b], prompts[b] = others[b], encode(processor, others[b])
+                if args.freeze or args.lora:
+                    for b in wanted:
+                        prompts[b] = with_image_embeds(sampling_model, prompts[b])
+                numbers = uniforms((args.seed, stage, draw), [local_prompts[b] for b in wanted],
+                                   args.group, args.max_new_tokens)
+                new = sampler.generate(collate([prompts[b] for b in wanted]), args.max_new_tokens,
+                                       args.group, args.temperature, numbers)
+                rollout = replace_groups(rollout, wanted, new) if attempt else new
+                texts = sampler.decode_texts(rollout)                           # B x G
+                lengths = rollout.mask.sum(2)                                   # (B, G)
 
-            # --- rewards ------------------------------------------------------------------------
-            length_fractions = (lengths / args.max_new_tokens).tolist()
-            scored = []                                                         # B x G x {part: r}
-            for sample, group_texts, fractions in zip(samples, texts, length_fractions):
-                scored.append([score_completion(text, sample, fraction, **reward_models)
-                               for text, fraction in zip(group_texts, fractions)])
-            reward_parts = {}                                                   # {part: (B, G)}
-            for name in scored[0][0]:
-                values = [[parts[name] for parts in group] for group in scored]
-                reward_parts[name] = torch.tensor(values, dtype=torch.float64).to(lengths.device)
-            rewards = sum(part_weights[name] * reward_parts[name] for name in reward_parts).float()
+                # --- rewards --------------------------------------------------------------------
+                length_fractions = (lengths / args.max_new_tokens).tolist()
+                for b in wanted:
+                    scored[b] = [score_completion(text, samples[b], fraction, **reward_models)
+                                 for text, fraction in zip(texts[b], length_fractions[b])]
+                reward_parts = stack_parts(scored, tasks)                       # {part: (B, G)}
+                if args.overlong_buffer:
+                    reward_parts["overlong"] = grpo.overlong_punishment(
+                        lengths, args.max_new_tokens, args.overlong_buffer)
+                rewards = sum(part_weights[name] * r for name, r in reward_parts.items()).float()
+                wanted = (~grpo.groups_with_signal(rewards)).nonzero()[:, 0].tolist()
+                if not wanted:
+                    break
+            t1 = time.perf_counter()
 
             # --- advantages ---------------------------------------------------------------------
             advantages, keep = grpo.compute_advantages(                         # (B, G, 1), (B,)
@@ -295,7 +326,6 @@ def main() -> None:
                                                all_reduce_sum)                  # (B, G, C)
 
             # --- update: mu optimiser steps on the rollout, in micro-batches of whole groups ----
-            t2 = time.perf_counter()
             max_lens = lengths.amax(1).tolist()                                 # B
             sizes = {b: (prompts[b].input_ids.shape[1], args.group * max_lens[b])
                      for b in keep.nonzero()[:, 0].tolist()}
@@ -347,24 +377,22 @@ def main() -> None:
 
             # --- metrics, log, checkpoint -------------------------------------------------------
             is_last = step + 1 == args.steps
-            metrics = step_metrics(rollout, rewards, reward_parts, loss_mask, stats, logprob_diffs,
-                                   losses, grad_norms)
-            t3 = time.perf_counter()                            # step_metrics waited for the GPU
-            row = {"step": stage * args.steps + step + 1, "stage": stage, "task": tasks[stage],
-                   **metrics, "lr": lr, "skipped": guard.skipped, "rollout_s": t1 - t0,
-                   "update_s": t3 - t2,
+            metrics = step_metrics(rollout, rewards, reward_parts, resampled, loss_mask, stats,
+                                   logprob_diffs, losses, grad_norms)
+            t2 = time.perf_counter()                            # step_metrics waited for the GPU
+            row = {"step": stage * args.steps + step + 1, "stage": stage,
+                   "task": "+".join(tasks), **metrics, "lr": lr, "skipped": guard.skipped,
+                   "rollout_s": t1 - t0, "update_s": t2 - t1,
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
-                                metrics["len_mean"], t3 - t0)}
+                                metrics["len_mean"], t2 - t0)}
             if (step + 1) % args.eval_every == 0 or is_last:
-                after = score_held_out()
-                row |= held_out_row(after, part_weights)
+                after = score_held_out(tasks_so_far if is_last else tasks)
+                row |= held_out_row(after, tasks, part_weights)
             metrics_log.write(row)
-            shown = step % args.prompts                         # one group per step
-            log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages,
-                            local_prompts.index(shown) if shown in local_prompts else None)
-            console.print_step(row, t3 - t0, texts[0][0], rewards[0, 0])
+            log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages)
+            console.print_step(row, t2 - t0, texts[0][0], rewards[0, 0])
             stop = run.should_stop()
-            is_end = is_last and stage + 1 == len(tasks)
+            is_end = is_last and stage + 1 == len(stages)
             if (step + 1) % args.save_every == 0 or is_last or stop:
                 progress = {"stage": stage, "step": step + 1, "before": before,
                             "skipped": guard.skipped}
@@ -375,8 +403,8 @@ def main() -> None:
                 run.print_stopped()
                 return
 
-        progress = progress | {"step": 0, "before": None}       # the next stage starts at step 0
-        console.print_held_out(tasks[stage], len(held_out[stage]), before, after)
+        progress = progress | {"step": 0, "before": after}      # the next stage starts at step 0
+        console.print_held_out(held_out, before, after)
 
     model = gather_full_model(policy, sampling_model)
     if rank() == 0:
@@ -388,26 +416,6 @@ def main() -> None:
     barrier()  # until the first rank has saved
     run.close()
     print0(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
-
-
-def pack_groups(sizes: dict[int, tuple[int, int]], pack_tokens: int) -> list[list[int]]:
-    """{index of a group: (prompt tokens, completion tokens)} -> the indices of each micro-batch.
-
-    Groups of similar size go together, as many as fit in `pack_tokens` when padded to the longest
-    prompt and the longest completions among them, at least one.
-    """
-    def padded_tokens(indices: list[int]) -> int:
-        longest_prompt = max(sizes[i][0] for i in indices)
-        longest_completions = max(sizes[i][1] for i in indices)
-        return len(indices) * (longest_prompt + longest_completions)
-
-    micro_batches = []
-    for index in sorted(sizes, key=lambda i: sum(sizes[i]), reverse=True):
-        if micro_batches and padded_tokens([*micro_batches[-1], index]) <= pack_tokens:
-            micro_batches[-1].append(index)
-        else:
-            micro_batches.append([index])
-    return micro_batches
 
 
 if __name__ == "__main__":

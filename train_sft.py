@@ -31,6 +31,7 @@ from data import (
     check_oriented,
     fingerprint,
     get_batch,
+    get_mixed_batch,
     load_splits,
     parse_sources,
     parse_tasks,
@@ -236,11 +237,8 @@ def main() -> None:
 
 
 def local_batch(args: argparse.Namespace, data: list, step: int) -> list[Sample]:
-    """This rank's samples of a step. The tasks take turns, each with a stream of its own."""
-    samples = []
-    for position in range(step * args.batch, (step + 1) * args.batch):
-        i, task_index = divmod(position, len(data))
-        samples += get_batch(data[task_index], i, 1, args.seed + task_index)
+    """This rank's samples of a step."""
+    samples = get_mixed_batch(data, step, args.batch, args.seed)
     if args.box_noise:
         samples = [jitter_boxes(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
                    for i, s in enumerate(samples)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from statistics import fmean
 
 import numpy as np
 from tqdm import tqdm
@@ -47,15 +48,37 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
             "format": sampled_means.pop("format"), **sampled_means}
 
 
-def held_out_row(held_out: dict[str, float] | None, part_weights: Mapping[str, float]) -> dict:
-    """These means as fields of metrics.jsonl: nested, flat, and the weighted sum of the parts of
-    sampled completions. None marks scores that are yet to come."""
-    if not held_out:
-        return {} if held_out == {} else {"heldout": None}
-    parts = held_out | {"accuracy": held_out["sampled"]}
-    reward = sum(part_weights[name] * parts[name] for name in REWARD_PARTS if name in parts)
-    flat = {f"heldout_{name}": value for name, value in parts.items() if name != "sampled"}
-    return {"heldout": held_out, "heldout_reward": reward, **flat}
+def held_out_by_task(sampler: Sampler, held_out: Mapping[str, Sequence[Sample]],
+                     max_new_tokens: int, temperature: float, should_stop: Callable[[], bool],
+                     tasks: Sequence[str],
+                     **reward_models: Sbert | Sam | None) -> dict[str, dict[str, float]] | None:
+    """{task: its held_out_rewards} of these tasks, as far as they have held-out samples."""
+    scores = {}
+    for task in dict.fromkeys(tasks):
+        scores[task] = held_out_rewards(sampler, held_out[task], max_new_tokens, temperature,
+                                        should_stop, **reward_models)
+        if scores[task] is None:
+            return None
+    return {task: means for task, means in scores.items() if means}
+
+
+def held_out_row(scores: dict[str, dict[str, float]] | None, tasks: Sequence[str],
+                 part_weights: Mapping[str, float]) -> dict:
+    """Fields of metrics.jsonl: the scores of held_out_by_task, and means over the tasks of the
+    stage, nested and flat, with the weighted sum of the parts of sampled completions. None marks
+    scores that are yet to come."""
+    if not scores:
+        return {} if scores == {} else {"heldout_tasks": None}
+    rows = []
+    for means in (scores[task] for task in dict.fromkeys(tasks) if task in scores):
+        parts = means | {"accuracy": means["sampled"]}
+        reward = sum(part_weights[name] * parts[name] for name in REWARD_PARTS if name in parts)
+        rows.append(parts | {"reward": reward})
+    means = {name: fmean(row[name] for row in rows if name in row)
+             for name in dict.fromkeys(chain(*rows))}
+    flat = {f"heldout_{name}": value for name, value in means.items() if name != "sampled"}
+    nested = {name: means[name] for name in means if name not in ("accuracy", "reward")}
+    return {"heldout": nested, "heldout_tasks": scores, **flat}
 
 
 def score_all(texts: Sequence[Sequence[str]], samples: Sequence[Sample],

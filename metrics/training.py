@@ -3,6 +3,7 @@
 import math
 from argparse import Namespace
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -16,11 +17,13 @@ from grpo import groups_with_signal
 from metrics.plots import METRICS, plot_curves
 from metrics.report import read_entries, write_report
 from model import Prompts, Qwen, forward_flops, update_passes
+from rewards import REWARD_PARTS
 from rollout import Rollout
 from runtime.distributed import (
     all_gather_object,
     all_reduce_means,
     all_reduce_sum,
+    device,
     rank,
     world_size,
 )
@@ -31,8 +34,19 @@ from sample import Sample
 STEPS_WITHOUT_SIGNAL = 5  # in a row, before a warning
 
 
+def stack_parts(scored: list[list[dict[str, float]]], tasks: Sequence[str]) -> dict[str, Tensor]:
+    """B x G x {part: reward} -> {part: (B, G)}, on all ranks the parts that any of the stage's
+    tasks has. A part that a completion's own task lacks counts as 0."""
+    names = [name for name, part in REWARD_PARTS.items()
+             if part.tasks is None or set(part.tasks) & set(tasks)]
+    values = {name: [[parts.get(name, 0.0) for parts in group] for group in scored]
+              for name in names}
+    return {name: torch.tensor(values[name], dtype=torch.float64, device=device())
+            for name in names}
+
+
 def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tensor],
-                 loss_mask: Tensor, stats: list[dict[str, Tensor]], logprob_diffs: list[Tensor],
+                 resampled: int, loss_mask: Tensor, stats: list[dict[str, Tensor]], logprob_diffs: list[Tensor],
                  losses: list[Tensor], grad_norms: list[Tensor]) -> dict:
     """The step's metrics, means over all ranks. `stats` and `logprob_diffs` hold sums over the
     tokens of each micro-batch; `losses` and `grad_norms` have an entry for each inner step."""
@@ -54,7 +68,8 @@ def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tens
         "grad_norm": (sum(grad_norms), len(grad_norms))})
     parts = all_reduce_means({name: (sum(values.flatten().tolist()), num_completions)
                               for name, values in reward_parts.items()})
-    return means | {"parts": parts}
+    resampled = int(all_reduce_sum(torch.tensor(resampled, device=device())))
+    return means | {"parts": parts, "resampled": resampled}
 
 
 def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Tensor, keep: Tensor,
@@ -70,11 +85,12 @@ def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Te
 
 
 def log_completions(log: JsonlLog, row: dict, samples: list[Sample], texts: list[list[str]],
-                    reward_parts: dict[str, Tensor], rewards: Tensor, advantages: Tensor,
-                    b: int | None) -> None:
-    """Write the completions of this rank's prompt b. All ranks call this; one of them has a b."""
+                    reward_parts: dict[str, Tensor], rewards: Tensor,
+                    advantages: Tensor) -> None:
+    """Write the completions of one of the step's groups. All ranks call this; one has the group."""
     completions = []
-    if b is not None:
+    b, owner = divmod((row["step"] - 1) % (len(samples) * world_size()), world_size())
+    if rank() == owner:
         for g, text in enumerate(texts[b]):
             parts = {name: values[b, g].item() for name, values in reward_parts.items()}
             completions.append({"step": row["step"], "stage": row["stage"],
@@ -145,10 +161,12 @@ class Console:
             self.has_warned = True
             warn(f"warning: nothing could be learned in {STEPS_WITHOUT_SIGNAL} steps: {advice}")
 
-    def print_held_out(self, task: str, num_samples: int, before: dict[str, float],
-                       after: dict[str, float] | None) -> None:
-        if not after:
-            return
-        rows = [f"{name:12s}{before.get(name, math.nan):8.3f}{after[name]:8.3f}" for name in after]
-        print0("\n".join([f"\n{task}: mean rewards over {num_samples} held-out samples",
-                          f"{'':12s}{'before':>8s}{'after':>8s}", *rows]))
+    def print_held_out(self, held_out: dict[str, Sequence[Sample]],
+                       before: dict[str, dict[str, float]],
+                       after: dict[str, dict[str, float]]) -> None:
+        """The scores of each task before and after a stage."""
+        for task, means in after.items():
+            old = before.get(task, {})
+            rows = [f"{name:12s}{old.get(name, math.nan):8.3f}{means[name]:8.3f}" for name in means]
+            print0("\n".join([f"\n{task}: mean rewards over {len(held_out[task])} held-out samples",
+                              f"{'':12s}{'before':>8s}{'after':>8s}", *rows]))

@@ -22,6 +22,7 @@ SFT = ("--task det,cls --steps 5 --batch 6 --micro-batch 2 --warmup 0 --lr 1e-4 
 GRPO = ("--task det --steps 8 --prompts 6 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 "
         "--beta 0.1 --eval-every 100")
 DAPO = "--inner-steps 2 --steps 2 --mask-truncated --lr 1e-4"
+MIXED = "--resample 2 --overlong-buffer 24 --loss geovlm"
 GSPO = ("--clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")
 RUNS = {
@@ -29,6 +30,7 @@ RUNS = {
     "grpo": (train_grpo, GRPO),
     "dapo": (train_grpo, f"{GRPO} --loss dapo {DAPO}"),
     "stages": (train_grpo, f"{GRPO} --task cls,det --steps 2 --lr 1e-4"),
+    "mixed": (train_grpo, f"{GRPO} --task cls,cls+det --steps 2 --lr 1e-5 {MIXED}"),
     "gspo": (train_grpo, f"{GRPO} --loss gspo {GSPO}"),
     "copies": (train_grpo, f"{GRPO} --steps 2 --shard-size 1"),
     "frozen": (train_grpo, f"{GRPO} --freeze vision --steps 2"),

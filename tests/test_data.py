@@ -22,6 +22,7 @@ from data import (
     Source,
     check_oriented,
     get_batch,
+    get_mixed_batch,
     load_samples,
     load_splits,
     parse_sources,
@@ -266,6 +267,16 @@ def test_each_pass_visits_every_sample_once(n, size):
     passes = [stream[at : at + n] for at in range(0, len(stream) - n + 1, n)]
     assert all(sorted(one) == list(range(n)) for one in passes)
     assert n < 5 or passes[0] != passes[1]
+
+
+def test_tasks_of_a_mixed_stage_take_turns_each_with_a_stream_of_its_own():
+    """One task alone has the stream that it always had, and the ranks' parts are together the batch."""
+    assert get_mixed_batch([range(100)], 7, 8, seed=3) == get_batch(range(100), 7, 8, seed=3)
+    batch = get_mixed_batch([range(10), range(100, 120)], 7, 5, seed=3)
+    streams = get_batch(range(10), 0, 20, seed=3), get_batch(range(100, 120), 0, 20, seed=4)
+    assert batch == [streams[position % 2][position // 2] for position in range(35, 40)]
+    parts = [get_mixed_batch([range(10), range(100, 120)], 7, 5, seed=3, part=(rank, 2)) for rank in range(2)]
+    assert parts == [batch[::2], batch[1::2]]
 
 
 def test_batch_is_a_function_of_seed_and_step():

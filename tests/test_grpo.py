@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 import grpo
-import train_grpo
-from model import collate, encode_chat, token_logprobs
+from model import collate, encode_chat, pack_groups, token_logprobs
 from rollout import Sampler
 
 B, G, C, C_MAX = 4, 3, 6, 10
@@ -41,12 +40,14 @@ def paper_loss(logprobs, old, reference, advantage, mask, loss, clip_low, clip_h
         ratios = [math.exp(logprobs[i][t] - old[i][t]) for t in range(length)]
         if loss == "gspo":  # (pi / pi_old)^(1 / |o|) for every token
             ratios = [math.prod(ratios) ** (1 / length)] * length
+        if loss == "geovlm":  # pi(o|q) / pi_old(o|q): the mean over K completions of min(rho A, clip(rho) A)
+            ratios = [math.prod(ratios)] * length
         for t in range(length):
             to_reference = math.exp(reference[i][t] - logprobs[i][t])
             clipped = min(max(ratios[t], 1 - clip_low), 1 + clip_high)
             objective += min(ratios[t] * advantage[i][t], clipped * advantage[i][t])
             objective -= beta * (to_reference - math.log(to_reference) - 1)
-        total += objective / {"grpo": N * length, "gspo": N * length,
+        total += objective / {"grpo": N * length, "gspo": N * length, "geovlm": N * length,
                               "dapo": tokens, "dr_grpo": N * C_MAX}[loss]
     return -total
 
@@ -146,12 +147,14 @@ def test_gradient_equals_differences_of_the_paper(loss, beta):
 
 @pytest.mark.parametrize("loss", grpo.LOSSES)
 def test_on_policy_gradient_is_that_of_the_weighted_advantages(loss):
-    """old = logprobs: the ratio is 1, its gradient is not 0, and nothing is clipped."""
+    """old = logprobs: the ratio is 1, its gradient is not 0, and nothing is clipped. The gradient of a product of ratios is
+    the sum over its tokens, not the mean: |o| times as large."""
     logprobs, _, _, advantage, mask = case()
     weights = grpo.token_weights(mask, loss, C_MAX)
     total, sums = grpo.policy_loss(logprobs, logprobs.detach(), None, advantage, mask, weights, loss=loss, beta=0.0, **CLIP)
     total.backward()
-    torch.testing.assert_close(logprobs.grad, -advantage * weights)
+    factor = mask.sum(2, keepdim=True) if loss == "geovlm" else 1
+    torch.testing.assert_close(logprobs.grad, -advantage * weights * factor)
     assert sums["clipped"] == 0
 
 
@@ -160,7 +163,8 @@ def test_on_policy_gradient_is_that_of_the_weighted_advantages(loss):
 @pytest.mark.parametrize("loss", grpo.LOSSES)
 def test_clip_stops_steps_further_in_the_advantages_direction_only(loss, advantage, ratio, clipped):
     """Above at 1.28 where the advantage is positive, below at 0.8 where it is negative; a way back always has gradient."""
-    logprobs = torch.full((1, 1, 2), math.log(ratio), requires_grad=True)
+    log_ratio = math.log(ratio) / (2 if loss == "geovlm" else 1)  # the product over two tokens
+    logprobs = torch.full((1, 1, 2), log_ratio, requires_grad=True)
     mask = torch.ones(1, 1, 2, dtype=torch.bool)
     total, sums = grpo.policy_loss(logprobs, torch.zeros(1, 1, 2), None, torch.tensor([[[float(advantage)]]]), mask,
                                    grpo.token_weights(mask, loss, 2), loss=loss, beta=0.0, clip_low=0.2, clip_high=0.28)
@@ -201,6 +205,29 @@ def test_stray_tokens_keep_the_loss_finite(loss, ratio):
     assert total.isfinite() and logprobs.grad.isfinite().all()
 
 
+def test_product_of_ratios_leaves_the_clip_range_that_each_token_keeps():
+    """Why it is not the default: at 200 tokens, each 0.2 % more likely, the ratio is 1.49, and the completion has no gradient."""
+    logprobs, mask = torch.full((1, 1, 200), 0.002), torch.ones(1, 1, 200, dtype=torch.bool)
+    clipped = {}
+    for loss in ("grpo", "gspo", "geovlm"):
+        inputs = logprobs, torch.zeros(1, 1, 200), None, torch.ones(1, 1, 1), mask, grpo.token_weights(mask, loss, 200)
+        clipped[loss] = grpo.policy_loss(*inputs, loss=loss, beta=0.0, **CLIP)[1]["clipped"].item()
+    assert clipped == {"grpo": 0, "gspo": 0, "geovlm": 200}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Overlong punishment
+
+@pytest.mark.parametrize("longest, buffer", [(96, 16), (100, 1), (20, 20), (20480, 4096)])
+def test_overlong_punishment_equals_dapo(longest, buffer):
+    """Eq. 13, case by case, with L_max = longest and L_cache = buffer."""
+    lengths = np.unique(np.linspace(1, longest, 500).astype(int)).reshape(1, -1)
+    expected = [0 if length <= longest - buffer else ((longest - buffer) - length) / buffer for length in lengths[0]]
+    found = grpo.overlong_punishment(torch.from_numpy(lengths), longest, buffer)
+    np.testing.assert_allclose(found.numpy(), [expected], rtol=1e-12)
+    assert found[0, -1] == -1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # KL
 
@@ -229,7 +256,7 @@ def test_kl_estimates_the_true_kl():
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights and micro-batches
 
-@pytest.mark.parametrize("loss, total", [("grpo", 11 / 12), ("dapo", 1), ("gspo", 11 / 12)])
+@pytest.mark.parametrize("loss, total", [("grpo", 11 / 12), ("dapo", 1), ("gspo", 11 / 12), ("geovlm", 11 / 12)])
 def test_weights_of_a_step_are_a_mean(loss, total):
     """Over all 12 sequences: the one left out counts as a zero, or fewer live ones would mean a larger step. DAPO: over tokens."""
     mask = case()[-1]
@@ -341,9 +368,9 @@ def test_masked_truncated_completions_give_no_gradient(step):
 def test_passes_hold_every_group_once_and_no_more_than_fits(max_tokens, passes):
     """All groups of a pass are padded to its longest prompt, and to its longest completions."""
     sizes = {3: (60, 10), 1: (80, 40), 0: (20, 20), 7: (10, 80), 5: (15, 30)}
-    packed = train_grpo.pack_groups(sizes, max_tokens)
+    packed = pack_groups(sizes, max_tokens)
     assert sorted(group for groups in packed for group in groups) == sorted(sizes)
     for groups in packed:
         padded = len(groups) * (max(sizes[g][0] for g in groups) + max(sizes[g][1] for g in groups))
         assert len(groups) == 1 or padded <= max_tokens
-    assert len(packed) == passes and train_grpo.pack_groups({}, max_tokens) == []
+    assert len(packed) == passes and pack_groups({}, max_tokens) == []

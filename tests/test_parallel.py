@@ -48,9 +48,9 @@ def together(request, tmp_path_factory, dataset, sft):
 
 
 def numbers(row):
-    floats = {name: value for name, value in row.items()
-              if isinstance(value, float) and not name.endswith("_s")}
-    return floats | row.get("parts", {})
+    found = {name: value for name, value in row.items()
+             if isinstance(value, int | float) and not name.endswith("_s")}
+    return found | row.get("parts", {})
 
 
 def assert_close(one, many):

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 import evaluate
 import train_grpo
 import train_sft
-from conftest import ROOT, SFT, rows, script, succeed
+from conftest import GRPO, ROOT, SFT, rows, script, succeed
 from metrics.plots import plot_curves
+from metrics.training import stack_parts
 from runtime import checkpoint
 from runtime.errors import UserError
 
 FIELDS = ("step", "stage", "task", "reward", "reward_std", "parts", "kl", "entropy", "clip_frac", "grad_norm", "loss", "lr",
-          "len_mean", "truncated_frac", "zero_std_frac", "rollout_s", "update_s", "tokens_per_s")
+          "len_mean", "truncated_frac", "zero_std_frac", "resampled", "rollout_s", "update_s", "tokens_per_s")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # SFT -> GRPO in stages -> evaluation
@@ -257,11 +258,94 @@ def test_damaged_checkpoint_is_refused(staged, tmp_path, monkeypatch, grpo_flags
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Mixed stages, other prompts for groups without signal, punished length
+
+MIXED = ["--task", "cls,cls+det", "--resample", 2, "--overlong-buffer", 24]
+
+
+@pytest.fixture(scope="module")
+def mixed(sft, dataset, tmp_path_factory):
+    """(--out, what was printed) of a stage of one task and a stage of two."""
+    out = tmp_path_factory.mktemp("mixed")
+    return out, succeed("train_grpo.py", *MIXED, "--model", sft / "model", "--data", dataset, "--out", out, *GRPO)
+
+
+def test_mixed_stage_trains_on_both_tasks_and_shows_what_was_forgotten(mixed):
+    out, printed = mixed
+    log = rows(out / "metrics.jsonl")
+    assert [row["task"] for row in log] == ["cls", "cls", "cls+det", "cls+det"]
+    assert [row["task"] for row in rows(out / "samples.jsonl")[::4]] == ["cls", "cls", "cls", "det"]
+    scores = [row.get("heldout_tasks", {}) for row in log]
+    assert [list(of_tasks) for of_tasks in scores] == [[], ["cls"], [], ["cls", "det"]]
+    for name, mean in log[3]["heldout"].items():
+        assert mean == pytest.approx((scores[3]["cls"][name] + scores[3]["det"][name]) / 2)
+    found = re.findall(r"(\w+): mean rewards .*\n.*\nsampled +(\S+) +(\S+)", printed)
+    before_and_after = [(task, float(before), float(after)) for task, before, after in found]
+    assert [task for task, *_ in found] == ["cls", "cls", "det"]
+    assert before_and_after[0][2] == before_and_after[1][1]  # the second stage begins where the first one ended
+
+
+def test_earlier_stage_is_scored_again_after_a_later_one(staged):
+    assert [list(row.get("heldout_tasks", {})) for row in rows(staged / "metrics.jsonl")] == [[], ["cls"], [], ["cls", "det"]]
+    last = rows(staged / "metrics.jsonl")[-1]
+    assert last["heldout"] == last["heldout_tasks"]["det"]  # of the stage's own task
+
+
+def test_overlong_completions_lose_up_to_a_point(mixed):
+    for row in rows(mixed[0] / "metrics.jsonl"):
+        assert -1 <= row["parts"]["overlong"] <= 0 and row["reward"] == pytest.approx(sum(row["parts"].values()))
+    assert any(row["parts"]["overlong"] < 0 for row in rows(mixed[0] / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("die_at_save", [1, 3])
+def test_resumed_mixed_run_is_the_unbroken_run_bit_for_bit(mixed, sft, dataset, tmp_path, monkeypatch, die_at_save):
+    flags = [*MIXED, "--model", sft / "model", "--data", dataset, "--save-every", 1, *GRPO, "--out", tmp_path]
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, *flags, die_at_save=die_at_save)
+    here(monkeypatch, train_grpo.main, *flags, "--resume")
+    assert_same_run(tmp_path, mixed[0], "metrics.jsonl", "samples.jsonl")
+
+
+def test_groups_without_signal_are_replaced_and_no_others(sft, dataset, tmp_path, monkeypatch):
+    """One step of 12 groups of two. Those with a signal stay as they are, the others are of other prompts."""
+    log_completions, found = train_grpo.log_completions, {}
+    for n in (0, 1, 5):
+        def spied(log, row, samples, texts, parts, rewards, advantages, n=n):
+            found[n] = row, [sample.id for sample in samples], texts, rewards[:, 0] != rewards[:, 1]
+            log_completions(log, row, samples, texts, parts, rewards, advantages)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_grpo, "log_completions", spied)
+            here(monkeypatch, train_grpo.main, "--task", "cls", "--model", sft / "model", "--data", dataset, *GRPO, "--prompts", 12,
+                 "--group", 2, "--steps", 1, "--heldout", 0, "--resample", n, "--out", tmp_path / str(n))
+    row, ids, texts, has_signal = found[0]
+    missing = 12 - int(has_signal.sum())
+    assert 0 < missing < 12 and row["resampled"] == 0
+    assert found[1][0]["resampled"] == missing <= found[5][0]["resampled"] <= 5 * missing
+    for n in (1, 5):
+        kept = [new == old for new, old in zip(zip(*found[n][1:3]), zip(ids, texts))]
+        assert kept == has_signal.tolist()
+    assert found[5][0]["zero_std_frac"] <= found[1][0]["zero_std_frac"] <= row["zero_std_frac"] > found[5][0]["zero_std_frac"]
+
+
+def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
+    """On all ranks the same names, even where a rank has prompts of one task only."""
+    det, pair = {"format": 1.0, "accuracy": 0.5}, {"format": 1.0, "accuracy": 1.0, "length": 0.5, "repetition": -0.25}
+    parts = stack_parts([[det, det], [pair, pair]], ["det", "pair"])
+    assert {name: values.tolist() for name, values in parts.items()} == {
+        "format": [[1, 1], [1, 1]], "accuracy": [[.5, .5], [1, 1]], "length": [[0, 0], [.5, .5]], "repetition": [[0, 0], [-.25, -.25]]}
+    assert stack_parts([[det]], ["det", "pair"]).keys() == parts.keys() and stack_parts([[det]], ["det"]).keys() == det.keys()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: a non-zero exit, one clear line, and nothing left that looks complete
 
 @pytest.mark.parametrize("name, args, says", [
     ("train_grpo.py", "--task det --group 1", "--group 1"),
     ("train_grpo.py", "--task ship --model SFT", "'ship'.*cls"),
+    ("train_grpo.py", "--task cls,det+ship --model SFT", "'ship'.*cls"),
+    ("train_grpo.py", "--task det --overlong-buffer 97", "--overlong-buffer 97 is longer than --max-new-tokens 96"),
+    ("train_grpo.py", "--task cls,det --lora 4", "--lora has one stage"),
     ("train_grpo.py", "--task det --model EMPTY", "--model .*empty"),
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
