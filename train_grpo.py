@@ -39,7 +39,7 @@ from data import (
     prefetch,
 )
 from metrics.held_out import held_out_by_task, held_out_row
-from metrics.reward_models import load_reward_models
+from metrics.reward_models import add_reward_flag, load_reward_models
 from metrics.training import (
     Console,
     log_completions,
@@ -131,6 +131,7 @@ def parse_args() -> argparse.Namespace:
                        help="for rcap and change: a folder, or a hub id such as "
                             "sentence-transformers/all-MiniLM-L6-v2")
     flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+    add_reward_flag(flags)
     flags.add_argument("--overlong-buffer", type=non_negative_int, default=0,
                        help="punish completions within this many tokens of --max-new-tokens, by "
                             "up to -1 (DAPO); 0: do not")
@@ -224,7 +225,7 @@ def main() -> None:
     data = [[splits[task].train for task in tasks] for tasks in stages]
     held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
-    reward_models = load_reward_models(list(splits), args.sbert, args.sam)
+    reward_models = load_reward_models(list(splits), args.sbert, args.sam, args.reward)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
     part_weights["overlong"] = 1.0
 

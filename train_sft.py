@@ -39,6 +39,7 @@ from data import (
 )
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
+from metrics.reward_models import add_reward_flag, parse_rewards
 from metrics.training import Console
 from model import Policy, Processor, collate, encode, load_model, save_model
 from rollout import Sampler
@@ -80,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
     add_data_flags(flags)
+    add_reward_flag(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
     flags.add_argument("--heldout", type=non_negative_int, default=HELD_OUT_SAMPLES,
@@ -219,7 +221,8 @@ def main() -> None:
     sampler = Sampler(sampling_model, processor)
     for task in dict.fromkeys(tasks):  # rewards without SBERT and SAM
         rewards = held_out_rewards(sampler, held_out[task], args.max_new_tokens,
-                                   should_stop=run.should_stop)
+                                   should_stop=run.should_stop,
+                                   task_rewards=parse_rewards(args.reward, tasks))
         if rewards is None:
             run.print_stopped()
             return

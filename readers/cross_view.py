@@ -20,10 +20,11 @@ PAIR_CANDIDATES = 4  # satellite images to choose from
 
 
 def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
-    """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right. The
-    right letters follow the rank of a hash, so that their counts differ by at most 1; for geo, the
-    questions of ask_position. By the same hash data.split_samples holds out a tenth of the places. Wrong candidates are on the side of
-    their place, as long as it has enough: training shows no image of a held-out one."""
+    """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right; for
+    geo, those of ask_position. The right letters follow the rank of a hash, so that their counts
+    differ by at most 1. By the same hash data.split_samples holds out a tenth of the places. Wrong
+    candidates are on the side of their place, as long as it has enough: training shows no image of
+    a held-out one."""
     places = read_places(path, request.image_folder)
     if request.task == "geo":
         yield from ask_position(places, request)
