@@ -134,7 +134,7 @@ def box_from_pixels(box: Sequence[float], size: tuple[int, int], request: Reques
     """A box in pixels of the original image, of `size`, in those of the resized image. Raises
     ValueError if it can only be in fractions of the image."""
     if max(box[:4]) <= 1:
-        raise ValueError(f"the box {tuple(box)} is in fractions of the image, expected pixels")
+        raise ValueError(f"the box to {box[2]:g}, {box[3]:g} is in fractions, expected pixels")
     return convert_box(box, size, (request.image_size, request.image_size))
 
 
@@ -163,7 +163,7 @@ def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
         if inside:
             wrong = "looks like fractions of the image; write pixels of the original image"
         elif len(numbers) not in (4, 5):
-            wrong = "is malformed, expected [x1, y1, x2, y2]"
+            wrong = "is malformed, expected [x1, y1, x2, y2] in pixels of the original image"
         elif numbers[2] <= numbers[0] or numbers[3] <= numbers[1]:
             wrong = ("has no area, as x2 <= x1 or y2 <= y1; if it is x, y, width, height, write "
                      "x1, y1, x2, y2")

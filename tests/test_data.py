@@ -440,7 +440,7 @@ BAD_RECORDS = {  # what is wrong -> (second record, what the message has to say)
     "turn without a text": ({"image": "a.png", "conversations": [{"value": "Where?"}, {"value": None}]}, "value"),
     "answer without a box": (chat("Where?", "over there"), "the target 'over there' has no box.*--task det needs boxes or `none`"),
     "box of three numbers": (chat("Where?", "[1,2,3]"), "box"),
-    "box outside the image": (chat("Where?", "[10,10,60,60]"), r"\[10,10,60,60\]'.*or lies outside.*200 x 50"),
+    "box outside the image": (chat("Where?", "[10,10,60,60]"), r"\[10,10,60,60\]'.*lies outside.*200 x 50"),
     "box left of the image": (chat("Where?", "[-9,10,60,40]"), r"\[-9,10,60,40\]"),
     "box without area": (chat("Where?", "[10,10,10,40]"), r"10,10,10,40.*area"),
     "one bad box among good ones": (chat("Where?", "[1,2,3,4],[10,10,60,60]"), r"box '\[10,10,60,60\]'"),

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_readers import EARTHDIAL, LAYOUTS, VRSBENCH, F, chat, make_records
 
 from data import load_samples, split_samples
 from rewards import score_completion
 from runtime.errors import UserError
 from sample import format_prompt, format_target, load_images
+from test_readers import EARTHDIAL, LAYOUTS, VRSBENCH, F, chat, make_records
 
 CHATS = {  # task -> question, target
     "cls": ("<image>Which class? Classes: sea, land.", "sea"), "mlc": ("<image>Which? Classes: sea, land, ice.", "sea, ice"),
     "det": ("<image>Where?", "[2,2,9,9],[1,1,4.5,3]"), "rec": ("<image>[refer] <p>it</p>", "{<10><20><60><70>|<30>}"),
     "rcap": ("<image>What is in [2, 2, 9, 9]?", "<think>Small.</think><answer>a ship</answer>"),
     "ground": ("<image>[grounding] describe", "A <p>ship</p> {<10><20><60><70>|<30>} at [[[5, 5, 9, 9, 0]]] sea."),
-    "cap": ("<image>Describe.", "A pier."), "change": ("<image>What changed?", "A pier is built.")}
+    "cap": ("<image>Describe.", "A pier."), "change": ("<image>What changed?", "A pier is built."),
+    "count": ("<image>How many ships?", "3"), "geo": ("<image>Where?", "48.86, 2.35")}
 MESSAGES = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]},
                          {"role": "assistant", "content": "[2,2,9,9]"}]}
 ROWS = {**{f"chat, {task}": (chat(*turns), task) for task, turns in CHATS.items()}, "messages": (MESSAGES, "det"),
@@ -143,21 +144,20 @@ def check(source, task, images):
 
 
 def fuzz(root, layout, seed, n):
-    """n mutations of a layout in the folder root -> how many ended how."""
+    """The ends of n mutations of a layout that is made in the folder root."""
     make, tasks, splits = LAYOUTS[layout]
     rng = np.random.default_rng([seed, *layout.encode()])
     names = [f"{number:08d}" for number in rng.choice(10**8, max(3, len(splits)), replace=False)]
-    source, images, _ = make(root, dict(zip(names, map(str, (*splits * 3,)))), rng)
+    source, images, _ = make(root, dict(zip(names, splits * 3)), rng)
     files = sorted(p for p in Path(root).rglob("*") if p.is_file())
-    is_image = [file.suffix in (".png", ".jpg", ".tif") for file in files]
-    pictures, annotations = ([f for f, i in zip(files, is_image) if i is wanted] for wanted in (True, False))
+    pictures = [file for file in files if file.suffix in (".png", ".jpg", ".tif")]
+    annotations = [file for file in files if file not in pictures]
     ends = []
     for _ in range(n):
-        groups = [group for group in (annotations, annotations, annotations, pictures) if group]
-        undo = [mutate_file(pick(rng, pick(rng, groups)), rng) for _ in range(1)]
+        wanted = pictures if pictures and rng.integers(4) == 0 else annotations or pictures
+        undo = mutate_file(pick(rng, wanted), rng)
         ends.append(check(source, pick(rng, tasks), images))
-        for step in undo:
-            step()
+        undo()
     return ends
 
 

@@ -269,6 +269,35 @@ def test_unmarked_conversations_serve_the_requested_task(folder, task, turns, an
     assert ("[56,56,112,112]" in sample.question) == (task == "rcap")
 
 
+def messages(*contents, images=("a.png",)):
+    return {"images": list(images), "messages": [
+        {"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+@pytest.mark.parametrize("question", [
+    "<image>Where?", "Where?", [{"type": "image"}, {"type": "text", "text": "Where?"}]])
+def test_messages_are_read_as_conversations(folder, question):
+    """The form of TRL and LLaMA-Factory."""
+    answer = "[100, 25, 200, 50]"
+    source = write(folder / "trl.jsonl", messages(question, answer), messages(question, [{"type": "text", "text": answer}]))
+    one, two = samples_of(source, "det")
+    assert (one.question, one.gt_answer) == (two.question, two.gt_answer) == ("Where?", "[56,56,112,112]")
+    table = pytest.importorskip("datasets").Dataset.from_list([messages("Where?", answer)])
+    table.to_parquet(folder / "trl.parquet")
+    assert samples_of(folder / "trl.parquet", "det", images=folder)[0].gt_answer == "[56,56,112,112]"
+    marked = write(folder / "marked.jsonl", messages("[refer] where?", answer), messages("[vqa] how many?", "3"))
+    assert [s.gt_answer for s in samples_of(marked, "vqa")] == ["3"]
+
+
+def test_record_may_name_its_task(folder):
+    notes = Counter()
+    source = write(folder / "a.jsonl", chat("Which?", "sea") | {"task": "cls"}, chat("How many?", "3") | {"task": "vqa"},
+                   chat("What?", "sea"))
+    assert [s.gt_answer for s in samples_of(source, "cls", notes=notes)] == ["sea", "sea"]
+    assert notes == {"records of another `task` left out": 1}
+    refused(write(folder / "a.jsonl", chat("Which?", "sea") | {"task": "class"}), "cls", "line 1: its `task` is 'class'.*cls, mlc")
+
+
 def test_rec_leaves_out_questions_for_several_objects(folder):
     notes = Counter()
     source = write(folder / "a.jsonl", chat("Find it.", "[1,2,30,40]"),
@@ -1322,6 +1351,73 @@ def test_bad_line_of_a_folder_is_named(request, fixture, file, old, new, task, s
     refused(folder / source, task, *says)
 
 
+@pytest.mark.parametrize("task, target, says", [
+    ("vqa", "<think>", "the target '<think>'.*'think>'"), ("vqa", "a </answer>", "'</answer>'"), ("cap", "?!", "is empty"),
+    ("vqa", "\u200b", "is empty"), ("ground", "[1, 2, 30, 40]", "is empty"), ("cls", "\ud800", "surrogates"),
+    ("ground", "A ship [sic] [1, 2, 30, 40]", "brackets"), ("cap", "a ship " * 2000, "characters, more than 10000")])
+def test_target_that_would_fail_its_own_reward_is_refused(folder, task, target, says):
+    refused(write(folder / "a.jsonl", GOOD.get(task, chat("?", "x [1, 2, 30, 40]")), chat("?", target)), task, "line 2", says)
+
+
+@pytest.mark.parametrize("name", ["<think>", "<|image_pad|>", " "])
+def test_class_folder_whose_name_is_no_label_is_refused(tmp_path, name):
+    for label in ("sea", name):
+        picture(tmp_path / label / "1.png")
+    refused(tmp_path, "cls", f"{re.escape(name)}/1.png: the target" if name.strip() else "the target ' ' is empty")
+
+
+def test_box_of_a_few_pixels_is_that_of_its_answer(folder):
+    """An object that is too small for a whole pixel earned 0.05 for its own answer, and nothing as ovd. The large box stays
+    as it is."""
+    small, large = [100.2, 25.1, .3, .1], [20.3, 10.1, 100.4, 30.2]
+    boxes = [{"image_id": 7, "category_id": 3, "bbox": box} for box in (small, large)]
+    source, notes = document(folder / "a.json", COCO | {"annotations": boxes}, indent=1), Counter()
+    for task in ("det", "ovd"):
+        sample, = samples_of(source, task, notes=notes)
+        assert sample.gt_boxes[0] == (56, 56, 57, 57, 0) and sample.gt_boxes[1][0] == pytest.approx(20.3 * .56)
+        assert TASKS[task].reward(sample.gt_answer, sample) > .9
+    assert notes == {"boxes of a few pixels rounded to whole pixels": 2}
+
+
+def test_error_is_one_short_line_whatever_it_quotes(folder):
+    """Lines had up to 1,500 characters, and line breaks of the data."""
+    for record in ({"k" * 5000: 1}, chat("?", "x", image="a\n.png" * 900), chat("?", "x") | {"split": ["x\n"] * 900}):
+        refused(write(folder / "a.jsonl", record), "vqa", r"a.jsonl: line 1.{50}")
+
+
+@pytest.mark.parametrize("box, says", [
+    ("[0.1,0.2,0.5,0.6]", "fractions of the image; write pixels"), ("[120,25,60,20]", "x, y, width, height"),
+    ("[10,30,90,20]", "x, y, width, height"), ("[1,2,3]", "is malformed")])
+def test_boxes_of_another_form_are_named(folder, box, says):
+    """Fractions were read as pixels: [0,0,1,1]."""
+    refused(write(folder / "a.jsonl", chat("?", "[1,2,30,40]"), chat("?", box)), "det", f"line 2: box '{re.escape(box)}'.*{says}")
+
+
+def test_boxes_of_another_form_in_fields_are_named(folder):
+    few = [A | {"problem": "?", "solution": box} for box in ([120, 25, 60, 20], [20, 30, 50, 10], [1, 2, 30, 40])]
+    refused(write(folder / "a.jsonl", *few), "rec", "2 boxes have no area.*x1, y1, x2, y2")
+    refused(write(folder / "a.jsonl", A | {"problem": "?", "solution": [.1, .2, .3, .4]}), "rec", "line 1.*fractions")
+    fractions = COCO | {"annotations": [COCO["annotations"][0] | {"bbox": [.1, .1, .5, .5]}]}
+    refused(document(folder / "coco.json", fractions, indent=1), "ovd", "image 7.*fractions")
+
+
+def test_folders_of_another_layout_are_no_classes(tmp_path):
+    """LEVIR-CD was read as the classes A, B and label."""
+    for name in ("A", "B", "label"):
+        picture(tmp_path / name / "test_1.png")
+    write(tmp_path / "list" / "test.txt", "test_1.png")
+    refused(tmp_path, "cls", "no known layout.*folders A, B, label, list are no classes")
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "[refer] ?", "answer": "[[1, 2, 3, 4, 5]]", "gt_bbox": "[[1, 2, 3, 4, 5]]", "size_group": "small"},
+    {"question": "?", "answer": "sea", "annotation": "sea"},
+    {"id": "1", "task": "vqa", "images": ["a.png"], "question": "?", "reference": "3", "completion": "4", "parts": {}}])
+def test_answers_of_a_model_are_no_data(folder, row):
+    """EarthDial's result files and predictions.jsonl."""
+    refused(write(folder / "predictions.jsonl", row), "vqa", "line 1.*evaluate.py --predictions")
+
+
 def test_one_pair_is_no_choice(tmp_path):
     refused(cvusa(tmp_path, 1), "pair", "data.csv: line 1", "add pairs")
 
@@ -1372,7 +1468,8 @@ EO = Path(os.environ.get("EO_DATA", "."))
 def test_real_files_give_the_known_number_of_samples(source, task, images, n):
     notes = Counter()
     samples = samples_of(EO / source, task, images and EO / images, notes)
-    assert len(samples) == n and not notes.total()
+    del notes["boxes of a few pixels rounded to whole pixels"]  # at 112 px some are
+    assert len(samples) == n and notes.keys() <= {"boxes of a few pixels rounded to whole pixels"}
     assert all(image.size == (F, F) for image in load_images(samples[0]))
 
 
