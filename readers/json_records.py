@@ -65,7 +65,7 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
     source, document = first[0] if first and isinstance(first[0][1], dict) else (str(path), {})
     if len(first) == 1 and document and not format_of(document):
         with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
-            records = iter(list(records_of_document(path, document, notes)))
+            records = iter(list(records_of_document(path, source, document, notes)))
     is_chat = not {"conversations", "messages"}.isdisjoint(document)
     marked = is_chat and has_match(MARKED_TEXT, path, table)
     image_folder = image_folder or path.parent
@@ -126,7 +126,7 @@ def tasks_of_turns(record: dict) -> set[str]:
         return set(INSTRUCTIONS)
 
 
-def records_of_document(path: Path, document: dict,
+def records_of_document(path: Path, source: str, document: dict,
                         notes: dict[str, Counter]) -> Iterator[tuple[str, dict]]:
     """The records of a document that keeps them in several lists, joined by their ids."""
     if "questions" in document:  # RSVQA
@@ -154,7 +154,7 @@ def records_of_document(path: Path, document: dict,
             for i, row in enumerate(rows):
                 yield f"{path}: {name} {i}", row | {"category": name}
     else:
-        yield str(path), document  # of no known format
+        yield source, document  # of no known format
 
 
 def read_rsvqa_answers(path: Path) -> dict:
