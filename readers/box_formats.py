@@ -20,15 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boxes import (
-    clip_and_round,
-    convert_box,
-    format_boxes,
-    format_json,
-    obb_to_hbb,
-    parse_boxes,
-    parse_numbers,
-)
+from boxes import clip_and_round, convert_box, format_boxes, format_json, obb_to_hbb, parse_boxes
 from readers.files import first_image_size, short
 from rewards import strip_boxes
 from runtime.errors import UserError
@@ -159,16 +151,13 @@ def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
         inside = -1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1  # 1 px of rounding
         if inside and max(x2, y2) > 1:
             continue
-        numbers = parse_numbers(bracket[1:-1])
         if inside:
             wrong = "looks like fractions of the image; write pixels of the original image"
-        elif len(numbers) not in (4, 5):
-            wrong = "is malformed, expected [x1, y1, x2, y2] in pixels of the original image"
-        elif numbers[2] <= numbers[0] or numbers[3] <= numbers[1]:
-            wrong = ("has no area, as x2 <= x1 or y2 <= y1; if it is x, y, width, height, write "
-                     "x1, y1, x2, y2")
+        elif x1 == x2:  # what parse_boxes makes of it
+            wrong = ("is malformed or has no area, as x2 <= x1 or y2 <= y1; if it is x, y, width, "
+                     "height, write x1, y1, x2, y2 in pixels")
         else:
-            lies = "its axis-aligned envelope lies" if len(numbers) == 5 else "lies"
+            lies = "its axis-aligned envelope lies" if bracket.count(",") == 4 else "lies"
             wrong = f"{lies} outside its image of {size[0]} x {size[1]} pixels"
         raise UserError(f"{source}: box {bracket[:60]!r} {wrong}")
     return [box_from_pixels(box, size, request) for box in boxes.tolist()]

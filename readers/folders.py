@@ -68,8 +68,10 @@ def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder
 
 def layout_of(path: Path) -> tuple[Path, str, Sequence[str], Callable]:
     """(file or folder to read, name of its format, the tasks that it may serve, its reader)."""
-    if path.suffix == ".p" or path.name == "instances.json" and any(path.parent.glob("refs(*).p")):
-        return path, "RRSIS-D", INSTRUCTIONS, refuse_pickle
+    folder = path.parent if path.name == "instances.json" else path
+    if path.suffix == ".p" or glob(folder, "{,*/}refs(*).p"):
+        raise UserError(f"{path}: RRSIS-D has its expressions in a pickle, which can run code and "
+                        "is not read; write JSON lines of `image`, `mask`, `problem` and `split`")
     if path.suffix == ".csv":
         return path, "a table of ground and satellite images", ("pair", "geo"), read_pairs
     if path.suffix == ".txt" and (path.parent / "Annotations").is_dir():
@@ -317,12 +319,6 @@ def read_dubai_cc(path: Path, request: Request) -> Iterator[Sample]:
                                             gt_texts, split=split)
 
 
-def refuse_pickle(path: Path, *_: object) -> Iterator[Sample]:
-    """RRSIS-D: refs(unc).p beside instances.json, whose boxes are reported to exceed the images."""
-    raise UserError(f"{path}: RRSIS-D has its expressions in a pickle, which can run code and is "
-                    "not read; write JSON lines of `image`, `mask`, `problem` and `split`")
-
-
 # (files that identify a folder, see glob, its name, the tasks that it may serve, reader; None: the
 # file holds records); first match counts
 FOLDERS = (
@@ -340,6 +336,5 @@ FOLDERS = (
     ("*_questions.json", "RSVQA", ("vqa", "count"), None),
     ("data.csv", "a folder of ground and satellite images", ("pair", "geo"), read_pairs),
     ("{,*/}img_info.csv", "CV-Cities", ("pair", "geo"), read_pairs),
-    ("{,*/}refs(*).p", "RRSIS-D", INSTRUCTIONS, refuse_pickle),
     ("{,*/}*/*_[0-9]*/*_rgb.jpg", "fMoW", ("cls",), read_fmow),
 )

@@ -72,7 +72,7 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
     rsvqa_answers = cache(lambda: read_rsvqa_answers(image_folder))
     requests = {task: Request(task, image_size, image_folder, notes[task], marked, rsvqa_answers)
                 for task in tasks}
-    found = {task: [] for task in tasks}
+    found, not_served = {task: [] for task in tasks}, {}  # the first error of a task
     for source, record in read_headers_ahead(records, image_folder):
         if not isinstance(record, dict):
             raise UserError(f"{source}: expected an object, found {type(record).__name__}")
@@ -90,7 +90,7 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
                 "completion" in record or "answer" in record and not image_names(record)):
             raise UserError(f"{source}: a model's answer; evaluate.py --predictions scores these")
         marks = tasks_of_turns(record) if marked and reader is read_conversation else served
-        for task in [task for task in tasks if isinstance(found[task], list)]:
+        for task in tasks:
             if task in served and task not in marks:
                 notes[task][OTHER_MARK] += len(record["conversations"]) // 2
                 continue
@@ -104,10 +104,11 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
                         found[task].append(sample if named == sample.split
                                            else replace(sample, split=named))
             except NotServedError as error:
-                if found[task]:  # this record does not serve the task, others do
-                    raise UserError(str(error)) from error
-                found[task] = error
-    return found
+                not_served.setdefault(task, error)
+    for task, error in not_served.items():
+        if found[task]:  # this record does not serve the task, others do
+            raise UserError(str(error)) from error
+    return found | not_served
 
 
 def format_of(record: dict) -> tuple | None:

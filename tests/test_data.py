@@ -738,6 +738,15 @@ def test_source_of_a_task_that_is_not_asked_for_is_not_read(folder, capsys):
     assert "missing.json is not read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_record_of_another_task_is_named_wherever_it_is(folder, first):
+    """A first record of another task once passed the whole file over, a last one ended the run."""
+    records = [{"image_id": "a.png", "question": "Is it?", "ground_truth": "yes", "type": "presence"}] * 2
+    records[first] = {"image_id": "a.png", "question": "ship", "ground_truth": "{<10><10><40><40>}", "type": "ref"}
+    with pytest.raises(UserError, match="a benchmark's row serves"):
+        load_samples(write(folder, *records), "vqa", F)
+
+
 def test_synthetic_is_not_joined_with_files(folder):
     with pytest.raises(UserError, match="synthetic cannot be joined"):
         load_split(parse_sources(["synthetic", scenes_of(folder, "a.json", ["sea"] * 20)]), [], "cls", F)
