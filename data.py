@@ -7,13 +7,12 @@ samples.
 
 import argparse
 import gc
-import os
 import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, product
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from readers.files import TableImage
+from readers.files import held_out_tenth
 from readers.folders import read_samples
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError, warn
@@ -323,9 +322,7 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         rule = "none" if whole == "train" else "all"
     else:  # by image and for all tasks of a file, so no task trains on another task's test image
         names = [image_name(sample) for sample in samples]
-        hashes = {name: zlib.crc32(os.fsencode(name)) for name in names}
-        chosen = {name for name in hashes if hashes[name] % 10 == 0}
-        chosen = chosen or {min(hashes, key=hashes.get)}
+        chosen = held_out_tenth(names)
         train = [sample for sample, name in zip(samples, names) if name not in chosen]
         held_out = [sample for sample, name in zip(samples, names) if name in chosen]
         rule = "a tenth of the images"
@@ -442,49 +439,3 @@ def prefetch(steps: Iterable[tuple[int, list]],
             current = upcoming
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Samples as rows of predictions.jsonl and samples.jsonl
-
-def sample_to_row(sample: Sample, folder: Path = Path()) -> dict:
-    """The sample as JSON, a line of a file in `folder`. An image is its path, or its place in a
-    table's file, relative to `folder`; a synthetic scene is known by the sample's id."""
-    def from_folder(path: str) -> str:
-        return path if os.path.isabs(path) else os.path.relpath(path, os.path.realpath(folder))
-
-    def to_json(image: object) -> str | dict | None:
-        if isinstance(image, TableImage):
-            return asdict(image) | {"file": from_folder(image.file)}
-        return from_folder(str(image)) if isinstance(image, (str, Path)) else None
-
-    images = [to_json(image) or sample.id for image in sample.images]
-    form = {"oriented": True} if sample.oriented else {}
-    return {"id": sample.id, "task": sample.task, "images": images, "question": sample.question,
-            "reference": sample.gt_answer, "boxes": sample.gt_boxes, "frame": sample.image_size,
-            "references": sample.gt_texts, "choices": sample.choices, "category": sample.category,
-            "subset": sample.subset, "mask": to_json(sample.gt_mask), **form}
-
-
-def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
-    """The sample that sample_to_row wrote; a synthetic scene is rendered again. Raises LookupError,
-    TypeError, ValueError or AttributeError for a row that is none."""
-    def from_json(image: str | dict) -> Path | TableImage:
-        if isinstance(image, dict):
-            return TableImage(**image | {"file": str(folder / image["file"])})
-        return folder / image
-
-    oriented = bool(row.get("oriented"))
-    scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
-    if scene:
-        seed, index = int(scene[1]), int(scene[2])
-        return Scenes(str(row["task"]), int(row["frame"]), seed, oriented=oriented)[index]
-    boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta))
-                  for x1, y1, x2, y2, theta in row["boxes"])
-    return Sample(
-        id=str(row["id"]), task=str(row["task"]), images=tuple(map(from_json, row["images"])),
-        question=str(row["question"]), gt_answer=str(row["reference"]),
-        image_size=int(row["frame"]), gt_boxes=boxes, gt_texts=tuple(map(str, row["references"])),
-        choices=tuple(map(str, row["choices"])), category=str(row["category"]),
-        subset=str(row["subset"]), gt_mask=row["mask"] and from_json(row["mask"]),
-        oriented=oriented)

@@ -27,13 +27,13 @@ from data import (
     parse_sources,
     published_split,
     read_sources,
-    sample_from_row,
-    sample_to_row,
     split_sources,
 )
 from metrics import benchmarks, published
 from metrics.report import write_report
-from metrics.reward_models import add_reward_flag, load_reward_models
+from metrics.reward_choices import add_reward_flag
+from metrics.reward_models import load_reward_models
+from metrics.rows import sample_from_row, sample_to_row
 from model import load_model
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion

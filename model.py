@@ -378,33 +378,6 @@ def token_logprobs(model: Qwen, prompts: Prompts, tokens: Tensor, mask: Tensor,
     return torch.zeros(B, G, C, device=tokens.device).index_put((b, g, c), logprobs)
 
 
-def forward_flops(model: Qwen, prompts: list[Prompts], num_tokens: Tensor) -> Tensor:
-    """Floating point operations (B,) of a forward pass over groups of num_tokens (B,) completion
-    tokens each: 2 per parameter and token (or image patch).
-
-    Left out: attention itself, some percent at these lengths, and a vision tower whose embeddings
-    were computed before.
-    """
-    def num_params(module: torch.nn.Module) -> int:
-        return sum(param.numel() for param in module.parameters())
-
-    layers = num_params(model.model.language_model.layers)
-    head = num_params(model.lm_head)
-    vision = num_params(model.model.visual)
-    products = []  # parameters x tokens of each prompt
-    for p in prompts:
-        patches = len(p.pixel_values) if p.image_embeds is None else 0
-        products.append(layers * p.input_ids.shape[1] + vision * patches)
-    products = torch.tensor(products, device=num_tokens.device)
-    return 2 * (products + (layers + head) * num_tokens).double()
-
-
-def update_passes(lora: bool) -> int:
-    """How many forward passes a forward and a backward pass are worth. Backward takes two, for the
-    gradients of inputs and of weights; with LoRA about one, because few weights have gradients."""
-    return 2 if lora else 3
-
-
 class Policy(torch.nn.Module):
     """A module whose forward is token_logprobs. FSDP gathers the weights of a sharded model when
     its root is called, so the training loop has to call the root."""

@@ -34,10 +34,8 @@ import numpy as np
 
 from boxes import (
     average_precision,
-    iou_matrix,
     matched_ious,
     obb_to_hbb,
-    oriented_iou_matrix,
     parse_box,
     parse_boxes,
     parse_numbers,
@@ -146,9 +144,10 @@ def detection_reward(answer: str, sample: Sample, **_: object) -> float:
     Matching is one to one. Dividing by the larger count penalises spurious and duplicate boxes
     (the paper's "IoU" leaves that open). No targets and an answer of none: 1.
     """
-    predicted, target = predicted_and_target(answer, sample) or (None, None)
-    if predicted is None:
+    boxes = predicted_and_target(answer, sample)
+    if boxes is None:
         return 0.0
+    predicted, target = boxes
     if len(predicted) == 0 or len(target) == 0:
         return float(len(predicted) == len(target))
     reward = matched_ious(predicted, target).sum() / max(len(predicted), len(target))
@@ -300,41 +299,6 @@ def distance_km(answer: str | None, sample: Sample) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Naive rewards, for --reward: each one pays for something that nobody wants
-
-def any_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = mean over predicted boxes of the IoU with the best target. Naive: copies and missed
-    objects cost nothing, so one sure box is enough."""
-    return mean_best_iou(answer, sample, axis=1)
-
-
-def box_recall_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = mean over target boxes of the IoU with the best prediction. Naive: further boxes cost
-    nothing, so boxes multiply (as under VLM-R1's AP reward)."""
-    return mean_best_iou(answer, sample, axis=0)
-
-
-def mean_best_iou(answer: str, sample: Sample, axis: int) -> float:
-    """The mean of the largest IoUs along an axis of (predicted, target). Nothing on one side only
-    earns 0."""
-    predicted, target = predicted_and_target(answer, sample) or (None, None)
-    if predicted is None:
-        return 0.0
-    if len(predicted) == 0 or len(target) == 0:
-        return float(len(predicted) == len(target))
-    iou = oriented_iou_matrix if sample.oriented else iou_matrix
-    return float(min(1.0, iou(predicted, target).max(axis).mean()))
-
-
-def label_recall_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = |P & G| / |G| over predicted labels P and target labels G. Naive: naming all labels earns
-    1."""
-    predicted = parse_labels(answer, sample.choices)
-    target = parse_labels(sample.gt_answer, sample.choices)
-    return len(predicted & target) / max(len(target), 1)
-
-
-# --------------------------------------------------------------------------------------------------
 # The parts of a reward
 
 def accuracy_reward(answer: str | None, sample: Sample,
@@ -434,9 +398,3 @@ TASKS = {
     "count": Task(count_reward, ("count_error",)),
     "geo": Task(geo_reward, ("geo_accuracy",)),
 }
-
-# What --reward TASK=FUNCTION can put in place of a task's own reward
-TEXT_REWARDS = (exact_match_reward, label_overlap_reward, label_recall_reward, hybrid_reward,
-                levenshtein_reward, jaccard_reward)
-BOX_REWARDS = (detection_reward, any_overlap_reward, box_recall_reward, iou_reward,
-               count_penalised_ap_reward, grounding_reward)  # tasks whose answers hold boxes

@@ -94,8 +94,8 @@ def parse_count(text: str) -> int | None:
 
 
 def parse_position(text: str) -> tuple[float, float] | None:
-    """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° E`. None for fewer or
-    more numbers, and for what is not on Earth."""
+    """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° E`. None for fewer
+    or more numbers, and for what is not on Earth."""
     if len(text) > MAX_TEXT:
         return None
     found = re.findall(r"(-?[0-9]+(?:\.[0-9]+)?)[° ]{0,2}(?:([NSEW])\b)?", text)

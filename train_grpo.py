@@ -39,7 +39,8 @@ from data import (
     prefetch,
 )
 from metrics.held_out import held_out_by_task, held_out_row
-from metrics.reward_models import add_reward_flag, load_reward_models
+from metrics.reward_choices import add_reward_flag
+from metrics.reward_models import load_reward_models
 from metrics.training import (
     Console,
     log_completions,
@@ -229,7 +230,8 @@ def main() -> None:
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
     part_weights["overlong"] = 1.0
 
-    config = run_config(args, map(fingerprint, chain(*data)), map(fingerprint, held_out.values()))
+    config = run_config(args, (fingerprint(split.train) for split in splits.values()),
+                        map(fingerprint, held_out.values()))
     run = Run(args, config, {"stage": 0, "step": 0, "before": {}, "skipped": 0})
     progress = run.progress
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)

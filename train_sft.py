@@ -39,7 +39,7 @@ from data import (
 )
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
-from metrics.reward_models import add_reward_flag, parse_rewards
+from metrics.reward_choices import add_reward_flag, parse_rewards
 from metrics.training import Console
 from model import Policy, Processor, collate, encode, load_model, save_model
 from rollout import Sampler
@@ -139,6 +139,7 @@ def main() -> None:
     args = parse_args()
     tasks = parse_tasks(args.task)
     check_args(args, tasks)
+    task_rewards = parse_rewards(args.reward, tasks)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
     sources = parse_sources(args.data, args.images)
@@ -162,8 +163,9 @@ def main() -> None:
     print0("\n".join(split.summary for split in splits.values()))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    run = Run(args, run_config(args, map(fingerprint, data), map(fingerprint, held_out.values())),
-              {"step": 0, "skipped": 0})
+    config = run_config(args, (fingerprint(split.train) for split in splits.values()),
+                        map(fingerprint, held_out.values()))
+    run = Run(args, config, {"step": 0, "skipped": 0})
     first_step = run.progress["step"]
     metrics_log = MetricsLog(args.out, first_step, args.tensorboard)
     guard = NonFiniteGuard(run.progress["skipped"])
@@ -222,7 +224,7 @@ def main() -> None:
     for task in dict.fromkeys(tasks):  # rewards without SBERT and SAM
         rewards = held_out_rewards(sampler, held_out[task], args.max_new_tokens,
                                    should_stop=run.should_stop,
-                                   task_rewards=parse_rewards(args.reward, tasks))
+                                   task_rewards=task_rewards)
         if rewards is None:
             run.print_stopped()
             return

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from boxes import parse_boxes
-from data import sample_from_row
+from metrics.rows import sample_from_row
 from readers.files import iter_json_records
 from rewards import TAGS, extract_answer, format_reward
 from runtime.errors import UserError

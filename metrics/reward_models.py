@@ -1,60 +1,26 @@
-"""What a run's flags change in its rewards: --reward names another accuracy reward for a task;
---sbert and --sam are frozen models that some rewards use, SBERT for the meaning of a text, SAM 2.1
-for the mask of a box.
+"""Frozen models that some rewards use: SBERT for the meaning of a text, SAM 2.1 for the mask of a
+box.
 
 Both are optional. Without SBERT the reward is its lexical half alone; without SAM the mask of an
 instance is its box. `load_reward_models` says so once.
 """
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards import (
-    BOX_REWARDS,
-    TASKS,
-    TEXT_REWARDS,
-    Sam,
-    Sbert,
-    hybrid_reward,
-    mask_reward,
-)
+from metrics.reward_choices import parse_rewards
+from rewards import TASKS, Sam, Sbert, hybrid_reward, mask_reward
 from runtime.distributed import device, rank
 from runtime.errors import UserError, first_line
-from sample import BOX_TASKS, Sample, load_images
+from sample import Sample, load_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SAM's images are normalised with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def add_reward_flag(flags: argparse._ArgumentGroup) -> None:
-    """The flag of all three scripts that parse_rewards reads."""
-    flags.add_argument("--reward", nargs="+", default=[], metavar="TASK=FUNCTION",
-                       help="accuracy rewards in place of the tasks' own, functions of rewards.py: "
-                            "det=box_recall_reward shows how boxes multiply")
-
-
-def parse_rewards(values: Sequence[str], tasks: Sequence[str]) -> dict[str, Callable[..., float]]:
-    """{task: reward} of the flag. A task can take its own reward, one of texts, and, if its answers
-    hold boxes, one of boxes. Raises UserError for another one, or for another task."""
-    task_rewards = {}
-    for value in values:
-        task, _, name = value.partition("=")
-        if task not in tasks:
-            raise UserError(f"--reward {value}: expected TASK=FUNCTION with a task of --task, "
-                            f"{', '.join(tasks)}")
-        rewards = (TASKS[task].reward, *TEXT_REWARDS, *(BOX_REWARDS if task in BOX_TASKS else ()))
-        choices = {reward.__name__: reward for reward in rewards}
-        if name not in choices:
-            raise UserError(f"--reward {value}: no reward of {task} has this name; choose from "
-                            f"{', '.join(choices)}")
-        task_rewards[task] = choices[name]
-    return task_rewards
 
 
 def load_reward_models(tasks: Sequence[str], sbert: str | None, sam: str | None,

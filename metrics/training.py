@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from attention import flash_attn
-from data import sample_to_row
 from grpo import groups_with_signal
 from metrics.plots import METRICS, plot_curves
 from metrics.report import read_entries, write_report
-from model import Prompts, Qwen, forward_flops, update_passes
+from metrics.rows import sample_to_row
+from model import Prompts, Qwen
 from rewards import REWARD_PARTS
 from rollout import Rollout
 from runtime.distributed import (
@@ -82,6 +82,33 @@ def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Te
     flops = (forward_flops(model, prompts, lengths.sum(1)) * passes).sum()
     return {"flops_per_s": all_reduce_sum(flops).item() / seconds,
             "tokens_per_s": len_mean * args.prompts * args.group / seconds}
+
+
+def forward_flops(model: Qwen, prompts: list[Prompts], num_tokens: Tensor) -> Tensor:
+    """Floating point operations (B,) of a forward pass over groups of num_tokens (B,) completion
+    tokens each: 2 per parameter and token (or image patch).
+
+    Left out: attention itself, some percent at these lengths, and a vision tower whose embeddings
+    were computed before.
+    """
+    def num_params(module: torch.nn.Module) -> int:
+        return sum(param.numel() for param in module.parameters())
+
+    layers = num_params(model.model.language_model.layers)
+    head = num_params(model.lm_head)
+    vision = num_params(model.model.visual)
+    products = []  # parameters x tokens of each prompt
+    for p in prompts:
+        patches = len(p.pixel_values) if p.image_embeds is None else 0
+        products.append(layers * p.input_ids.shape[1] + vision * patches)
+    products = torch.tensor(products, device=num_tokens.device)
+    return 2 * (products + (layers + head) * num_tokens).double()
+
+
+def update_passes(lora: bool) -> int:
+    """How many forward passes a forward and a backward pass are worth. Backward takes two, for the
+    gradients of inputs and of weights; with LoRA about one, because few weights have gradients."""
+    return 2 if lora else 3
 
 
 def log_completions(log: JsonlLog, row: dict, samples: list[Sample], texts: list[list[str]],

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from readers.box_formats import Request, make_sample
-from readers.files import first_image_size, user_error_on
+from readers.files import first_image_size, held_out_tenth, user_error_on
 from runtime.errors import NotServedError, UserError
 from sample import Sample
 
@@ -22,7 +22,7 @@ PAIR_CANDIDATES = 4  # satellite images to choose from
 def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right; for
     geo, those of ask_position. The right letters follow the rank of a hash, so that their counts
-    differ by at most 1. By the same hash data.split_samples holds out a tenth of the places. Wrong
+    differ by at most 1. data.split_samples holds out a tenth of the places. Wrong
     candidates are on the side of their place, as long as it has enough: training shows no image of
     a held-out one."""
     places = read_places(path, request.image_folder)
@@ -35,9 +35,10 @@ def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     hashes = [zlib.crc32(os.fsencode(ground.name)) for _, ground, *_ in places]
     by_hash = sorted(range(len(places)), key=hashes.__getitem__)
     right_of = {i: rank % k for rank, i in enumerate(by_hash)}
-    held_out = {h for h in hashes if h % 10 == 0} or {min(hashes, default=0)}
+    held_out = held_out_tenth(ground.name for _, ground, *_ in places)
     everyone = range(len(places))
-    sides = [[i for i in everyone if (hashes[i] in held_out) == side] for side in (True, False)]
+    sides = [[i for i in everyone if (places[i][1].name in held_out) == side]
+             for side in (True, False)]
     others_of = defaultdict(list)
     for members in (*sides, everyone):
         for i, others in zip(members, other_places([positions[i] for i in members])):

@@ -11,8 +11,8 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -252,6 +252,13 @@ def split_of_name(path: Path) -> str:
     return NAMED_SPLITS.get((match[match.lastindex] if match else name).lower(), "")
 
 
+def held_out_tenth(names: Iterable[str]) -> set[str]:
+    """A tenth of the names, at least one, chosen by a hash: the same on every machine."""
+    hashes = {name: zlib.crc32(os.fsencode(name)) for name in names}
+    chosen = {name for name in hashes if hashes[name] % 10 == 0}
+    return chosen or set(sorted(hashes, key=hashes.get)[:1])
+
+
 @lru_cache(maxsize=2**18)  # one Path for the many samples of an image
 def image_path(image_folder: Path, name: str) -> Path:
     return image_folder / name
@@ -296,7 +303,7 @@ def read_headers_ahead(records: Iterator, image_folder: Path) -> Iterator[tuple[
         for batch in iter(lambda: list(islice(records, 2000)), []):
             names = {name for _, record in batch if isinstance(record, dict)
                      for name in image_names(record) or () if isinstance(name, str)}
-            for name in names - seen:
-                pool.submit(read_image_size, image_path(image_folder, name), "")
+            paths = [image_path(image_folder, name) for name in names - seen]
+            wait([pool.submit(read_image_size, path, "") for path in paths])
             seen |= names  # an error is met again by the reader, which names the record
             yield from batch

@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from boxes import average_precision, obb_corners
-from data import load_samples, sample_to_row
+from data import load_samples
 from metrics import benchmarks
 from metrics.benchmarks import (
     NO_SHARES,
@@ -36,6 +36,7 @@ from metrics.benchmarks import (
     rouge,
 )
 from metrics.published import BENCHMARKS, envelope_scores, read_earthdial_results, table
+from metrics.rows import sample_to_row
 from rewards import TASKS
 from runtime.errors import UserError
 from sample import Sample

@@ -28,10 +28,9 @@ from data import (
     parse_sources,
     prefetch,
     read_source,
-    sample_from_row,
-    sample_to_row,
 )
 from evaluate import load_evaluation
+from metrics.rows import sample_from_row, sample_to_row
 from rewards import TASKS, format_reward, score_completion
 from runtime.command_line import SEED_LIMIT, non_negative_int
 from runtime.errors import UserError

@@ -16,9 +16,10 @@ from PIL import Image, ImageColor
 import train_grpo
 from boxes import obb_to_hbb
 from conftest import ROOT
-from data import load_samples, sample_to_row
+from data import load_samples
 from metrics import report
 from metrics.report import write_report
+from metrics.rows import sample_to_row
 from rewards import TASKS
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample, load_gt_mask, load_images

@@ -22,13 +22,17 @@ from boxes import (
     oriented_iou_matrix,
     parse_boxes,
 )
-from metrics.reward_models import load_reward_models, parse_rewards
-from rewards import (
+from metrics.reward_choices import (
     BOX_REWARDS,
-    TASKS,
     TEXT_REWARDS,
     any_overlap_reward,
     box_recall_reward,
+    label_recall_reward,
+    parse_rewards,
+)
+from metrics.reward_models import load_reward_models
+from rewards import (
+    TASKS,
     count_penalised_ap_reward,
     count_reward,
     detection_reward,
@@ -41,7 +45,6 @@ from rewards import (
     iou_reward,
     jaccard_reward,
     label_overlap_reward,
-    label_recall_reward,
     length_reward,
     levenshtein_reward,
     mask_reward,

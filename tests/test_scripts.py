@@ -349,6 +349,7 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("train_grpo.py", "--task det --model EMPTY", "--model .*empty"),
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
+    ("train_sft.py", "--task det --model EMPTY --reward det=typo", "no reward of det has this name"),  # it once trained first
     ("evaluate.py", "--task det --predictions nowhere.jsonl", "nowhere.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/none.jsonl", "none.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/text.jsonl", "text.jsonl: line 1"),

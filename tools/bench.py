@@ -37,6 +37,7 @@ from transformers import Qwen2_5_VLConfig
 import sizing
 from data import load_samples
 from grpo import compute_advantages, policy_loss, token_weights
+from metrics.training import forward_flops, update_passes
 from model import (
     ATTENTION,
     Policy,
@@ -44,9 +45,7 @@ from model import (
     add_adapters,
     collate,
     encode,
-    forward_flops,
     token_logprobs,
-    update_passes,
     without_adapters,
 )
 from rewards import score_completion
