@@ -145,7 +145,8 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
         sys.path.insert(0, {str(ROOT)!r})
         from runtime.distributed import init_distributed
         init_distributed()
-        print("ready", flush=True)
+        sys.stdout.write("ready\\n")  # one write: two ranks' prints may stand on one line
+        sys.stdout.flush()
         time.sleep(600)
     """)
     launcher = subprocess.Popen(command(2, worker), stdout=subprocess.PIPE, text=True,
