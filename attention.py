@@ -28,6 +28,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 flash_attn = None  # optional: PyTorch's own attention gives the same result
@@ -44,16 +45,30 @@ class SharedPrompt:
     G: int = 1
     # packed: (N, 1, C, P + C) bool, from make_completion_attention_mask; None without padding
     completion_attention_mask: Tensor | None = None
-    # decode: (B, 1, 1, P) bool: which of the prompt's tokens are no padding
+    # decode: (B,) int32: tokens of each prompt without padding
+    prompt_lengths: Tensor | None = None
+    # decode, once for all layers of a step, from start_step:
+    slot: Tensor | None = None  # (1,) index of the new token in its completion
+    completion_lengths: Tensor | None = None  # (N,) int32: the tokens before it
+    # (B, 1, 1, P) bool: which of the prompt's tokens are no padding
     prompt_mask: Tensor | None = None
-    # decode: (1,) index of the new token in its completion
-    slot: Tensor | None = None
-    # decode: (W,) bool: which of the first W slots of the completion hold a token; W is at least
-    # slot + 1
+    # (W,) bool: which of the first W slots of the completion hold a token; W is at least slot + 1
     filled: Tensor | None = None
     # layer -> [prompt_k, prompt_v (B, K, P, D)], in decode mode also
     # [.., completion_k, completion_v (N, K, C or more, D)]
     cache: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def start_step(self, slot: Tensor, W: int) -> None:
+        """Compute what all layers of a decode step read."""
+        self.slot = slot
+        self.completion_lengths = slot.int().expand(len(self.prompt_lengths) * self.G)
+        positions = torch.arange(max(self.P, W), device=slot.device)
+        self.prompt_mask = (positions[: self.P] < self.prompt_lengths[:, None])[:, None, None]
+        self.filled = positions[:W] <= slot
+
+    def end_step(self) -> None:
+        """Drop these: in a CUDA graph they are in memory that the next graph overwrites."""
+        self.slot = self.completion_lengths = self.prompt_mask = self.filled = None
 
 
 def make_completion_attention_mask(attention_mask: Tensor, G: int, C: int) -> Tensor:
@@ -118,13 +133,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = package.flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
         return out.transpose(1, 2)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)                        # K -> H heads
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    if mask is None and L != S:  # SDPA's own causal mask is aligned at the start
-        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-    is_causal = mask is None
+    if mask is not None:  # PyTorch's kernels with a mask want as many key heads as query heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    else:  # its own causal mask is aligned at the start
+        mask = causal_lower_right(L, S)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling)
+        q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+def window_attention(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor,  # noqa: ARG001
+    attention_mask: None,  # noqa: ARG001
+    scaling: float, cu_seq_lens_q: Tensor, **_: object,
+) -> tuple[Tensor, None]:
+    """The vision tower's attention: each of S patches attends to the patches of its window, or of
+    its image. q, k and v (1, H, S, D) -> (output (1, S, H, D), None).
+
+    cu_seq_lens_q  (windows + 1,) where the windows begin and end, on the CPU
+
+    Windows of one size are rows of one call: 1 instead of 64 for 448 px, in each of 28 layers.
+    """
+    lengths = cu_seq_lens_q.diff().tolist()
+    if len(set(lengths)) == 1:
+        q, k, v = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)            # (windows, H, ., D)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
+    windows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
+    out = torch.cat([F.scaled_dot_product_attention(*w, scale=scaling) for w in windows], 2)
+    return out.transpose(1, 2), None
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_prompt: SharedPrompt,
@@ -174,28 +210,32 @@ def flash_decode_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, sc
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                            # (N, 1, heads, D)
     prompt_k, prompt_v, completion_k, completion_v = (x.transpose(1, 2) for x in cache)
-    prompt_q = q.reshape(len(prompt_k), shared_prompt.G, *q.shape[2:])          # (B, G, H, D)
-    prompt_lengths = shared_prompt.prompt_mask.sum((1, 2, 3), dtype=torch.int32)  # (B,)
-    completion_lengths = shared_prompt.slot.expand(len(q)).int()                # (N,)
-    prompt_out, prompt_lse = kernel(                                            # lse: (B, H, G)
-        prompt_q, prompt_k, prompt_v, softmax_scale=scaling, cache_seqlens=prompt_lengths,
-        return_softmax_lse=True)
+    B, _, K, D = prompt_k.shape
+    G, r = shared_prompt.G, q.shape[2] // K
+    # The queries that share a key head are stacked, so that the prompt's keys are read once.
+    prompt_q = q.view(B, G, K, r, D).transpose(2, 3).reshape(B, G * r, K, D)
+    prompt_out, prompt_lse = kernel(                                            # lse: (B, K, G*r)
+        prompt_q, prompt_k, prompt_v, softmax_scale=scaling,
+        cache_seqlens=shared_prompt.prompt_lengths, return_softmax_lse=True)
     # Given k and v, the kernel appends them to the cache in place.
     completion_out, completion_lse = kernel(                                    # lse: (N, H, 1)
         q, completion_k, completion_v, k, v, softmax_scale=scaling,
-        cache_seqlens=completion_lengths, return_softmax_lse=True)
-    prompt_out = prompt_out.reshape(completion_out.shape)                       # (N, 1, H, D)
-    prompt_lse = prompt_lse.transpose(1, 2).reshape(completion_lse.shape)       # (N, H, 1)
+        cache_seqlens=shared_prompt.completion_lengths, return_softmax_lse=True)
+    prompt_out = prompt_out.view(B, G, r, K, D).transpose(2, 3).reshape(q.shape)  # (N, 1, H, D)
+    prompt_lse = prompt_lse.view(B, K, G, r).transpose(1, 2).reshape(completion_lse.shape)
     share = torch.sigmoid(prompt_lse - completion_lse)                          # (N, H, 1)
     share = share.transpose(1, 2).unsqueeze(-1)                                 # (N, 1, H, 1)
     return (share * prompt_out + (1 - share) * completion_out).to(v.dtype)
 
 
 def flash_attn_for(q: Tensor) -> ModuleType | None:
-    """flash-attn if it is installed and can take q (on a GPU, 16 bits), else None."""
-    return flash_attn if q.is_cuda and q.dtype != torch.float32 else None
+    """flash-attn if it is installed and can take q (on a GPU, 16 bits), else None. torch.compile
+    cannot look into it: the compiled decode step would be one graph for each layer."""
+    usable = q.is_cuda and q.dtype != torch.float32 and not torch.compiler.is_compiling()
+    return flash_attn if usable else None
 
 
 # The only side effect of importing this file: transformers finds an attention function by its name,
-# and a model is built with that name (model.ATTENTION).
+# and model.load_model sets these names. One with "flash" in it is handed all windows in one call.
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
+AttentionInterface.register("flash_windows", window_attention)

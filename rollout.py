@@ -52,6 +52,7 @@ from sample import Sample
 
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
 MAX_STATIC_DECODE_STEPS = 3  # each holds a cache of keys and values
+BLOCK = 512  # tokens; inverse_cdf first finds the block
 
 
 class Rollout(NamedTuple):
@@ -101,7 +102,7 @@ class DecodeState:
     def all_tensors(self) -> list[Tensor]:
         """These and those of shared_prompt that outlast a decode step."""
         cache = [x for layer in self.shared_prompt.cache.values() for x in layer]
-        return [*self.named_tensors().values(), self.shared_prompt.prompt_mask, *cache]
+        return [*self.named_tensors().values(), self.shared_prompt.prompt_lengths, *cache]
 
     def select_rows(self, prompt_indices: Tensor, row_indices: Tensor) -> "DecodeState":
         """The state of these prompts and rows; each prompt has equally many rows."""
@@ -111,7 +112,7 @@ class DecodeState:
                             completion_k[row_indices], completion_v[row_indices]]
         shared_prompt = replace(
             self.shared_prompt, G=len(row_indices) // len(prompt_indices),
-            prompt_mask=self.shared_prompt.prompt_mask[prompt_indices], cache=cache)
+            prompt_lengths=self.shared_prompt.prompt_lengths[prompt_indices], cache=cache)
         by_row = {name: x[row_indices] for name, x in self.named_tensors().items() if name != "t"}
         return replace(self, shared_prompt=shared_prompt, **by_row)
 
@@ -252,8 +253,7 @@ class Sampler:
             print("a decode step cannot be captured as a CUDA graph, and runs slower: "
                   f"{first_line(error)}", file=sys.stderr)
             return run_decode_step
-        # These two are in the graph's pool, whose memory the next graph overwrites.
-        state.shared_prompt.slot = state.shared_prompt.filled = None
+        state.shared_prompt.end_step()
         return graph.replay
 
 
@@ -304,7 +304,7 @@ def prefill(model: Qwen, prompts: Prompts, C: int, G: int,
             k.contiguous(), v.contiguous(),
             k.new_zeros(N, K, slots, D), k.new_zeros(N, K, slots, D)]
     shared_prompt.mode = "decode"
-    shared_prompt.prompt_mask = prompts.attention_mask[:, None, None]           # (B, 1, 1, P)
+    shared_prompt.prompt_lengths = prompts.lengths.int()                        # (B,)
 
     zeros = torch.zeros(N, C, device=hidden.device)
     state = DecodeState(
@@ -322,14 +322,15 @@ def sample_next_token(model: Qwen, state: DecodeState, hidden: Tensor,
                       params: SamplingParams) -> None:
     """Append a token to every active row, given the hidden states (N, E) before it."""
     logits = next_token_logits(model, hidden, params.temperature or 1.0)        # (N, V)
-    dist = logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    probs = logprobs.exp()
     if params.temperature == 0:
-        token = dist.argmax(-1)                                                 # (N,)
+        token = logprobs.argmax(-1)                                             # (N,)
     else:
-        token = inverse_cdf(dist, state.random_numbers.index_select(1, state.t)[:, 0])
+        token = inverse_cdf(probs, state.random_numbers.index_select(1, state.t)[:, 0])
     token = torch.where(state.active, token, params.pad_id)
-    logprob = dist.gather(1, token[:, None])[:, 0].where(state.active, 0.0)
-    entropy = torch.special.entr(dist.exp()).sum(-1).where(state.active, 0.0)
+    logprob = logprobs.gather(1, token[:, None])[:, 0].where(state.active, 0.0)
+    entropy = torch.special.entr(probs).sum(-1).where(state.active, 0.0)
     state.tokens.index_copy_(1, state.t, token[:, None])
     state.mask.index_copy_(1, state.t, state.active[:, None])
     state.logprobs.index_copy_(1, state.t, logprob[:, None])
@@ -340,16 +341,26 @@ def sample_next_token(model: Qwen, state: DecodeState, hidden: Tensor,
     state.t += 1
 
 
-def inverse_cdf(logprobs: Tensor, random_numbers: Tensor) -> Tensor:
-    """Log-probs (N, V) and uniform random numbers (N,) -> tokens (N,)."""
-    cdf = logprobs.double().exp().cumsum(-1)  # float64: the rounding of 150,000 terms adds up
+def inverse_cdf(probs: Tensor, random_numbers: Tensor) -> Tensor:
+    """Probabilities (N, V) and uniform random numbers (N,) -> tokens (N,).
+
+    The block of tokens first, then the token in it: a GPU is slow at one cumulative sum over V.
+    """
+    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    # float64: the rounding of 150,000 terms adds up.
+    cdf = blocks.sum(2, dtype=torch.float64).cumsum(1)                          # (N, V / BLOCK)
     # Times the last value, which rounding leaves a little off 1. right=True: a number on an edge
-    # takes the token after it, so 0 never takes a token of probability 0.
-    thresholds = (random_numbers.double() * cdf[:, -1])[:, None]                # (N, 1)
-    token = torch.searchsorted(cdf, thresholds, right=True).squeeze(1)
-    # NaN logits give V. On a GPU the gather that follows would abort the process, before the
-    # training loop can see the NaN and skip the step.
-    return token.clamp(max=logprobs.shape[1] - 1)
+    # takes what comes after it, so 0 never takes a token of probability 0.
+    thresholds = random_numbers.double()[:, None] * cdf[:, -1:]                 # (N, 1)
+    # NaN gives an index past the end. On a GPU the gather that follows would abort the process,
+    # before the training loop can see the NaN and skip the step.
+    block = torch.searchsorted(cdf, thresholds, right=True).clamp(max=cdf.shape[1] - 1)
+    thresholds = thresholds - F.pad(cdf, (1, 0)).gather(1, block)
+    cdf = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(1)  # (N, BLOCK)
+    # Its sum may have been rounded to a little more than its last value.
+    thresholds = torch.minimum(thresholds, cdf[:, -1:] * (1 - 1e-9))
+    token = torch.searchsorted(cdf, thresholds, right=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + token)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
 def decode_step(model: Qwen, state: DecodeState, W: int, params: SamplingParams) -> None:
@@ -360,8 +371,7 @@ def decode_step(model: Qwen, state: DecodeState, W: int, params: SamplingParams)
     For a CUDA graph, all results must be written in place, without synchronisation with the host.
     """
     slot = state.t - 1                                                          # of the last token
-    state.shared_prompt.slot = slot
-    state.shared_prompt.filled = torch.arange(W, device=slot.device) <= slot
+    state.shared_prompt.start_step(slot, W)
     position_ids = (state.start + slot).expand(3, 1, -1).transpose(1, 2)        # (3, N, 1)
     inputs_embeds = embed_tokens(model, state.last_token[:, None])              # (N, 1, E)
     hidden = run_decoder(model, inputs_embeds, position_ids, state.shared_prompt)

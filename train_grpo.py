@@ -53,6 +53,7 @@ from model import (
     Policy,
     add_adapters,
     collate,
+    default_pack_tokens,
     encode,
     load_model,
     pack_groups,
@@ -168,9 +169,10 @@ def parse_args() -> argparse.Namespace:
                        help="do not train the vision tower; each image is encoded once per step")
     flags.add_argument("--shard-size", type=positive_int,
                        help="processes that share one copy of the model (default: all of them)")
-    flags.add_argument("--pack-tokens", type=positive_int, default=2048,
+    flags.add_argument("--pack-tokens", type=positive_int,
                        help="tokens per forward pass of the update: as many groups as fit, at "
-                            "least 1")
+                            "least 1 (default: 2048; with --gradient-checkpointing on a GPU as "
+                            "many for each 10 GiB, at most 16384)")
     flags = parser.add_argument_group("output")
     flags.add_argument("--save-every", type=positive_int, default=50,
                        help="steps between checkpoints, each with curves.png and report.html")
@@ -216,6 +218,7 @@ def main() -> None:
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    pack_tokens = args.pack_tokens or default_pack_tokens(args.gradient_checkpointing)
     image_size = processor.image_size
     console = Console(len(stages) * args.steps, args.eval_every)
     console.print_model(args.model, model, image_size)
@@ -294,8 +297,9 @@ def main() -> None:
                     for b in wanted:
                         samples[b], prompts[b] = others[b], encode(processor, others[b])
                 if args.freeze or args.lora:
-                    for b in wanted:
-                        prompts[b] = with_image_embeds(sampling_model, prompts[b])
+                    new_prompts = with_image_embeds(sampling_model, [prompts[b] for b in wanted])
+                    for b, prompt in zip(wanted, new_prompts):
+                        prompts[b] = prompt
                 numbers = uniforms((args.seed, stage, draw), [local_prompts[b] for b in wanted],
                                    args.group, args.max_new_tokens)
                 new = sampler.generate(collate([prompts[b] for b in wanted]), args.max_new_tokens,
@@ -332,7 +336,7 @@ def main() -> None:
             max_lens = lengths.amax(1).tolist()                                 # B
             sizes = {b: (prompts[b].input_ids.shape[1], args.group * max_lens[b])
                      for b in keep.nonzero()[:, 0].tolist()}
-            micro_batches = pack_groups(sizes, args.pack_tokens) if loss_mask.any() else []
+            micro_batches = pack_groups(sizes, pack_tokens) if loss_mask.any() else []
             num_micro_batches = all_reduce_max(len(micro_batches))
             old_logprobs, ref_logprobs = [], []                                 # by micro-batch
             stats, logprob_diffs, losses, grad_norms = [], [], [], []

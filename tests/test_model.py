@@ -284,7 +284,7 @@ def test_sample_follows_the_softmax(temperature):
     logits = torch.randn(200) * 2
     logits[[0, 7, 199]] = -math.inf
     dist = (logits / temperature).log_softmax(0)
-    tokens = inverse_cdf(dist.expand(20_000, -1), uniforms((0,), range(20_000), 1, 1)[:, 0].cpu())
+    tokens = inverse_cdf(dist.exp().expand(20_000, -1), uniforms((0,), range(20_000), 1, 1)[:, 0].cpu())
     assert_frequencies(tokens.numpy(), dist.double().softmax(0).numpy())
 
 
@@ -304,9 +304,9 @@ def test_rollout_follows_the_softmax(sharp, plain, temperature):
 
 def test_nan_logits_give_a_token_of_the_vocabulary():
     """searchsorted gives V for NaN. The gather that follows would end the process on a GPU, before the guard skips the step."""
-    dist = torch.randn(3, 50).log_softmax(1)
-    dist[0], dist[1] = math.nan, -math.inf
-    tokens = inverse_cdf(dist, torch.rand(3))
+    probs = torch.randn(3, 50).softmax(1)
+    probs[0], probs[1] = math.nan, 0
+    tokens = inverse_cdf(probs, torch.rand(3))
     assert ((tokens >= 0) & (tokens < 50)).all()
 
 
@@ -335,9 +335,20 @@ def test_steps_of_a_model_gone_nan_are_skipped_and_counted(sft, dataset, tmp_pat
 def test_impossible_tokens_are_never_sampled(number):
     """The smallest and the largest uniform number must not fall on a banned token at either end of the vocabulary, nor
     beyond it where the probabilities add up to a little less than 1."""
-    dist = torch.full((1, 150_000), -math.inf)
-    dist[0, 10:-10] = -math.log(dist.shape[1] - 20) - 1e-5
-    assert 10 <= inverse_cdf(dist, torch.tensor([number])).item() < 149_990
+    probs = torch.zeros(1, 150_000)
+    probs[0, 10:-10] = (1 - 1e-5) / (probs.shape[1] - 20)
+    assert 10 <= inverse_cdf(probs, torch.tensor([number])).item() < 149_990
+
+
+@pytest.mark.parametrize("V", [50, 512, 1300])
+def test_sampling_by_blocks_equals_one_cumulative_sum(V):
+    """Blocks without any probability included."""
+    probs = (torch.randn(2000, V) * 3).softmax(1)
+    probs[:, 100:900] = 0
+    numbers = torch.rand(2000)
+    cdf = probs.double().numpy().cumsum(1)
+    expected = [np.searchsorted(row, u * row[-1], side="right") for row, u in zip(cdf, numbers.double().numpy())]
+    assert inverse_cdf(probs, numbers).tolist() == expected
 
 
 def test_vision_tokens_are_banned_where_the_model_wants_them(sharp):

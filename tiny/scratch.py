@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import ATTENTION, STOP_TOKENS, Processor, Qwen
+from model import ATTENTION, STOP_TOKENS, Processor, Qwen, use_fused_layers
 from rewards import TAGS
 
 SPECIAL_TOKENS = [*STOP_TOKENS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>",
@@ -44,7 +44,7 @@ def new_tiny_model(corpus: list[str], image_size: int = 112) -> tuple[Qwen, Proc
         model.model.visual.patch_embed.proj.weight *= 0.1
         model.model.visual.merger.mlp[2].weight *= 0.1
     size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
-    return model, Processor(tokenizer, Qwen2VLImageProcessorPil(size=size), image_size)
+    return use_fused_layers(model), Processor(tokenizer, Qwen2VLImageProcessorPil(size=size), image_size)
 
 
 def new_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:

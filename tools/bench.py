@@ -44,8 +44,11 @@ from model import (
     Qwen,
     add_adapters,
     collate,
+    default_pack_tokens,
     encode,
+    pack_groups,
     token_logprobs,
+    use_fused_layers,
     without_adapters,
 )
 from rewards import score_completion
@@ -89,10 +92,16 @@ class Ours:
         random_numbers = torch.rand(len(self.samples) * self.G, C, device=device())
         return self.sampler.generate(collate(self.prompts), C, self.G, 1.0, random_numbers).tokens
 
-    def logprobs(self, policy, b, tokens):
-        """Log-probs (1, G, C) of the completions (G, C) of prompt b."""
-        mask = torch.ones_like(tokens[None], dtype=torch.bool)
-        return token_logprobs(policy.model, self.prompts[b], tokens[None], mask)
+    def micro_batches(self):
+        """The indices of the prompts of each pass, as train_grpo.py packs them."""
+        sizes = {b: (p.input_ids.shape[1], self.G * self.C) for b, p in enumerate(self.prompts)}
+        return pack_groups(sizes, default_pack_tokens(device().type == "cuda"))
+
+    def logprobs(self, policy, indices, tokens):
+        """Log-probs (b, G, C) of the completions (b, G, C) of these prompts."""
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        inputs = collate([self.prompts[b] for b in indices])
+        return token_logprobs(policy.model, inputs, tokens, mask)
 
 
 class Plain(Ours):
@@ -132,7 +141,11 @@ class Plain(Ours):
         self.policy.train()
         return tokens[:, P:].view(len(input_ids), self.G, C)
 
-    def logprobs(self, policy, b, tokens):
+    def micro_batches(self):
+        return [[b] for b in range(len(self.samples))]
+
+    def logprobs(self, policy, indices, tokens):
+        [b], [tokens] = indices, tokens                                         # (G, C)
         input_ids = torch.cat([self.prompts[b].input_ids.expand(self.G, -1), tokens], 1)
         inputs = self.inputs(input_ids, torch.ones_like(input_ids), [b] * self.G)
         with autocast():
@@ -153,7 +166,7 @@ def build(size, px, B, vocabulary=None):
                      "vision_end_token_id"):
             setattr(config, name, getattr(model.config, name))
         with torch.device(device()):
-            model = Qwen._from_config(config, attn_implementation=ATTENTION)
+            model = use_fused_layers(Qwen._from_config(config, attn_implementation=ATTENTION))
     if vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if size == "7b":  # AdamW's moments of all weights do not fit on one GPU
@@ -207,15 +220,14 @@ def one_step(side, optimizer):
     rewards = torch.rand(B, G, device=tokens.device)  # real ones of a random model are all equal
     advantages, _ = compute_advantages(rewards, {}, mask, False, all_reduce_sum)
     weights = token_weights(mask, "grpo", C)
-    for b in range(B):
+    for indices in side.micro_batches():
         with torch.no_grad(), without_adapters(side.policy):
-            ref_logprobs = side.logprobs(side.ref_model or side.policy, b, tokens[b])
+            ref_logprobs = side.logprobs(side.ref_model or side.policy, indices, tokens[indices])
         record("reference")
-        logprobs = side.logprobs(side.policy, b, tokens[b])
-        only_b = slice(b, b + 1)
+        logprobs = side.logprobs(side.policy, indices, tokens[indices])
         loss, _ = policy_loss(
-            logprobs, logprobs.detach(), ref_logprobs, advantages[only_b], mask[only_b],
-            weights[only_b], loss="grpo", clip_low=0.2, clip_high=0.2, beta=0.01)
+            logprobs, logprobs.detach(), ref_logprobs, advantages[indices], mask[indices],
+            weights[indices], loss="grpo", clip_low=0.2, clip_high=0.2, beta=0.01)
         loss.backward()
         record("update")
     optimizer.step()
@@ -320,7 +332,7 @@ def memory_case(px, G, C, vocabulary):
 
 
 def one_pass(side, tokens, backward):
-    logprobs = side.logprobs(side.policy, 0, tokens)
+    logprobs = side.logprobs(side.policy, [0], tokens[None])
     if backward:
         logprobs.sum().backward()
     side.policy.zero_grad()
