@@ -255,10 +255,14 @@ def collate(prompts: list[Prompts]) -> Prompts:
 
 def default_pack_tokens(gradient_checkpointing: bool) -> int:
     """Tokens of a micro-batch: 2048. With gradient checkpointing a GPU holds more, and is kept busy
-    by more: as many for each 10 GiB of its memory, at most 16384."""
+    by more."""
     if device().type == "cpu" or not gradient_checkpointing:
         return 2048
-    gib = torch.cuda.get_device_properties(device()).total_memory / 2**30
+    return pack_tokens_for(torch.cuda.get_device_properties(device()).total_memory / 2**30)
+
+
+def pack_tokens_for(gib: float) -> int:
+    """2048 tokens for each 10 GiB of a GPU's memory, at most 16384."""
     return 2048 * min(max(int(gib / 10), 1), 8)
 
 

@@ -11,19 +11,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import attention
 import rollout
 import train_grpo
+from attention import flash_attn_for
 from conftest import GRPO, rows
 from model import (
     STOP_TOKENS,
+    FusedRMSNorm,
     collate,
+    compute_image_embeds,
     encode_chat,
     load_model,
     max_position_ids,
@@ -174,6 +179,34 @@ def test_blank_image_changes_the_logprobs_of_policy_and_reference(sharp):
     for one in (model, copy.deepcopy(model).requires_grad_(False)):
         seen, unseen = (token_logprobs(one, p, tokens, torch.ones_like(tokens, dtype=torch.bool)) for p in (prompt, blank))
         assert (seen - unseen).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size, calls", [((224, 224), 1), ((224, 168), 4)])
+def test_windows_of_one_size_are_one_call_of_attention(sharp, plain, monkeypatch, size, calls):
+    """They were 64 for an image of 448 px, with a host read in each block; only unequal ones (at 168 px half ones) need it."""
+    model, processor = sharp
+    prompt = encode_chat(processor, IMAGE, [Image.effect_noise(size, 99).convert("RGB")])
+    attention_calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: attention_calls.append(1) or sdpa(*args, **more))
+    with torch.no_grad():
+        ours = compute_image_embeds(model, prompt)
+        full = model.config.vision_config.fullatt_block_indexes
+        assert len(attention_calls) == len(full) + calls * (model.config.vision_config.depth - len(full))
+        expected = plain.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw).pooler_output
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=2e-5)
+
+
+def test_a_bf16_norm_is_one_operation_and_stays_bf16():
+    """Under autocast transformers' norm with float32 weights is eight, and its float32 output was cast again by each product."""
+    plain_norm = Qwen2_5_VLRMSNorm(64)
+    torch.nn.init.normal_(plain_norm.weight)
+    norm = copy.deepcopy(plain_norm)
+    norm.__class__ = FusedRMSNorm
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = norm(x), plain_norm(x)
+    assert out.dtype == torch.bfloat16 and expected.dtype == torch.float32
+    torch.testing.assert_close(out.float(), expected, rtol=2**-6, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -569,6 +602,15 @@ def test_flash_attention_gives_the_same_logprobs(sharp, monkeypatch):
     plain = token_logprobs(model, prompt, tokens, tokens > 0)
     monkeypatch.setattr(attention, "flash_attn_for", lambda q: FLASH)
     torch.testing.assert_close(token_logprobs(model, prompt, tokens, tokens > 0), plain, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_decode_step_does_without_flash_attention(monkeypatch):
+    """torch.compile breaks its graph at each of flash-attn's calls, and gives up after the eighth layer."""
+    monkeypatch.setattr(attention, "flash_attn", FLASH)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert flash_attn_for(q) is FLASH
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert flash_attn_for(q) is None
 
 
 def test_flash_decoding_gives_the_same_completions(stopping, monkeypatch):

@@ -95,7 +95,8 @@ class Ours:
     def micro_batches(self):
         """The indices of the prompts of each pass, as train_grpo.py packs them."""
         sizes = {b: (p.input_ids.shape[1], self.G * self.C) for b, p in enumerate(self.prompts)}
-        return pack_groups(sizes, default_pack_tokens(device().type == "cuda"))
+        checkpointing = self.policy.model.model.language_model.gradient_checkpointing
+        return pack_groups(sizes, default_pack_tokens(checkpointing))
 
     def logprobs(self, policy, indices, tokens):
         """Log-probs (b, G, C) of the completions (b, G, C) of these prompts."""
@@ -154,7 +155,7 @@ class Plain(Ours):
         return logprobs.gather(2, tokens[:, :, None]).squeeze(2)[None]
 
 
-def build(size, px, B, vocabulary=None):
+def build(size, px, B, checkpointing, vocabulary=None):
     """-> (model with random weights, processor, B samples)"""
     torch.manual_seed(0)
     dataset = load_samples("synthetic", "det", px)
@@ -171,7 +172,7 @@ def build(size, px, B, vocabulary=None):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if size == "7b":  # AdamW's moments of all weights do not fit on one GPU
         add_adapters(model, sizing.RANK)
-    if device().type == "cuda":  # as training at these sizes does
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, samples[:B]
 
@@ -272,14 +273,14 @@ def floor(side, bandwidth, rate):
     return bytes_read / bandwidth, update_passes(side.lora) * flops / rate
 
 
-def time_case(size, px, G, B, C, repeats, plain, compile_decode_step):
+def time_case(size, px, G, B, C, repeats, plain, checkpointing, compile_decode_step):
     bandwidth, rate = machine_rates()
     result = {"case": f"{px} px, G {G}", "size": size, "prompts": B, "group": G, "tokens": C,
               "px": px}
     for name, kind in {"ours": Ours, "plain": Plain}.items():
         if name == "plain" and not plain:
             continue
-        side = kind(*build(size, px, B), G, C, compile_decode_step)
+        side = kind(*build(size, px, B, checkpointing), G, C, compile_decode_step)
         result["prompt_tokens"] = max(p.input_ids.shape[1] for p in side.prompts)
         trainable = [param for param in side.policy.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=torch.cuda.is_available())
@@ -322,7 +323,7 @@ def time_case(size, px, G, B, C, repeats, plain, compile_decode_step):
 def memory_case(px, G, C, vocabulary):
     result = {"case": "memory", "px": px, "group": G, "tokens": C, "vocabulary": vocabulary}
     for name, kind in {"ours": Ours, "plain": Plain}.items():
-        side = kind(*build("tiny", px, 1, vocabulary), G, C)
+        side = kind(*build("tiny", px, 1, False, vocabulary), G, C)
         result["prompt_tokens"] = side.prompts[0].input_ids.shape[1]
         tokens = torch.randint(10, 500, (G, C), device=device())
         result[name] = {
@@ -371,11 +372,13 @@ def main():
     parser.add_argument("--tokens", type=int, help="default: 64, on a GPU 256")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                        help="default: on a GPU, as training at these sizes does")
     parser.add_argument("--ours", action="store_true", help="without the plain side")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     args = parser.parse_args()
     if args.memory:
-        for flag in ("size", "prompts", "repeats", "compile", "ours"):
+        for flag in ("size", "prompts", "repeats", "compile", "ours", "gradient_checkpointing"):
             if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag} does not go with --memory")
     cuda = args.device == "cuda"
@@ -394,12 +397,13 @@ def main():
             for px in [args.px] if args.px else (224, 448):
                 memory_case(px, args.group, C, vocabulary)
         return
+    checkpointing = cuda if args.gradient_checkpointing is None else args.gradient_checkpointing
     cases = [(448, 8)] if cuda else [(448, 8), (448, 16), (224, 8)]
     if args.px:
         cases = [(args.px, args.group)]
     for px, G in cases:
         time_case(args.size, px, G, args.prompts or (8 if cuda else 4), C, args.repeats,
-                  not args.ours, args.compile)
+                  not args.ours, checkpointing, args.compile)
 
 
 if __name__ == "__main__":

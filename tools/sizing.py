@@ -1,6 +1,6 @@
 """Memory that a GRPO step takes on each GPU, and so which settings fit: arithmetic over shapes.
 
-    python tools/sizing.py --size 3b --gpus 8      # by what takes it, GiB on each GPU
+    python tools/sizing.py --size 3b --gpus 8      # by what takes it, GiB on each GPU of 80 GB
     python tools/sizing.py --size 3b --lora        # the same for LoRA on one GPU
     python tools/sizing.py --table                 # which settings fit on which GPUs
 
@@ -9,10 +9,17 @@ image (330 tokens) per step, 8 completions of at most 256 tokens each, gradient 
 """
 
 import argparse
+import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
+from model import pack_tokens_for
 
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 330, 256
 SHAPES = {  # of Qwen2.5-VL-3B-Instruct and -7B-Instruct, from their published config.json
@@ -25,7 +32,7 @@ SHAPES = {  # of Qwen2.5-VL-3B-Instruct and -7B-Instruct, from their published c
 }
 RANK = 64  # of the LoRA adapters
 GPUS = (1, 2, 4, 8, 16)
-MARGIN = 1.1  # a tenth more, for fragmentation and the CUDA context
+MARGIN = 1.1  # a tenth more, for fragmentation
 
 
 def shape(size: str) -> Qwen2_5_VLConfig:
@@ -53,9 +60,9 @@ def count(module: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def memory(size: str, gpus: int = 1, lora: bool = False,
+def memory(size: str, gpu_gib: float, gpus: int = 1, lora: bool = False,
            reference: bool = True) -> dict[str, float]:
-    """GiB on each GPU at the peak of a step, by what takes them."""
+    """GiB on each GPU of gpu_gib GiB at the peak of a step, by what takes them."""
     text, n = shape(size).text_config, parameters(size)
     E, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
     trained, frozen = (RANK * n["adapters"], n["all"]) if lora else (n["all"], 0)
@@ -75,16 +82,22 @@ def memory(size: str, gpus: int = 1, lora: bool = False,
         largest = max(2 * n["layer"], n["vision"], root)
         sizes["gathered weights"] = 2 * root + (2 + 2 + 4) * largest
     row = PROMPT_TOKENS + GROUP * NEW_TOKENS        # tokens of a packed row
-    kept = 2 * layers * row * E                     # inputs of checkpointed layers
+    prompts = -(-PROMPTS // gpus)
+    rows = min(max(pack_tokens_for(gpu_gib) // row, 1), prompts)    # rows of a micro-batch
+    kept = 2 * layers * rows * row * E              # inputs of checkpointed layers
     keys_and_values = 2 * 2 * GROUP * (PROMPT_TOKENS + NEW_TOKENS) * E  # by query head
     # One layer, recomputed, and its gradient
-    layer = 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + keys_and_values)
+    layer = rows * 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + keys_and_values)
     head = 3 * 4 * min(1024, row) * V               # logits, log-softmax, gradient of a chunk
     sizes["activations"] = kept + max(layer, head)
-    # The captured decode step keeps its cache.
-    prompts, head_dim = -(-PROMPTS // gpus), E // text.num_attention_heads
-    cache = prompts * row * 2 * 2 * layers * text.num_key_value_heads * head_dim
-    sizes["keys and values of the rollout"] = cache
+    # Captured decode steps keep their caches: of training, of greedy and sampled held-out scores.
+    cached = [prompts * row, BATCH_SIZE * (PROMPT_TOKENS + NEW_TOKENS),
+              BATCH_SIZE * (PROMPT_TOKENS + NUM_SAMPLED * NEW_TOKENS)]
+    per_token = 2 * 2 * layers * text.num_key_value_heads * (E // text.num_attention_heads)
+    # The prefill fills a fresh one.
+    sizes["keys and values of rollouts"] = per_token * (sum(cached) + max(cached))
+    sizes["a draw of tokens"] = 6 * 4 * max(prompts * GROUP, BATCH_SIZE * NUM_SAMPLED) * V
+    sizes["CUDA context, NCCL"] = (0.6 + (gpus > 1)) * 2**30
     return {name: value / 2**30 for name, value in sizes.items()}
 
 
@@ -92,7 +105,7 @@ def fits(size: str, gib: float, gpus: int) -> str:
     """The richest setting that fits into a GPU's memory, with the GiB it takes."""
     settings = {"all": {}, "`--beta 0`": {"reference": False}, "`--lora`": {"lora": True}}
     for name, options in settings.items():
-        total = sum(memory(size, gpus, **options).values())
+        total = sum(memory(size, gib, gpus, **options).values())
         if MARGIN * total <= gib:
             return f"{name} ({total:.0f})"
     return "-"
@@ -120,7 +133,7 @@ def main() -> None:
     if args.table:
         print("\n".join(table()))
         return
-    sizes = memory(args.size, args.gpus, args.lora)
+    sizes = memory(args.size, 80e9 / 2**30, args.gpus, args.lora)
     for name, gib in (sizes | {"sum": sum(sizes.values())}).items():
         print(f"{name:38s}{gib:8.1f} GiB")
 
