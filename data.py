@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +64,8 @@ class Source(NamedTuple):
 
 
 def add_data_flags(flags: argparse._ArgumentGroup) -> None:
-    """The flags that name sources, the same in all three scripts; parse_sources reads them."""
+    """The flags that name sources, the same in all three scripts, which parse_sources reads; and
+    those of the prompt."""
     flags.add_argument("--data", nargs="+", default=["synthetic"],
                        metavar="[TASK=]SOURCE[@IMAGES]",
                        help="`synthetic`, or files and folders in a format of docs/data.md; "
@@ -74,9 +75,32 @@ def add_data_flags(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument("--images",
                        help="default of @IMAGES, the folder that image names are relative to "
                             "(default: the folder of the file, or where its format keeps images)")
+    add_prompt_flags(flags)
+
+
+def add_prompt_flags(flags: argparse._ActionsContainer) -> None:
+    """The flags that say what a model is asked for, the same in all three scripts and ask.py."""
     flags.add_argument("--oriented", action="store_true",
                        help="det answers with oriented boxes [x1,y1,x2,y2,theta], rewarded by "
                             "oriented IoU; other tasks stay as they are")
+    flags.add_argument("--no-think", action="store_true",
+                       help="no reasoning: prompt, target and format reward want <answer> alone")
+    flags.add_argument("--system", type=read_system_prompt, metavar="FILE",
+                       help="a file whose text replaces the system prompt")
+
+
+def read_system_prompt(path: str) -> str:
+    """The text of a file. Raises UserError if it is unreadable, empty, or has tokens of the chat.
+    The text itself is the flag's value, so --resume refuses another one."""
+    try:
+        text = Path(path).read_text("utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--system {path}: cannot be read ({error}); name a text file in UTF-8")
+    control = re.search(r"<\|\w+\|>", text)
+    if control or not text:
+        wrong = f"holds {control[0]}, a token of the chat; remove it" if control else "is empty"
+        raise UserError(f"--system {path}: the file {wrong}")
+    return text
 
 
 def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
@@ -111,15 +135,18 @@ class Split(NamedTuple):
 
 def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks: Sequence[str],
                 image_size: int, seed: int = 0, shots: int | None = None,
-                oriented: bool = False) -> dict[str, Split]:
+                oriented: bool = False, thinking: bool = True,
+                system: str | None = None) -> dict[str, Split]:
     """What a run trains on and what it is scored on, of each task, joined from all its sources.
 
     Each source holds out samples of its own. With eval_sources, these give what is held out: their
     test or val split, or all samples of one without. Raises UserError, in one line, for what a user
     has to fix in a source, and if several sources put an image on both sides, of whichever tasks.
     """
-    found = read_sources(sources, tasks, image_size, seed, oriented)
-    eval_found = eval_sources and read_sources(eval_sources, tasks, image_size, oriented=oriented)
+    read = partial(read_sources, tasks=tasks, image_size=image_size, oriented=oriented,
+                   thinking=thinking, system=system)
+    found = read(sources, seed=seed)
+    eval_found = eval_sources and read(eval_sources)
     splits, trained, held = {}, [], []
     for task, parts in found.items():
         train, held_out, rules = split_sources(parts, whole="train" if eval_sources else None)
@@ -142,7 +169,8 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
 
 
 def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: int, seed: int = 0,
-                 oriented: bool = False) -> dict[str, list[tuple[Source, Sequence[Sample]]]]:
+                 oriented: bool = False, thinking: bool = True, system: str | None = None,
+                 ) -> dict[str, list[tuple[Source, Sequence[Sample]]]]:
     """All samples of each task, with the sources that serve it, those of det with `oriented` in
     their oriented form. Raises UserError for a task that no source serves."""
     found, reasons = {task: [] for task in tasks}, {task: [] for task in tasks}
@@ -166,7 +194,17 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
                             or f"no source for task {task}: add {task}=SOURCE")
         if reasons[task]:
             warn(f"{task}: not from {'; '.join(reasons[task])}")
-    return found
+    if thinking and system is None:
+        return found
+    return {task: [(source, set_prompt(samples, thinking, system)) for source, samples in parts]
+            for task, parts in found.items()}
+
+
+def set_prompt(samples: Sequence[Sample], thinking: bool,
+               system: str | None) -> Sequence[Sample]:
+    """The samples, asked with or without reasoning and with this system prompt."""
+    ask = partial(replace, thinking=thinking, system=system)
+    return ask(samples) if isinstance(samples, Scenes) else [ask(sample) for sample in samples]
 
 
 def read_source(source: Source, tasks: Sequence[str], image_size: int,

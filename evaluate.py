@@ -81,9 +81,11 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
     check_task(args.task)
     check_oriented(args.oriented, [args.task])
-    if args.oriented and args.predictions:
-        raise UserError("--oriented changes what a model is asked, but --predictions has its "
-                        "answers already; leave --oriented out")
+    asked = [name for name in ("oriented", "no-think", "system")
+             if getattr(args, name.replace("-", "_"))]
+    if asked and args.predictions:
+        raise UserError(f"--{asked[0]} changes what a model is asked, but --predictions has its "
+                        f"answers already; leave --{asked[0]} out")
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
         raise UserError(f"--benchmark {args.benchmark} is a table of task "
                         f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")
@@ -167,7 +169,8 @@ def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
     """The samples to score; a line says which they are."""
     values = args.eval_data or args.data
     sources = parse_sources(values, args.images)
-    found = read_sources(sources, [args.task], image_size, oriented=args.oriented)[args.task]
+    found = read_sources(sources, [args.task], image_size, oriented=args.oriented,
+                         thinking=not args.no_think, system=args.system)[args.task]
     has_split = any(isinstance(samples, Scenes) or published_split(samples) for _, samples in found)
     split = args.split or ("heldout" if has_split or args.eval_data else "all")
     if split == "all":

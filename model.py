@@ -34,7 +34,7 @@ from transformers.vision_utils import get_vision_position_ids
 from attention import SharedPrompt, make_completion_attention_mask
 from runtime.distributed import autocast, compute_dtype, device, to_compute_dtype
 from runtime.errors import UserError, first_line
-from sample import CHAT_TEMPLATE, Sample, format_prompt, load_images
+from sample import Sample, chat_template, format_prompt, load_images
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # Qwen2.5-VL ends a turn with either
 ATTENTION = {"text_config": "shared_prompt", "vision_config": "sdpa"}
@@ -86,8 +86,10 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
     return use_fused_layers(model), Processor(tokenizer, image_processor, image_size)
 
 
-def save_model(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
-    """Save in Hugging Face format. Raises UserError if the files cannot be written.
+def save_model(model: PreTrainedModel, processor: Processor, folder: Path,
+               system: str | None = None, thinking: bool = True) -> None:
+    """Save in Hugging Face format; system and thinking are those of the Samples that it was trained
+    on. Raises UserError if the files cannot be written.
 
     So that other programs ask the model as this one does, its chat template, image processor and
     generation config replace those of a hub model.
@@ -95,7 +97,7 @@ def save_model(model: PreTrainedModel, processor: Processor, folder: Path) -> No
     """
     disable_progress_bar()
     tokenizer, image_processor, _ = processor
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template(system, thinking)
     image_processor.do_resize = False  # it cannot make a square of an image, as load_images does
     model.generation_config = GenerationConfig(  # greedy, without Qwen's penalty on repetition
         eos_token_id=tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)),

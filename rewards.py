@@ -65,18 +65,17 @@ Sam = Callable[[Sample, tuple, list], np.ndarray]         # sample, box, points 
 # --------------------------------------------------------------------------------------------------
 # Reading a completion
 
-def format_reward(text: str, **_: object) -> float:
-    """1 if the completion is `<think>reasoning</think> <answer>answer</answer>` and nothing else.
+def format_reward(text: str, sample: Sample, **_: object) -> float:
+    """1 if the completion is `<think>reasoning</think> <answer>answer</answer>` and nothing else;
+    `<answer>answer</answer>` and nothing else if the sample asks for no reasoning.
 
     Each tag occurs exactly once, in this order; both parts say something; only blanks surround
     them. Source: GeoVLM-R1 (a format reward of 0 or 1). Ours: empty and repeated tags earn nothing.
     """
-    if any(text.count(tag) != 1 for tag in TAGS):
-        return 0.0
-    before, think, between, answer, after = re.split("|".join(TAGS), text)
-    in_order = re.findall("|".join(TAGS), text) == list(TAGS)
-    only_blanks_around = not (before + between + after).strip()
-    return float(in_order and only_blanks_around and bool(think.strip() and answer.strip()))
+    pieces = re.split("|".join(TAGS), text)
+    has_tags = re.findall("|".join(TAGS), text) == list(TAGS if sample.thinking else TAGS[2:])
+    only_blanks_around = not "".join(pieces[::2]).strip()
+    return float(has_tags and only_blanks_around and all(part.strip() for part in pieces[1::2]))
 
 
 def extract_answer(text: str) -> str | None:

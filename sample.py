@@ -5,6 +5,7 @@ to a square of side `image_size`, and every box is converted to pixels of that r
 its file is read. Prompts, answers, rewards and plots then need no conversion.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -35,14 +36,18 @@ class Sample:
     split: str = ""         # "train", "val" or "test" where the source says so
     gt_mask: object = None  # seg: image or path, non-zero on the target
     oriented: bool = False  # det: the answer's boxes have five numbers, theta is the last
+    thinking: bool = True   # prompt, target and format reward want the reasoning, too
+    system: str | None = None  # system prompt in place of the project's own
 
 
 # --------------------------------------------------------------------------------------------------
 # The prompt, in Qwen's chat layout. The embedded `tiny` was trained on these very words.
 
-SYSTEM = ("Read the image. Reason in <think></think>, then give only the result in "
-          "<answer></answer>.")
-
+SYSTEM = "Read the image."
+REQUESTS = {  # thinking or not -> the form of the completion; ends system prompt and user's turn
+    True: "Reason in <think></think>, then give only the result in <answer></answer>.",
+    False: "Answer only in <answer></answer>.",
+}
 INSTRUCTIONS = {  # task -> what follows the question
     "cls": "Answer with one class.",
     "mlc": "Answer with all classes that apply, separated by commas.",
@@ -75,26 +80,33 @@ def format_prompt(sample: Sample) -> str:
     images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.images)
     instruction = ORIENTED_DET if sample.oriented else INSTRUCTIONS[sample.task]
     instruction = instruction.replace("{image_size}", str(sample.image_size))
-    return (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-            f"<|im_start|>user\n{images}{sample.question} {instruction}<|im_end|>\n"
+    request = REQUESTS[sample.thinking]  # instruct models follow it in the user's turn
+    return (f"<|im_start|>system\n{sample.system or f'{SYSTEM} {request}'}<|im_end|>\n"
+            f"<|im_start|>user\n{images}{sample.question} {instruction} {request}<|im_end|>\n"
             f"<|im_start|>assistant\n")
 
 
-# The same chat for other programs, in Jinja. They put the task's instruction after the question.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if 'text' in part %}{{ part['text'] }}{% else %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+def chat_template(system: str | None = None, thinking: bool = True) -> str:
+    """The same chat for other programs, in Jinja. They put the task's instruction after the
+    question; the request follows by itself."""
+    request = REQUESTS[thinking]
+    quoted = json.dumps(system or f"{SYSTEM} {request}", ensure_ascii=False)  # it may hold {{ or {%
+    return (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "<|im_start|>system\n{{ " + quoted + " }}<|im_end|>\n"
+        "{% endif %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if 'text' in part %}{{ part['text'] }}{% else %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}"
+        "{% if message['role'] == 'user' %} " + request + "{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def format_target(sample: Sample) -> str:
     """The completion that SFT imitates. It includes the end-of-turn token: a model that never sees
     it never learns to stop."""
-    return f"<think>{sample.think}</think>\n<answer>{sample.gt_answer}</answer><|im_end|>"
+    think = f"<think>{sample.think}</think>\n" if sample.thinking else ""
+    return f"{think}<answer>{sample.gt_answer}</answer><|im_end|>"
 
 
 def to_oriented(sample: Sample) -> Sample:

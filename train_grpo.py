@@ -4,7 +4,8 @@ As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-specific accurac
 relative to the group, a clipped ratio, a KL penalty to a frozen reference model, one stage per
 task. Different from it: the ratio is that of a token, not of a completion (--loss geovlm),
 advantages are not divided by the group's std (--divide-by-std), a group's prompt is computed once
-for all its completions, groups whose rewards are all equal are left out. docs/method.md says why.
+for all its completions, groups whose rewards are all equal are left out; prompts (--system), the
+form of boxes and some rewards are ours. docs/method.md has the whole list, and says why.
 
 A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
 
@@ -225,7 +226,7 @@ def main() -> None:
     sources = parse_sources(args.data, args.images)
     eval_sources = parse_sources(args.eval_data, args.images)
     splits = load_splits(sources, eval_sources, list(chain(*stages)), image_size, args.seed,
-                         args.shots, args.oriented)
+                         args.shots, args.oriented, not args.no_think, args.system)
     data = [[splits[task].train for task in tasks] for tasks in stages]
     held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
@@ -418,7 +419,7 @@ def main() -> None:
         if adapters:
             adapters.save_pretrained(args.out / "adapter")
             model = adapters.merge_and_unload()
-        save_model(model, processor, args.out / "model")
+        save_model(model, processor, args.out / "model", args.system, not args.no_think)
     write_pages(args.out, args.task)
     barrier()  # until the first rank has saved
     run.close()

@@ -18,6 +18,7 @@ from the same function as in GRPO.
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +91,9 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--box-noise", type=float, default=0.0,
                        help="std in pixels of noise on the box edges of det's targets: hasty "
                             "annotators, whom GRPO can surpass")
+    flags.add_argument("--half-no-think", action="store_true",
+                       help="every other step as with --no-think: the model then answers either "
+                            "way")
     flags.add_argument("--image-size", type=positive_int,
                        help="side in pixels that images are resized to (default: the "
                             "checkpoint's, else 448)")
@@ -128,6 +132,9 @@ def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
     if args.box_noise and "det" not in tasks:
         raise UserError(f"--box-noise {args.box_noise} moves the boxes of det, which is not among "
                         f"--task {args.task}")
+    if args.half_no_think and args.no_think:
+        raise UserError("--half-no-think wants the reasoning in every other step, --no-think in "
+                        "none; leave one of them out")
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
@@ -145,7 +152,7 @@ def main() -> None:
     sources = parse_sources(args.data, args.images)
     eval_sources = parse_sources(args.eval_data, args.images)
     load = partial(load_splits, sources, eval_sources, tasks, seed=args.seed, shots=args.shots,
-                   oriented=args.oriented)
+                   oriented=args.oriented, thinking=not args.no_think, system=args.system)
     if args.model == "scratch":  # tiny's architecture, a tokenizer learned from the data
         image_size = args.image_size or 112
         splits = load(image_size=image_size)
@@ -233,7 +240,7 @@ def main() -> None:
             print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
     model = gather_full_model(policy, sampling_model)
     if rank() == 0:
-        save_model(model, processor, args.out / "model")
+        save_model(model, processor, args.out / "model", args.system, not args.no_think)
         with errors_as_warnings("curves.png"):
             plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
     barrier()  # until the first rank has saved
@@ -244,6 +251,8 @@ def main() -> None:
 def local_batch(args: argparse.Namespace, data: list, step: int) -> list[Sample]:
     """This rank's samples of a step."""
     samples = get_mixed_batch(data, step, args.batch, args.seed)
+    if args.half_no_think and step % 2:
+        samples = [replace(sample, thinking=False) for sample in samples]
     if args.box_noise:
         samples = [jitter_boxes(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
                    for i, s in enumerate(samples)]

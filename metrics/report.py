@@ -137,7 +137,7 @@ def render_card(name: str, entry: Entry, missing: list[str]) -> str:
         share = completion.get("advantage", 0) / largest
         kind = "better" if share > 0 else "worse" if share < 0 else "equal"
         sections += (f'<section class="{kind}" style="--strength: {abs(share):.0%}">{own}'
-                     f"{render_completion(completion)}</section>")
+                     f"{render_completion(completion, sample)}</section>")
     rewards, spread, step = rewards_of(entry), spread_of(entry), completions[0].get("step", "")
     mean = np.mean(rewards)
     value = f"accuracy {mean:.2f}"
@@ -156,14 +156,15 @@ def render_card(name: str, entry: Entry, missing: list[str]) -> str:
 <div class="answers">{sections}</div></div></div></article>"""
 
 
-def render_completion(completion: dict) -> str:
+def render_completion(completion: dict, sample: Sample) -> str:
     """Rewards, reasoning and answer of a completion, or its whole text if not in the format."""
     text = completion["text"]
     values = {name: completion[name] for name in ("advantage", "reward") if name in completion}
     texts = {"Completion, not in the format": text}
-    if format_reward(text):
-        _, think, _, answer, _ = re.split("|".join(TAGS), text)
-        texts = {"Reasoning": think, "Answer": answer}
+    if format_reward(text, sample):
+        *think, answer = re.split("|".join(TAGS), text)[1::2]
+        texts = {"Reasoning": think[0]} if think else {}
+        texts["Answer"] = answer
     items = "".join(f"<li>{escape(name)} <b>{value:{'+' if name == 'advantage' else ''}.2f}</b></li>"
                     for name, value in (values | completion["parts"]).items())
     terms = "".join(f"<dt>{name}</dt><dd>{escape(value.strip())}</dd>"

@@ -23,6 +23,7 @@ def sample_to_row(sample: Sample, folder: Path = Path()) -> dict:
 
     images = [to_json(image) or sample.id for image in sample.images]
     form = {"oriented": True} if sample.oriented else {}
+    form |= {} if sample.thinking else {"thinking": False}  # what no reward reads is left out
     return {"id": sample.id, "task": sample.task, "images": images, "question": sample.question,
             "reference": sample.gt_answer, "boxes": sample.gt_boxes, "frame": sample.image_size,
             "references": sample.gt_texts, "choices": sample.choices, "category": sample.category,
@@ -37,11 +38,11 @@ def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
             return TableImage(**image | {"file": str(folder / image["file"])})
         return folder / image
 
-    oriented = bool(row.get("oriented"))
+    form = {"oriented": bool(row.get("oriented")), "thinking": bool(row.get("thinking", True))}
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:
         seed, index = int(scene[1]), int(scene[2])
-        return Scenes(str(row["task"]), int(row["frame"]), seed, oriented=oriented)[index]
+        return Scenes(str(row["task"]), int(row["frame"]), seed, **form)[index]
     boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta))
                   for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(
@@ -50,4 +51,4 @@ def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
         image_size=int(row["frame"]), gt_boxes=boxes, gt_texts=tuple(map(str, row["references"])),
         choices=tuple(map(str, row["choices"])), category=str(row["category"]),
         subset=str(row["subset"]), gt_mask=row["mask"] and from_json(row["mask"]),
-        oriented=oriented)
+        **form)

@@ -319,7 +319,7 @@ def read_progress(folder: Path, config: dict[str, str], defaults: dict[str, str]
         raise UserError(f"--resume: {folder} is the checkpoint of another script; choose another "
                         "--out, or leave --resume out")
     before = defaults | saved["settings"]
-    changes = {name: f"--{name} was {before[name]} and is now {value}"
+    changes = {name: " ".join(f"--{name} was {before[name]} and is now {value}".split())
                for name, value in config.items() if name in before and value != before[name]}
     refused = [change for name, change in changes.items() if name not in MAY_CHANGE_ON_RESUME]
     if refused:

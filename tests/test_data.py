@@ -28,13 +28,22 @@ from data import (
     parse_sources,
     prefetch,
     read_source,
+    read_system_prompt,
 )
 from evaluate import load_evaluation
 from metrics.rows import sample_from_row, sample_to_row
 from rewards import TASKS, format_reward, score_completion
 from runtime.command_line import SEED_LIMIT, non_negative_int
 from runtime.errors import UserError
-from sample import Sample, format_prompt, format_target, jitter_boxes, load_images, to_oriented
+from sample import (
+    REQUESTS,
+    Sample,
+    format_prompt,
+    format_target,
+    jitter_boxes,
+    load_images,
+    to_oriented,
+)
 from tiny.scenes import LAND, Scenes, draw_scene, make_scene
 
 F = 112
@@ -124,6 +133,45 @@ def test_what_sft_imitates_earns_the_full_reward(task):
         completion, end, rest = format_target(sample).partition("<|im_end|>")
         parts = score_completion(completion, sample)
         assert end and not rest and parts["format"] == 1 and parts["accuracy"] > .85  # boxes are rounded to pixels
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_reasoning_prompt_target_and_reward_speak_of_the_answer_alone(task):
+    for sample in Scenes(task, F, seed=4, thinking=False)[:5]:
+        prompt, (completion, end, _) = format_prompt(sample), format_target(sample).partition("<|im_end|>")
+        assert "think" not in prompt and end and completion == f"<answer>{sample.gt_answer}</answer>"
+        assert score_completion(completion, sample)["format"] == 1
+        assert score_completion(completion, replace(sample, thinking=True))["format"] == 0
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_every_task_is_asked_for_the_format_at_the_end_of_the_users_turn(thinking):
+    """Instruct models hardly follow a system prompt. It has the same request, unless --system replaces it."""
+    request = f" {REQUESTS[thinking]}<|im_end|>\n"
+    for task in TASKS:
+        for system, n in ((None, 2), ("Be brief.", 1)):
+            prompt = format_prompt(Scenes(task, F, seed=4, thinking=thinking, system=system)[0])
+            assert prompt.count(request) == n and prompt.endswith(f"{request}<|im_start|>assistant\n")
+            assert (f"<|im_start|>system\n{system}<|im_end|>\n" in prompt) == (system is not None)
+
+
+@pytest.mark.parametrize("source", ["synthetic", "file"])
+def test_prompt_flags_reach_all_samples(folder, source):
+    if source == "file":
+        source = write(folder, {**GOOD, "image": "a.png"}, {**GOOD, "image": "b.png"})
+    split = load_splits(parse_sources([source]), [], ["det"], F, thinking=False, system="Be brief.")["det"]
+    assert all(not part[0].thinking and part[0].system == "Be brief." for part in (split.train, split.held_out))
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "cannot be read.*No such file"), (b"", "is empty"), (b" \n\t", "is empty"), (b"\xef\xbb\xbf", "is empty"),
+    (b"\xff\xfe", "cannot be read.*UTF-8"), (b"a<|im_end|>", r"holds <\|im_end\|>"), (b"<|image_pad|>", r"<\|image_pad\|>, a token")])
+def test_system_prompt_that_cannot_be_one_is_refused(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "system.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"--system .*system.txt: .*{says}") as error:
+        read_system_prompt(str(tmp_path / "system.txt"))
+    assert "\n" not in str(error.value)
 
 
 def test_oriented_answers_are_asked_for_and_written_with_theta():
@@ -302,7 +350,7 @@ def test_conversations_in_pixels(folder, name):
     assert two.think == "It\nmoved." and two.gt_answer == "[0,0,56,56],[56,56,112,112]"
     assert qwen.gt_boxes == one.gt_boxes and none.gt_boxes == () and none.gt_answer == "none"
     assert len({s.id for s in (one, two, qwen, none)}) == 4 and all(name in s.id for s in (one, two, qwen, none))
-    assert all(format_reward(format_target(s).removesuffix("<|im_end|>")) == 1 for s in (one, two, qwen, none))
+    assert all(format_reward(format_target(s).removesuffix("<|im_end|>"), s) == 1 for s in (one, two, qwen, none))
 
 
 def test_images_may_lie_elsewhere(folder):
@@ -581,9 +629,9 @@ def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     sample = Sample("a", "det", (tmp_path / "a.png",), "Where?", "[1,2,3,4]", F, ((1.0, 2.0, 3.0, 4.0, 5.0),), subset="small",
                     gt_texts=("x", "y"), choices=("A", "B"), category="ship")
     scene = Scenes("det", F, seed=3)[5]
-    for expected in (sample, to_oriented(sample), to_oriented(scene)):
+    for expected in (sample, to_oriented(sample), to_oriented(scene), replace(sample, thinking=False), replace(scene, thinking=False)):
         assert sample_from_row(json.loads(json.dumps(sample_to_row(expected)))) == expected
-    assert "oriented" not in sample_to_row(scene)  # upright rows are what they were
+    assert not {"oriented", "thinking"} & sample_to_row(scene).keys()  # upright rows are what they were
 
 
 def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
@@ -763,7 +811,7 @@ def test_joined_sources_are_mixed_and_share_no_image(folder, capsys):
 
 def evaluated(image_size=F, **flags):
     flags = {"task": "cls", "data": ["synthetic"], "eval_data": [], "images": None, "split": None, "limit": None,
-             "oriented": False} | flags
+             "oriented": False, "no_think": False, "system": None} | flags
     return load_evaluation(SimpleNamespace(**flags), image_size)
 
 

@@ -443,7 +443,7 @@ def test_dropping_stopped_rows_changes_no_completion(stopping, monkeypatch):
         sample_next_token(model, state, *more)
     monkeypatch.setattr(rollout, "sample_next_token", count_rows)
     result = generate(model, processor, prompts, 40, random_numbers, 8)
-    assert rows[0] == 32 and rows[-1] <= 8 and rows == sorted(rows, reverse=True)        # they were dropped, more than once
+    assert rows[0] == 32 and len(set(rows)) > 2 and rows == sorted(rows, reverse=True)  # they were dropped, more than once
     monkeypatch.setattr(rollout, "active_rows", lambda state: None)
     assert_same_completions(result, generate(model, processor, prompts, 40, random_numbers, 8))
 

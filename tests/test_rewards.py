@@ -7,6 +7,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def completion(answer, think="I look."):
     "<think>line 1\nline 2\n\nline 4</think>\n<answer>[1,2,3,4],\n[5,6,7,8]</answer>",  # a regex without DOTALL gives 0
 ])
 def test_format_is_reasoning_then_answer(good):
-    assert format_reward(good) == 1
+    assert format_reward(good, sample("cls", "b")) == 1
 
 
 @pytest.mark.parametrize("bad", [
@@ -115,7 +116,15 @@ def test_format_is_reasoning_then_answer(good):
     "<Think>a</Think><answer>b</answer>", "<think >a</think><answer>b</answer>", "<think>a</think><answer>b</answer><|im_start|>",
 ])
 def test_format_is_nothing_else(bad):
-    assert format_reward(bad) == 0
+    assert format_reward(bad, sample("cls", "b")) == 0
+
+
+@pytest.mark.parametrize("text, reward", [
+    ("<answer>b</answer>", 1), (" <answer>\nb </answer>\n", 1), ("<answer> </answer>", 0), ("b", 0), ("<answer>b</answer>.", 0),
+    ("<think>a</think><answer>b</answer>", 0), ("<answer>b</answer><answer>b</answer>", 0), ("<answer><think>b</answer>", 0),
+    ("a <answer>b</answer>", 0), ("</answer>b<answer>", 0)])
+def test_format_without_reasoning_is_one_answer_and_nothing_else(text, reward):
+    assert format_reward(text, replace(sample("cls", "b"), thinking=False)) == reward
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ and its pixels. And one question about one image, from the command line."""
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,7 +21,7 @@ from metrics.report import PREDICTED_COLOUR
 from model import STOP_TOKENS, encode, load_model, save_model
 from rollout import Sampler, predict
 from runtime.errors import UserError
-from sample import CHAT_TEMPLATE, INSTRUCTIONS, SYSTEM, Sample, format_prompt, load_images
+from sample import INSTRUCTIONS, Sample, chat_template, format_prompt, load_images
 from test_docs import python_blocks, section
 from tiny.scenes import Scenes
 from tools import ask
@@ -99,9 +100,13 @@ def test_vllm_gets_the_same_prompt_and_pixels(folder, question, monkeypatch):
     assert np.array_equal(request["multi_modal_data"]["image"], load_images(sample)[0])
 
 
-def test_template_is_the_prompt_of_training(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    sample = Sample("x", "change", ("a.png", "b.png"), "What?", "", 112)
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("system", [None, 'Be "brief",\n\nin {{ words }} {% raw %} {# or é 海 😀 \\n.'])
+def test_template_is_the_prompt_of_training(shipped, tmp_path, thinking, system):
+    """The system prompt and the request at the end of the user's turn are in the template."""
+    save_model(*shipped, tmp_path / "model", system, thinking)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    sample = Sample("x", "change", ("a.png", "b.png"), "What?", "", 112, thinking=thinking, system=system)
     text = {"type": "text", "text": f"What? {INSTRUCTIONS['change']}"}
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, text]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -110,13 +115,13 @@ def test_template_is_the_prompt_of_training(folder):
     messages.append({"role": "assistant", "content": "a</think>"})
     assert tokenizer.apply_chat_template(messages, tokenize=False) == prompt + "<|im_end|>\n"
     messages.insert(0, {"role": "system", "content": "Be brief."})
-    prompt = prompt.replace(SYSTEM, "Be brief.")
+    prompt = prompt.replace(format_prompt(sample), format_prompt(replace(sample, system="Be brief.")))
     assert tokenizer.apply_chat_template(messages, tokenize=False) == prompt + "<|im_end|>\n"
 
 
 def test_what_a_hub_model_had_of_its_own_is_replaced(folder):
     tokenizer, config = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
-    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.chat_template == chat_template()
     assert not config.do_sample and config.repetition_penalty in (None, 1.0)
     assert config.eos_token_id == tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     vision_tokens = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]

@@ -349,6 +349,10 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("train_grpo.py", "--task det --model EMPTY", "--model .*empty"),
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
+    ("train_sft.py", "--task det --no-think --half-no-think", "--half-no-think .* leave one of them out"),
+    ("train_grpo.py", "--task det --system nowhere.txt", "--system nowhere.txt: cannot be read"),
+    ("evaluate.py", "--task det --no-think --predictions a.jsonl", "--no-think changes what a model is asked.* leave --no-think out"),
+    ("evaluate.py", "--task det --system EMPTY/text.jsonl --predictions a.jsonl", "--system changes what a model is asked"),
     ("train_sft.py", "--task det --model EMPTY --reward det=typo", "no reward of det has this name"),  # it once trained first
     ("evaluate.py", "--task det --predictions nowhere.jsonl", "nowhere.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/none.jsonl", "none.jsonl"),

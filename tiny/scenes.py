@@ -178,6 +178,8 @@ class Scenes(Sequence):
     seed: int
     n: int = 100_000
     oriented: bool = field(default=False, repr=False)  # see Sample
+    thinking: bool = field(default=True, repr=False)
+    system: str | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.n
@@ -190,7 +192,8 @@ class Scenes(Sequence):
         min_objects = 1 if self.task in ("rcap", "rec") else 0  # these two ask about one object
         scene = make_scene(self.seed, int(i), self.image_size, min_objects)
         fields = {"id": f"synthetic {self.seed}:{i}", "task": self.task,
-                  "images": (draw_scene(scene),), "image_size": self.image_size}
+                  "images": (draw_scene(scene),), "image_size": self.image_size,
+                  "thinking": self.thinking, "system": self.system}
         sample = Sample(**fields | ask_question(self.task, scene))
         return to_oriented(sample) if self.oriented else sample
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from boxes import obb_corners, parse_boxes
-from data import check_oriented
+from data import add_prompt_flags, check_oriented
 from metrics.report import PREDICTED_COLOUR
 from model import load_model
 from rewards import TASKS, extract_answer
@@ -35,8 +35,7 @@ def main() -> None:
                         help="again for each further image, in their order")
     parser.add_argument("--model", default="tiny",
                         help="`tiny`, a folder in Hugging Face format, or a hub id")
-    parser.add_argument("--oriented", action="store_true",
-                        help="det: ask for oriented boxes, of a model that was trained with them")
+    add_prompt_flags(parser)
     parser.add_argument("--max-new-tokens", type=positive_int, default=96,
                         help="longest completion")
     parser.add_argument("--out", type=Path, help="a .png file, for the first image with the boxes")
@@ -45,7 +44,8 @@ def main() -> None:
     model, processor = load_model(args.model)
     to_compute_dtype(model, vectors=True).to(device())
     sample = Sample(id="--image", task=args.task, images=tuple(args.image), question=args.question,
-                    gt_answer="", image_size=processor.image_size, oriented=args.oriented)
+                    gt_answer="", image_size=processor.image_size, oriented=args.oriented,
+                    thinking=not args.no_think, system=args.system)
     [[text]] = predict(Sampler(model, processor), [sample], args.max_new_tokens)
     print(text)
     if args.out:
