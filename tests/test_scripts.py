@@ -238,6 +238,9 @@ def test_resume_with_other_flags_is_refused(sft, staged, dataset, tmp_path, monk
     main, flags = (train_sft.main, sft_flags) if stage == "sft" else (train_grpo.main, grpo_flags)
     with pytest.raises(UserError, match="lr"):
         here(monkeypatch, main, *flags, tmp_path, "--resume", "--lr", 7e-4)
+    (tmp_path / "system.txt").write_text("Be\nbrief.")
+    with pytest.raises(UserError, match="--system was None and is now Be brief"):
+        here(monkeypatch, main, *flags, tmp_path, "--resume", "--system", tmp_path / "system.txt")
 
 
 DAMAGES = {"empty": lambda old: b"", "cut off": lambda old: old[: len(old) // 2], "something else": lambda old: b"no checkpoint",
