@@ -119,6 +119,7 @@ def main() -> None:
     scores["words"] = float(np.mean([len(completion.split()) for completion in completions]))
     for scorer in scorers:
         scores |= scorer(answers, samples, **reward_models)
+    scores |= benchmarks.think_agreement(completions, samples)
     text = json.dumps({"task": args.task, **scores}, indent=1)
     (args.out / "scores.json").write_text(text + "\n")
 

@@ -24,13 +24,15 @@ from rewards import (
     Sam,
     distance_km,
     exact_match_reward,
+    extract_answer,
+    extract_think,
     iou_reward,
     multiple_choice_reward,
     predicted_mask,
 )
 from runtime.errors import UserError, first_line
-from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
-from texts import EARTH_RADIUS, parse_count, parse_labels
+from sample import BOX_TASKS, Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
+from texts import EARTH_RADIUS, parse_count, parse_labels, tokenize
 
 Answers = Sequence[str | None]
 Samples = Sequence[Sample]
@@ -134,6 +136,39 @@ def geo_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:
     scores = {f"accuracy@{km}km": mean(distance <= km for distance in distances)
               for km in (1, 25, 200, 750, 2500)}
     return scores | {"median_km": float(np.median(distances)) if distances else 0.0}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reasoning
+
+def think_agreement(completions: Sequence[str], samples: Samples) -> Scores:
+    """`think_agreement`: the share of answers that agree with what their reasoning says, right or
+    wrong, of those for which a rule can tell; `think_stated`: the share of these in all. {} if the
+    rule applies to none.
+
+    Tasks with boxes: if the reasoning states one number, the answer has as many boxes ("7 to
+    find."). count: the answer is that number. cls: if the reasoning names classes of the set, the
+    answer is one of them.
+    """
+    def words(text: str) -> str:
+        return f" {' '.join(tokenize(text))} "
+
+    classes = {words(sample.gt_answer) for sample in samples}
+    agrees = []
+    for completion, sample in zip(completions, samples):
+        think, answer = extract_think(completion), extract_answer(completion) or ""
+        stated = parse_count(re.sub("nothing to find", "0", think, flags=re.IGNORECASE))
+        if answer and sample.task == "cls":
+            named = {name for name in classes | {words(answer)} if name in words(think)}
+            agrees += [words(answer) in named] if named else []
+        elif answer and sample.task == "count" and stated is not None:
+            agrees.append(parse_count(answer) == stated)
+        elif answer and sample.task in BOX_TASKS and stated is not None:
+            num_boxes = answer.count("bbox_2d") or len(re.findall(r"\[[^\[\]]*\d", answer))
+            agrees.append(num_boxes == stated)
+    if not agrees:
+        return {}
+    return {"think_agreement": mean(agrees), "think_stated": len(agrees) / len(samples)}
 
 
 # --------------------------------------------------------------------------------------------------

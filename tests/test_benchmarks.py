@@ -34,12 +34,13 @@ from metrics.benchmarks import (
     meteor,
     multilabel,
     rouge,
+    think_agreement,
 )
 from metrics.published import BENCHMARKS, envelope_scores, read_earthdial_results, table
 from metrics.rows import sample_to_row
 from rewards import TASKS
 from runtime.errors import UserError
-from sample import Sample
+from sample import Sample, format_target
 from tiny.scenes import SceneObject, point_on_object
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
@@ -442,6 +443,40 @@ def test_evaluation_pays_the_reward_that_the_flag_names(tmp_path, monkeypatch, c
         evaluate.main()
         scores = json.loads((tmp_path / "out/scores.json").read_text())
         assert scores["accuracy_reward"] == pytest.approx(paid) and f"{100 * paid:.2f}" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reasoning
+
+BOX = '{"bbox_2d": [1, 2, 3, 4], "label": "ship"}'
+POINTED = '{"bbox_2d": [1, 2, 3, 4], "keypoint1": [2, 3], "keypoint2": [2, 2]}'
+
+
+@pytest.mark.parametrize("task, think, answer, agrees", [
+    ("det", "2 to find.", "[1,2,3,4],[5,6,7,8]", True), ("det", "7 to find.", "[1,2,3,4]", False),
+    ("det", "Nothing to find.", "none", True), ("det", "1 to find.", "none", False), ("det", "1 to find.", "[]", False),
+    ("det", "white ship left: 1 ship.", "[1,2,3,4]", True), ("det", "A ship far up.", "[1,2,3,4]", None),
+    ("det", "1 ship and 2 tanks.", "[1,2,3,4]", None), ("ground", "2 to find.", "A [1,2,3,4] by b [1,2,3,4].", True),
+    ("ovd", "2 to find.", f"[{BOX}, {BOX}]", True), ("ovd", "2 to find.", f"[{BOX}]", False),
+    ("ovd", "Bare sea: 0 ship.", "None", True), ("rec", "1 to find.", BOX, True),
+    ("seg", "1 tank.", f"[{POINTED}]", True), ("seg", "3 tank.", f"[{POINTED}]", False),
+    ("cls", "Open blue water, the open sea.", "sea", True), ("cls", "This is a parking_lot.", "parking lot", True),
+    ("cls", "Open water, a sea.", "city", False), ("cls", "The densest area of this season.", "sea", None),
+    ("count", "That is 3.", "3", True), ("count", "I see 3 ships.", "4", False), ("count", "Some ships.", "4", None),
+    ("vqa", "That is 3.", "4", None), ("cap", "7 to find.", "A pier.", None)])
+def test_reasoning_agrees_with_the_answer_where_a_rule_can_tell(task, think, answer, agrees):
+    completions = [f"<think>{think}</think> <answer>{answer}</answer>", "<answer>3</answer>", f"<think>{think}</think>"]
+    samples = [sample(task, "sea")] * 3
+    scores = {} if agrees is None else {"think_agreement": float(agrees), "think_stated": 1 / 3}
+    assert think_agreement(completions, samples) == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_targets_of_the_scenes_agree_with_their_own_reasoning(task):
+    samples = load_samples("synthetic", task, 56)[:40]
+    targets = [format_target(s) for s in samples]
+    stated = {"det", "ovd", "seg"}  # the others list what there is
+    assert think_agreement(targets, samples).get("think_agreement") == (1 if task in stated else None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
