@@ -24,10 +24,9 @@ from readers.files import held_out_tenth
 from readers.folders import read_samples
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError, warn
-from sample import Sample, header_size, to_oriented
+from sample import TOKEN_SIZE, Sample, header_size, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
-TOKEN_SIZE = 28         # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 HELD_OUT_SEED = 2**31   # of synthetic scenes: outside the range of --seed
 HELD_OUT_SAMPLES = 256  # held-out samples that a training run is scored on
 # File or folder names of few-shot and training splits, such as train_1shot.json

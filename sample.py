@@ -2,10 +2,12 @@
 
 Qwen2.5-VL speaks absolute pixels of the image that it is given. So an image is resized once, here,
 to a square of side `image_size`, and every box is converted to pixels of that resized image when
-its file is read. Prompts, answers, rewards and plots then need no conversion.
+its file is read. Prompts, answers, rewards and plots then need no conversion. The images of
+KEEPS_SHAPE, tasks without boxes, keep their shape.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -72,6 +74,8 @@ INSTRUCTIONS = {  # task -> what follows the question
 ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned by theta degrees "
                 "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")
 BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
+KEEPS_SHAPE = ("pair", "geo")  # tasks without boxes whose images are panoramas and photographs
+TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 
 
 def format_prompt(sample: Sample) -> str:
@@ -129,9 +133,9 @@ def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 # Images
 
 def load_images(sample: Sample) -> list[Image.Image]:
-    """The sample's images as RGB, resized to image_size x image_size. Raises UserError for one
-    that cannot be read."""
-    width_and_height = (sample.image_size, sample.image_size)
+    """The sample's images as RGB, resized to image_size x image_size; of KEEPS_SHAPE, to
+    fit_size. Raises UserError for one that cannot be read."""
+    square = (sample.image_size, sample.image_size)
     loaded = []
     for path in sample.images:
         try:
@@ -139,12 +143,23 @@ def load_images(sample: Sample) -> list[Image.Image]:
             if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
                 raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
                                 "to 8 bits per band first")
-            resized = image.convert("RGB").resize(width_and_height, Image.Resampling.BICUBIC)
-            loaded.append(resized)
+            keeps_shape = sample.task in KEEPS_SHAPE
+            size = fit_size(image.size, sample.image_size) if keeps_shape else square
+            loaded.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
         except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
             raise UserError(f"{sample.id}: image {path} cannot be read ({error}); replace it or "
                             "remove the record")
     return loaded
+
+
+def fit_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
+    """(width, height) of the image in its shape, as nearly as multiples of TOKEN_SIZE can, with
+    about as many pixels as the square of side image_size."""
+    shape = math.sqrt(size[0] / size[1])
+    most = (image_size // TOKEN_SIZE) ** 2  # tokens of the square
+    width, height = (min(max(round(side / TOKEN_SIZE), 1), most) * TOKEN_SIZE
+                     for side in (image_size * shape, image_size / shape))
+    return width, height
 
 
 def open_image(image: object) -> Image.Image:

@@ -107,6 +107,18 @@ def test_images_come_as_rgb_squares_of_the_frame(folder):
     assert [(i.mode, i.size) for i in images] == [("RGB", (56, 56))] * 3
 
 
+@pytest.mark.parametrize("size", [(1232, 224), (224, 1232), (750, 750), (8192, 4096), (640, 480), (9000, 3)])
+def test_images_of_pair_and_geo_keep_their_shape(size):
+    """A panorama of 1232 x 224 was once squeezed to a square, five times as thin as it is."""
+    image, = load_images(Sample("x", "pair", (Image.new("RGB", size),), "q", "A", 448))
+    assert not image.width % 28 and not image.height % 28
+    assert 0.8 * 448**2 <= image.width * image.height <= 1.2 * 448**2
+    if max(size) < 10 * min(size):
+        assert image.width / image.height == pytest.approx(size[0] / size[1], rel=.12)  # half a token of four
+    other, = load_images(Sample("x", "cls", (Image.new("RGB", size),), "q", "a", 448))
+    assert other.size == (448, 448) and (size[0] != size[1] or image.size == other.size)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts and targets
 
