@@ -60,6 +60,8 @@ class Source(NamedTuple):
     path: str            # `synthetic`, or a file or folder that readers/ knows
     images: str | None   # folder that its image names are relative to; None: where its format is
     task: str | None     # None: every task that it can serve
+    choices: int | None = None    # --choices and --negatives, see add_data_flags
+    negatives: str | None = None
 
 
 def add_data_flags(flags: argparse._ArgumentGroup) -> None:
@@ -86,6 +88,17 @@ def add_prompt_flags(flags: argparse._ActionsContainer) -> None:
                        help="no reasoning: prompt, target and format reward want <answer> alone")
     flags.add_argument("--system", type=read_system_prompt, metavar="FILE",
                        help="a file whose text replaces the system prompt")
+    add_candidate_flags(flags)
+
+
+def add_candidate_flags(flags: argparse._ActionsContainer) -> None:
+    """The flags of pair's candidates."""
+    flags.add_argument("--choices", type=int, choices=range(2, 11), metavar="K",
+                       help="pair: satellite images in a question of CVUSA or CV-Cities, 2 to 10 "
+                            "(default: 4)")
+    flags.add_argument("--negatives", choices=("near", "random"),
+                       help="pair: wrong ones are the nearest of other places, or random (default: "
+                            "near where the table has positions)")
 
 
 def read_system_prompt(path: str) -> str:
@@ -109,7 +122,8 @@ def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
                         + ",".join(tasks))
 
 
-def parse_sources(values: Sequence[str], images: str | None = None) -> list[Source]:
+def parse_sources(values: Sequence[str], images: str | None = None, choices: int | None = None,
+                  negatives: str | None = None) -> list[Source]:
     """The sources that a flag names; `images` is the default of @IMAGES."""
     sources = []
     for value in values:
@@ -119,7 +133,7 @@ def parse_sources(values: Sequence[str], images: str | None = None) -> list[Sour
             task, path = before, after
         if "@" in path and not Path(path).exists():  # a name may contain an @
             path, _, folder = path.rpartition("@")
-        sources.append(Source(path, folder, task))
+        sources.append(Source(path, folder, task, choices, negatives))
     return sources
 
 
@@ -174,6 +188,8 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
     their oriented form. Raises UserError for a task that no source serves."""
     found, reasons = {task: [] for task in tasks}, {task: [] for task in tasks}
     for source in sources:
+        if (source.choices or source.negatives) and "pair" not in tasks:
+            raise UserError("--choices and --negatives are of pair, which is not among --task")
         wanted = [task for task in found if source.task in (None, task)]
         if not wanted:
             warn(f"{source.path} is not read: {source.task} is not among --task")
@@ -186,6 +202,8 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
             elif oriented and task == "det":
                 found[task].append((source, orient_samples(samples, source.path)))
             else:
+                if task == "pair":
+                    check_candidates(source, samples)
                 found[task].append((source, samples))
     for task, parts in found.items():
         if not parts:
@@ -227,7 +245,8 @@ def read_source(source: Source, tasks: Sequence[str], image_size: int,
     image_folder = Path(source.images) if source.images else None
     gc.disable()  # to look for cycles in so many new objects takes as long as to read them
     try:
-        found = read_samples(path, tasks, image_size, image_folder, notes)
+        found = read_samples(path, tasks, image_size, image_folder, notes, source.choices,
+                             source.negatives)
     finally:
         gc.enable()
     for task, samples in found.items():
@@ -261,6 +280,18 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
             raise no_samples(source, samples, split)
         samples = kept
     return few_shots(samples, shots) if shots else samples
+
+
+def check_candidates(source: Source, samples: Sequence[Sample]) -> None:
+    """Raises UserError if --choices or --negatives has no effect on the questions of pair."""
+    k, from_table = len(samples[0].choices), bool(samples[0].place)
+    if source.choices not in (None, k):
+        raise UserError(f"--choices {source.choices}: the questions of {source.path} have {k} "
+                        f"candidates{', as it has too few places' if from_table else ''}; leave "
+                        f"--choices out{' or add pairs' if from_table else ''}")
+    if source.negatives and not from_table:
+        raise UserError(f"--negatives {source.negatives}: the questions of {source.path} have "
+                        "their candidates already; leave --negatives out")
 
 
 def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
@@ -388,9 +419,9 @@ def record_hash(sample: Sample) -> tuple[int, str]:
 
 
 def image_name(sample: Sample) -> str:
-    """File name of the first image without its folder; for an image of a table a hash of its
-    content."""
-    return sample.images[0].name
+    """The sample's place, else the file name of its first image without the folder; for an image of
+    a table a hash of its content."""
+    return sample.place or sample.images[0].name
 
 
 def few_shots(samples: Sequence[Sample], shots: int) -> list[Sample]:

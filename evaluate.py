@@ -169,7 +169,7 @@ def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
 def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
     """The samples to score; a line says which they are."""
     values = args.eval_data or args.data
-    sources = parse_sources(values, args.images)
+    sources = parse_sources(values, args.images, args.choices, args.negatives)
     found = read_sources(sources, [args.task], image_size, oriented=args.oriented,
                          thinking=not args.no_think, system=args.system)[args.task]
     has_split = any(isinstance(samples, Scenes) or published_split(samples) for _, samples in found)

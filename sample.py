@@ -36,6 +36,8 @@ class Sample:
     category: str = ""      # class of the object or scene: --shots draws evenly from these
     subset: str = ""        # row of the benchmark's table: object size, question type, uniqueness
     split: str = ""         # "train", "val" or "test" where the source says so
+    place: str = ""         # pair, geo: samples of one place are held out together (default: those
+                            # whose first images have one name)
     gt_mask: object = None  # seg: image or path, non-zero on the target
     oriented: bool = False  # det: the answer's boxes have five numbers, theta is the last
     thinking: bool = True   # prompt, target and format reward want the reasoning, too

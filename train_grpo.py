@@ -223,8 +223,8 @@ def main() -> None:
     image_size = processor.image_size
     console = Console(len(stages) * args.steps, args.eval_every)
     console.print_model(args.model, model, image_size)
-    sources = parse_sources(args.data, args.images)
-    eval_sources = parse_sources(args.eval_data, args.images)
+    sources = parse_sources(args.data, args.images, args.choices, args.negatives)
+    eval_sources = parse_sources(args.eval_data, args.images, args.choices, args.negatives)
     splits = load_splits(sources, eval_sources, list(chain(*stages)), image_size, args.seed,
                          args.shots, args.oriented, not args.no_think, args.system)
     data = [[splits[task].train for task in tasks] for tasks in stages]

@@ -149,8 +149,8 @@ def main() -> None:
     task_rewards = parse_rewards(args.reward, tasks)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
-    sources = parse_sources(args.data, args.images)
-    eval_sources = parse_sources(args.eval_data, args.images)
+    sources = parse_sources(args.data, args.images, args.choices, args.negatives)
+    eval_sources = parse_sources(args.eval_data, args.images, args.choices, args.negatives)
     load = partial(load_splits, sources, eval_sources, tasks, seed=args.seed, shots=args.shots,
                    oriented=args.oriented, thinking=not args.no_think, system=args.system)
     if args.model == "scratch":  # tiny's architecture, a tokenizer learned from the data

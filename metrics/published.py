@@ -18,7 +18,7 @@ from boxes import convert_box, format_boxes
 from metrics.benchmarks import box_precision, in_percent
 from readers.box_formats import plain_text
 from readers.files import iter_json_records
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 from sample import Sample
 
 TEXT = ("rouge1", "rougeL", "meteor")
@@ -26,6 +26,7 @@ BOX_PRECISION = tuple(f"box_precision@0.5_{subset}"
                       for subset in ("small", "medium", "large", "single", "multiple"))
 BOX_ACCURACY = tuple(f"accuracy@{t}{subset}"
                      for subset in ("_unique", "_non-unique", "") for t in (0.5, 0.7))
+PAIR_CHOICES = 5  # not printed; inferred from the 19.0 % of the base model, "nearly random"
 GEO_ACCURACY = tuple(f"accuracy@{km}km" for km in (1, 25, 200, 750, 2500))
 
 
@@ -196,8 +197,13 @@ Geo-R   18.10/41.53/58.31/75.33/86.42"""),
 
 def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = ()) -> str:
     """The published rows of a benchmark and one of `scores`, shares in percent. A last
-    row is the envelope_scores of the samples, where it counts in a column."""
-    _, names, rows = BENCHMARKS[benchmark]
+    row is the envelope_scores of the samples, where it counts in a column. Warns of another number
+    of candidates in pair."""
+    task, names, rows = BENCHMARKS[benchmark]
+    numbers = sorted({len(sample.choices) for sample in samples})
+    if task == "pair" and numbers not in ([], [PAIR_CHOICES]):
+        warn(f"warning: these questions have {' or '.join(map(str, numbers))} candidates, the "
+             f"published rows most likely {PAIR_CHOICES} (--choices {PAIR_CHOICES})")
     found = {"this run": scores}
     envelopes = envelope_scores(samples)
     if envelopes.keys() & set(names):

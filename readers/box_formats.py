@@ -65,6 +65,8 @@ class Request(NamedTuple):
     notes: Counter              # by reason, how much was left out or changed because of noise
     marked: bool = False        # whether GeoChat's marks tell the tasks of turns apart
     rsvqa_answers: Callable[[], dict] = dict  # question id -> answer
+    choices: int | None = None    # satellite images in a question of pair; None: the reader's
+    negatives: str | None = None  # "random" or "near"; None: near where there are positions
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from readers.box_formats import Request, make_sample
@@ -16,35 +18,42 @@ from readers.files import first_image_size, held_out_tenth, user_error_on
 from runtime.errors import NotServedError, UserError
 from sample import Sample
 
-PAIR_CANDIDATES = 4  # satellite images to choose from
+PAIR_CANDIDATES = 4  # satellite images to choose from, without --choices
 
 
 def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
-    """Questions with a ground image and PAIR_CANDIDATES satellite images, one of them right; for
-    geo, those of ask_position. The right letters follow the rank of a hash, so that their counts
-    differ by at most 1. data.split_samples holds out a tenth of the places. Wrong
-    candidates are on the side of their place, as long as it has enough: training shows no image of
-    a held-out one."""
+    """Questions with a ground image and satellite images, one of them right; for geo, those of
+    ask_position. The right letters follow the rank of a hash, so that their counts differ by at
+    most 1. data.split_samples holds out a tenth of the places. Wrong candidates of a training place
+    are of training places (unless there is one alone), so training shows no image of a held-out
+    one. Those of a held-out place are of held-out places, as long as there are enough."""
     places = read_places(path, request.image_folder)
+    names = connected_names(places)
     if request.task == "geo":
-        yield from ask_position(places, request)
+        yield from ask_position(places, names, request)
         return
     positions = [place[3] for place in places]
-    k = min(PAIR_CANDIDATES, len(places))
+    near = request.negatives != "random" and None not in positions
+    if request.negatives == "near" and not near:
+        raise UserError(f"{path}: has places without a position; leave out --negatives near")
+    everyone, held_out_names = range(len(places)), held_out_tenth(names)
+    train = [i for i in everyone if names[i] not in held_out_names]
+    held_out = [i for i in everyone if names[i] in held_out_names]
+    num_train_images = len({places[i][2] for i in train})
+    k = min(request.choices or PAIR_CANDIDATES, max(num_train_images, 2), len(places))
     letters = tuple("ABCDEFGHIJ"[:k])
     hashes = [zlib.crc32(os.fsencode(ground.name)) for _, ground, *_ in places]
-    by_hash = sorted(range(len(places)), key=hashes.__getitem__)
+    by_hash = sorted(everyone, key=hashes.__getitem__)
     right_of = {i: rank % k for rank, i in enumerate(by_hash)}
-    held_out = held_out_tenth(ground.name for _, ground, *_ in places)
-    everyone = range(len(places))
-    sides = [[i for i in everyone if (places[i][1].name in held_out) == side]
-             for side in (True, False)]
     others_of = defaultdict(list)
-    for members in (*sides, everyone):
-        for i, others in zip(members, other_places([positions[i] for i in members])):
-            others_of[i] += [members[j] for j in others]
+    for members, pool in ((train, train if num_train_images > 1 else everyone),
+                          (held_out, held_out), (held_out, everyone)):
+        images = {places[j][2]: positions[j] for j in pool}
+        others = other_images([positions[i] for i in members], images, 4 * k, near)
+        for i, found in zip(members, others):
+            others_of[i] += found
     for i, (source, ground, satellite, _, city) in enumerate(places):
-        others = dict.fromkeys(places[j][2] for j in others_of[i])
+        others = dict.fromkeys(others_of[i])
         wrong = [other for other in others if other != satellite][: k - 1]
         if len(wrong) < max(k - 1, 1):
             raise UserError(f"{source}: {len(wrong)} other places to choose from, expected "
@@ -54,19 +63,32 @@ def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
         right = right_of[i]
         candidates = (*wrong[:right], satellite, *wrong[right:])
         yield make_sample(source, request, (ground, *candidates), question, letters[right],
-                          choices=letters, category=city)
+                          choices=letters, category=city, place=names[i])
 
 
-def ask_position(places: list[tuple], request: Request) -> Iterator[Sample]:
+def connected_names(places: list[tuple]) -> list[str]:
+    """For each place the name by which it is held out: that of the first ground image, in the order
+    of names, among the places that share an image with it, directly or through others."""
+    ids = {}
+    edges = np.array([[ids.setdefault(image, len(ids)) for image in place[1:3]]
+                      for place in places], int).reshape(-1, 2)                  # ground, satellite
+    graph = coo_array((np.ones(len(edges)), edges.T), (len(ids), len(ids)))
+    component_of = connected_components(graph, directed=False)[1][edges[:, 0]]
+    name_of = {}
+    for component, (_, ground, *_) in zip(component_of, places):
+        name_of[component] = min(ground.name, name_of.get(component, ground.name))
+    return [name_of[component] for component in component_of]
+
+
+def ask_position(places: list[tuple], names: list[str], request: Request) -> Iterator[Sample]:
     """Where each ground image was taken, in degrees with three decimals: to 0.1 km."""
-    for source, ground, _, position, city in places:
+    for (source, ground, _, position, city), name in zip(places, names):
         if position is None:
             raise NotServedError(f"{source}: `aerial,ground` has no position, so it serves pair, "
                                  "not geo")
         longitude, latitude = position
-        longitude = (longitude + 180) % 360 - 180
         yield make_sample(source, request, (ground,), "Where on Earth was this image taken?",
-                          f"{latitude:.3f}, {longitude:.3f}", category=city)
+                          f"{latitude:.3f}, {longitude:.3f}", category=city, place=name)
 
 
 def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
@@ -84,9 +106,10 @@ def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
             with user_error_on("`aerial,ground` or `name,lon,lat,city,aerial,ground`", source):
                 if len(line) > 5:
                     _, lon, lat, city, aerial, ground = line[:6]
-                    position, root = (float(lon), float(lat)), image_folder or file.parent.parent
-                    if not (abs(position[0]) <= 360 and abs(position[1]) <= 90):  # or NaN
+                    if not (abs(float(lon)) <= 360 and abs(float(lat)) <= 90):  # or NaN
                         raise ValueError(f"no longitude and latitude: {lon}, {lat}")
+                    position = ((float(lon) + 180) % 360 - 180, float(lat))
+                    root = image_folder or file.parent.parent
                 else:
                     aerial, ground = line[:2]
                     position, city, root = None, "", image_folder or file.parent
@@ -95,17 +118,24 @@ def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
     return places
 
 
-def other_places(positions: list) -> list[np.ndarray]:
-    """For each place the indices of other places, whose images are wrong candidates. If all places
-    have a position, the nearest come first, without those at the same position, which would be
-    right too. Otherwise they are drawn at random, with the place's index as the seed."""
-    n = len(positions)
-    few = min(n, 4 * PAIR_CANDIDATES)
-    if not positions or None in positions:
-        return [np.random.default_rng(i).choice(n, few, replace=False) for i in range(n)]
-    lon, lat = np.radians(np.reshape(positions, (-1, 2))).T
-    x, y, z = np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)
-    points = np.stack([x, y, z], 1)  # (n, 3) on the unit sphere
-    distances, indices = cKDTree(points).query(points, few)
-    distances, indices = distances.reshape(n, few), indices.reshape(n, few)
-    return [indices[i][distances[i] > 0] for i in range(n)]
+def other_images(positions: list, images: dict[Path, tuple | None], few: int,
+                 near: bool) -> list[list[Path]]:
+    """For each position satellite images of others, the wrong candidates, from {image: position}.
+    With `near` the nearest come first. Otherwise they are drawn at random, with the index as the
+    seed. One at the position itself, which would be right too, is left out."""
+    paths, few = list(images), min(few, len(images))
+    if near and positions:
+        tree = cKDTree(to_unit_sphere(list(images.values())))
+        drawn = tree.query(to_unit_sphere(positions), few)[1].reshape(-1, few)
+    else:
+        drawn = [np.random.default_rng(i).choice(len(images), few, replace=False)
+                 for i in range(len(positions))]
+    others = [[paths[j] for j in row] for row in drawn]
+    return [[path for path in row if position is None or images[path] != position]
+            for position, row in zip(positions, others)]
+
+
+def to_unit_sphere(positions: list) -> np.ndarray:
+    """(longitude, latitude) in degrees -> points (n, 3)."""
+    lon, lat = np.radians(positions).T
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)

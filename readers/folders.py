@@ -42,10 +42,11 @@ DISASTERS = {  # part of an xBD file's name -> class
 
 
 def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder: Path | None,
-                 notes: dict[str, Counter]) -> dict[str, list[Sample] | NotServedError]:
+                 notes: dict[str, Counter], choices: int | None = None,
+                 negatives: str | None = None) -> dict[str, list[Sample] | NotServedError]:
     """The Samples of a file or folder for each task, in its order; an error for a task that its
-    format does not serve. `notes` are those of a Request, for each task. Raises UserError for what
-    a user has to fix."""
+    format does not serve. `notes`, for each task, `choices` and `negatives` are those of a Request.
+    Raises UserError for what a user has to fix."""
     with user_error_on("readable", str(path)):
         file, name, served, reader = layout_of(path)
         found = {task: not_served(path, task, name, served, reader) for task in tasks}
@@ -54,7 +55,8 @@ def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder
             found |= read_records(file, tasks, image_size, image_folder, notes)
         else:
             for task in tasks:
-                request = Request(task, image_size, image_folder, notes[task])
+                request = Request(task, image_size, image_folder, notes[task],
+                                  choices=choices, negatives=negatives)
                 try:
                     found[task] = list(reader(file, request))
                 except NotServedError as error:

@@ -706,14 +706,14 @@ def scenes_of(folder, name, labels, **fields):
     ("det=a.json@img/b", ("a.json", "img/b", "det")), ("x=a.json", ("x=a.json", None, None)),  # no task: part of the name
     ("synthetic", ("synthetic", None, None))])
 def test_sources_are_parsed(value, source):
-    assert parse_sources([value]) == [source]
+    assert [s[:3] for s in parse_sources([value])] == [source]
     assert parse_sources([value], "default")[0].images == (source[1] or "default")
 
 
 def test_a_name_may_contain_an_at_sign(tmp_path):
     (tmp_path / "a@b.json").write_text("[]")
-    assert parse_sources([f"{tmp_path}/a@b.json"]) == [(f"{tmp_path}/a@b.json", None, None)]
-    assert parse_sources([f"{tmp_path}/a@b.json@img"]) == [(f"{tmp_path}/a@b.json", "img", None)]
+    for images, value in ((None, ""), ("img", "@img")):
+        assert parse_sources([f"{tmp_path}/a@b.json{value}"]) == [Source(f"{tmp_path}/a@b.json", images, None)]
 
 
 def test_each_task_takes_its_own_source_and_those_without_a_task(folder):
@@ -823,7 +823,8 @@ def test_joined_sources_are_mixed_and_share_no_image(folder, capsys):
 
 def evaluated(image_size=F, **flags):
     flags = {"task": "cls", "data": ["synthetic"], "eval_data": [], "images": None, "split": None, "limit": None,
-             "oriented": False, "no_think": False, "system": None} | flags
+             "oriented": False, "no_think": False, "system": None, "choices": None,
+             "negatives": None} | flags
     return load_evaluation(SimpleNamespace(**flags), image_size)
 
 

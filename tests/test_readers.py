@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from boxes import obb_to_hbb
-from data import Source, few_shots, load_samples, load_splits
+from data import Source, few_shots, load_samples, load_splits, parse_sources
 from readers import box_formats
 from readers.box_formats import (
     Request,
@@ -948,7 +948,7 @@ def right_image(sample):
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 18, 41])
 def test_letters_of_pairs_are_even_and_the_right_image_is_once_among_them(tmp_path, n):
     samples = samples_of(cvusa(tmp_path, n), "pair")
-    k = min(4, n)
+    k = {2: 2, 3: 2, 4: 3}.get(n, 4)  # of few places one is held out, and training shows the others alone
     assert len(samples) == n and {s.choices for s in samples} == {tuple("ABCD"[:k])}
     counts = Counter(s.gt_answer for s in samples)
     assert max(counts.values()) - min(counts[letter] for letter in "ABCD"[:k]) <= 1
@@ -996,6 +996,60 @@ def test_wrong_images_are_the_nearest_places_of_the_same_side_where_there_are_co
 
 
 def test_geo_asks_for_the_positions_of_ground_images_and_holds_out_the_places_of_pair(cities):
+@pytest.mark.parametrize("choices", [2, 5, 10])
+@pytest.mark.parametrize("negatives", ["near", "random"])
+def test_candidates_are_as_many_and_as_near_as_the_flags_say(cities, choices, negatives):
+    for i in range(100, 140):
+        for kind in ("sat_images", "pano_images"):
+            picture(cities / "city" / kind / f"{i}.png", (8, 8))
+        with (cities / "city" / "img_info.csv").open("a") as file:
+            file.write(f"\n{i},{i / 1000},10.0,city,city/sat_images/{i}.png,city/pano_images/{i}.png")
+    sources = parse_sources([str(cities)], choices=choices, negatives=negatives)
+    train, held_out, _ = load_splits(sources, [], ["pair"], F)["pair"]
+    assert len(train) + len(held_out) == 52
+    for s in train:
+        assert len(s.choices) == choices and len(set(s.images)) == choices + 1
+        assert right_image(s).stem == s.images[0].stem
+        assert not {"10", "11"} <= {image.stem for image in s.images} or s.images[0].stem not in ("10", "11")
+    lengths = [abs(int(image.stem) - int(s.images[0].stem)) for s in train for image in s.images[1:]]
+    assert (max(lengths) > 100) == (negatives == "random")  # the two streets are far apart
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"choices": 5}, "--choices 5: the questions of .* have 4 candidates, as it has too few places"),
+    ({"negatives": "near"}, "places without a position; leave out --negatives near")])
+def test_candidates_that_a_table_does_not_have_are_refused(tmp_path, flags, says):
+    """With 5 places one is held out, so a training question can have four candidates."""
+    with pytest.raises(UserError, match=says):
+        load_splits(parse_sources([str(cvusa(tmp_path, 5))], **flags), [], ["pair"], F)
+
+
+@pytest.mark.parametrize("flags", [{"choices": 5}, {"negatives": "random"}])
+def test_flags_of_candidates_that_change_nothing_are_refused(folder, flags):
+    record = chat("<image><image><image>A or B?", "A") | {"image": ["a.png", "b.png", "a.png"]}
+    for source, task, says in (("synthetic", "pair", "leave"), (str(write(folder / "p.jsonl", record)), "pair", "leave"),
+                               ("synthetic", "det", "pair, which is not among --task")):
+        with pytest.raises(UserError, match=says):
+            load_splits(parse_sources([source], **flags), [], [task], F)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_places_that_share_images_are_on_one_side(tmp_path, seed):
+    """The side was once drawn by the name of the ground image alone. Two ground images of one satellite image could be
+    on either side, and training showed, as the right answer, the image that held-out questions ask for."""
+    rng = np.random.default_rng(seed)
+    names = [f"{number}.jpg" for number in rng.choice(10**6, 60, replace=False)]
+    links = sorted({(int(g), int(s)) for g, s in rng.integers(60, size=(40, 2))})
+    for i, name in enumerate(names):
+        picture(tmp_path / f"sat{i}.jpg", (8, 8))
+        picture(tmp_path / name, (24, 8))
+    source = write(tmp_path / "data.csv", *(f"sat{s}.jpg,{names[g]}" for g, s in links))
+    train, held_out, _ = load_splits([Source(str(source), None, None)], [], ["pair"], F)["pair"]
+    shown = {image.name for sample in train for image in sample.images}
+    assert len(train) > len(held_out) > 0
+    assert not shown & {image.name for s in held_out for image in (s.images[0], right_image(s))}
+
+
     splits = load_splits([Source(str(cities), None, None)], [], ["pair", "geo"], F)
     for side in ("train", "held_out"):
         assert {s.images[0] for s in getattr(splits["geo"], side)} == {s.images[0] for s in getattr(splits["pair"], side)}
