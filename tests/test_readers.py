@@ -31,6 +31,7 @@ from readers.folders import read_samples
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError
 from sample import Sample, load_gt_mask, load_images
+from tools import scaffold
 
 F = 112  # image_size: the side of the resized images
 SIZE = (200, 50)  # of the original images: far from square, to reveal swapped axes
@@ -995,7 +996,6 @@ def test_wrong_images_are_the_nearest_places_of_the_same_side_where_there_are_co
         assert samples_of(source, "pair") == samples_of(cities, "pair")
 
 
-def test_geo_asks_for_the_positions_of_ground_images_and_holds_out_the_places_of_pair(cities):
 @pytest.mark.parametrize("choices", [2, 5, 10])
 @pytest.mark.parametrize("negatives", ["near", "random"])
 def test_candidates_are_as_many_and_as_near_as_the_flags_say(cities, choices, negatives):
@@ -1050,6 +1050,7 @@ def test_places_that_share_images_are_on_one_side(tmp_path, seed):
     assert not shown & {image.name for s in held_out for image in (s.images[0], right_image(s))}
 
 
+def test_geo_asks_for_the_positions_of_ground_images_and_holds_out_the_places_of_pair(cities):
     splits = load_splits([Source(str(cities), None, None)], [], ["pair", "geo"], F)
     for side in ("train", "held_out"):
         assert {s.images[0] for s in getattr(splits["geo"], side)} == {s.images[0] for s in getattr(splits["pair"], side)}
@@ -1063,6 +1064,85 @@ def test_places_that_share_images_are_on_one_side(tmp_path, seed):
 def test_geo_needs_positions(folder):
     refused(cvusa(folder, 4), "geo", "data.csv: line 1", "no position, so it serves pair, not geo")
     refused(write(folder / "b.jsonl", chat("Where is this?", "Paris")), "geo", "'Paris' is no latitude and longitude")
+
+
+def haversine_m(a, b):
+    """Of two (latitude, longitude) in degrees: 2 R asin sqrt(sin^2(dlat / 2) + cos cos sin^2(dlon / 2))."""
+    (lat_a, lon_a), (lat_b, lon_b) = ([math.radians(v) for v in p] for p in (a, b))
+    h = (math.sin((lat_b - lat_a) / 2) ** 2
+         + math.cos(lat_a) * math.cos(lat_b) * math.sin((lon_b - lon_a) / 2) ** 2)
+    return 2 * 6371008.8 * math.asin(math.sqrt(h))
+
+
+def exemplars(source, out, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["scaffold.py", "--data", str(source), "--out", str(out), *flags])
+    scaffold.main()
+    return samples_of(out, "pair", image_size=448)
+
+
+@pytest.mark.parametrize("negatives", ["near", "random"])
+def test_every_statement_of_an_exemplar_follows_from_the_table(tmp_path, monkeypatch, negatives):
+    rng, table = np.random.default_rng(0), {}
+    for city in ("Oslo", "St. John's", "Quito"):
+        latitude, longitude = rng.uniform(-89, 89), rng.uniform(-180, 180)
+        for i in range(20):
+            name = f"{city[:2]}{i}"
+            far = rng.uniform(-180, 180, 2) * (.5, 1) if i > 14 else rng.normal((latitude, longitude), .005)
+            table[name] = (city, *map(float, far))
+            for kind in ("sat", "pano"):
+                picture(tmp_path / "all" / city / kind / f"{name}.png", (8, 8))
+        write(tmp_path / "all" / city / "img_info.csv", *(
+            f"{n},{lon},{lat},{c},{c}/sat/{n}.png,{c}/pano/{n}.png" for n, (c, lat, lon) in table.items() if c == city))
+    found = exemplars(tmp_path / "all", tmp_path / "out/a.jsonl", monkeypatch, "--choices", "5", "--negatives", negatives)
+    assert len(found) == len(table) and len({s.think for s in found}) == len(table)
+    for s in found:
+        city, *place = table[s.images[0].stem]
+        statements = re.fullmatch(
+            r"Cue: the ground image was taken in (?P<city>.+), at (?P<lat>\S+), (?P<lon>\S+)\. "
+            r"Inference: that is the (?P<hemisphere>\w+) hemisphere and the (?P<zone>\w+) zone, where the noon sun is "
+            r"(?P<sun>[\w ]+)\. Check: the distances to the candidates are (?P<distances>.+)\. "
+            r"Decision: (?P<letter>[A-E]) shows the same place\.", s.think)
+        north, width = place[0] > 0, abs(place[0])
+        assert statements["city"] == city == s.category
+        assert [float(statements[key]) for key in ("lat", "lon")] == pytest.approx(place, abs=.00051)
+        assert statements["hemisphere"] == ("northern" if north else "southern")
+        assert statements["zone"] == ("tropical" if width < 23.44 else "temperate" if width < 66.56 else "polar")
+        assert statements["sun"] == ("high" if width < 23.44 else "in the south" if north else "in the north")
+        assert right_image(s).stem == s.images[0].stem and statements["letter"] == s.gt_answer
+        stated = [part.split() for part in statements["distances"].split(", ")]
+        assert [letter for letter, *_ in stated] == list(s.choices) == list("ABCDE")
+        for (letter, number, unit), image in zip(stated, s.images[1:], strict=True):
+            metres = haversine_m(place, table[image.stem][1:])
+            rounding = {"km": 50, "m": .5}[unit]
+            assert float(number) * (1000 if unit == "km" else 1) == pytest.approx(metres, abs=1.01 * rounding)
+            assert (number == "0") == (letter == s.gt_answer)
+
+
+def test_exemplars_are_held_out_as_their_places_are(cities, tmp_path, monkeypatch):
+    """The file of exemplars has a split of its own, so SFT on it shows nothing of what GRPO on the table holds out."""
+    exemplars(cities, tmp_path / "out.jsonl", monkeypatch)
+    ours, theirs = (load_splits([Source(str(source), None, None)], [], ["pair"], 448)["pair"]
+                    for source in (tmp_path / "out.jsonl", cities))
+    for side in ("train", "held_out"):
+        assert {s.images[0].resolve() for s in getattr(ours, side)} == {s.images[0] for s in getattr(theirs, side)}
+
+
+def test_exemplars_without_positions_state_no_place(tmp_path, monkeypatch):
+    for s in exemplars(cvusa(tmp_path, 9), tmp_path / "out.jsonl", monkeypatch):
+        others = [letter for letter in "ABCD" if letter != s.gt_answer]
+        assert s.think == f"Check: other places are shown by {', '.join(others)}. Decision: {s.gt_answer} shows the same place."
+
+
+def test_exemplars_need_a_table_and_tell_candidates_apart(folder, tmp_path, monkeypatch, capsys):
+    record = chat("<image><image><image>A or B?", "A") | {"image": ["a.png", "b.png", "a.png"]}
+    with pytest.raises(UserError, match="no table of places"):
+        exemplars(write(folder / "p.jsonl", record), tmp_path / "out.jsonl", monkeypatch)
+    for i in range(8):
+        picture(tmp_path / f"x/{i}.png", (8, 8))
+        picture(tmp_path / f"y/{i}.png", (8, 8))
+    write(tmp_path / "x/img_info.csv", *(f"n,{max(i, 1) / 10 + i * 1e-6},10.0,z,x/{i}.png,y/{i}.png" for i in range(8)))
+    assert len(exemplars(tmp_path / "x/img_info.csv", tmp_path / "out.jsonl", monkeypatch, "--choices", "2")) < 8
+    assert "left out: a wrong candidate is less than 1 m away" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
