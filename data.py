@@ -77,6 +77,7 @@ def add_data_flags(flags: argparse._ArgumentGroup) -> None:
                        help="default of @IMAGES, the folder that image names are relative to "
                             "(default: the folder of the file, or where its format keeps images)")
     add_prompt_flags(flags)
+    add_candidate_flags(flags)
 
 
 def add_prompt_flags(flags: argparse._ActionsContainer) -> None:
@@ -88,7 +89,6 @@ def add_prompt_flags(flags: argparse._ActionsContainer) -> None:
                        help="no reasoning: prompt, target and format reward want <answer> alone")
     flags.add_argument("--system", type=read_system_prompt, metavar="FILE",
                        help="a file whose text replaces the system prompt")
-    add_candidate_flags(flags)
 
 
 def add_candidate_flags(flags: argparse._ActionsContainer) -> None:
