@@ -69,9 +69,9 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 def clip_and_round(box: Sequence[float], image_size: int) -> list[int]:
     """A box as a model writes it: the upright envelope, clipped to the image, in whole pixels, at
     least one pixel wide and high."""
-    x1, y1, x2, y2 = (min(max(round(v), 0), image_size) for v in obb_to_hbb(box))
-    x1, y1 = min(x1, image_size - 1), min(y1, image_size - 1)
-    return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
+    x1, y1, x2, y2 = map(round, obb_to_hbb(box))
+    x1, y1 = min(max(x1, 0), image_size - 1), min(max(y1, 0), image_size - 1)
+    return [x1, y1, max(min(x2, image_size), x1 + 1), max(min(y2, image_size), y1 + 1)]
 
 
 def round_obb(box: Sequence[float]) -> list[int]:
@@ -86,7 +86,7 @@ def format_boxes(boxes: Sequence[Sequence[float]], image_size: int, oriented: bo
     """Boxes as an answer of `det`: [x1,y1,x2,y2],[..], with `oriented` [x1,y1,x2,y2,theta],[..], or
     `none`."""
     rounded = [round_obb(box) if oriented else clip_and_round(box, image_size) for box in boxes]
-    return ",".join(f"[{','.join(map(str, box))}]" for box in rounded) or "none"
+    return ",".join([f"[{','.join(map(str, box))}]" for box in rounded]) or "none"
 
 
 def format_json(objects: dict | list[dict]) -> str:
@@ -103,9 +103,9 @@ def obb_to_hbb(box: Sequence[float]) -> tuple[float, float, float, float]:
     Any unit. The envelope is the same for both senses of rotation, so theta needs no convention.
     """
     x1, y1, x2, y2 = box[:4]
-    theta = math.radians(box[4]) if len(box) > 4 else 0.0
-    if theta == 0.0:
+    if len(box) == 4 or box[4] == 0:
         return (x1, y1, x2, y2)
+    theta = math.radians(box[4])
     w, h = (x2 - x1) / 2, (y2 - y1) / 2
     cos, sin = abs(math.cos(theta)), abs(math.sin(theta))
     dx, dy = w * cos + h * sin, w * sin + h * cos

@@ -35,9 +35,11 @@ NO_AREA = "boxes without area left out"
 NUMBER = r"-?\d+(?:\.\d+)?"
 BRACKET = re.compile(r"\[[^\[\]]*\]")  # one box for parse_boxes
 BRACE_BOX = r"\{(?:<-?\d+>){4}(?:\|<-?\d+>)?\}"
-FIVE_NUMBERS = rf"\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{4}}\s*\]"
+GRID_BOX = re.compile(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>(?:\|<(-?\d+)>)?\}")
+FIVE_NUMBERS = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({NUMBER})"] * 5) + r"\s*\]")
 BOX = rf"(?:{BRACE_BOX}|\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{3,4}}\s*\])"
 # Consecutive boxes, with the brackets and tags between and around them.
+BOX_START = re.compile(r"\{<|\[\s*-?\d")  # a text without it has no boxes, which is found quickly
 BOX_RUN = re.compile(rf"(?:<box>)?\[{{0,9}}{BOX}(?:(?:[\s,\[\]]|<delim>)*{BOX})*\]*(?:</box>)?")
 
 # GeoChat begins a question with the mark of its task.
@@ -50,11 +52,16 @@ MARKED_TEXT = rf'"(?:\s|\\[nrt]|<image>)*\[(?:{"|".join(MARK_TASKS)})\]'  # in J
 CLOSED_QUESTION = re.compile(r"classif|classes|options:|yes or no|none, one, two", re.IGNORECASE)
 TAGS = re.compile(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>")
 LETTER_OR_DIGIT = re.compile(r"[^\W_]")
+CHAT_TOKEN = re.compile(r"<\|\w+\|>")
 RESERVED = re.compile(r"think>|</?answer>|<\|\w+\|>")  # tags of the answer, tokens of the chat
-LEADING_MARKS = re.compile(r"^\s*(?:\[[\w.]+\]\s*)+")
+LEADING_MARKS = re.compile(r"\s*(?:\[[\w.]+\]\s*)+")
 LABELS_WITH_COMMAS = (  # of BigEarthNet
     "land principally occupied by agriculture, with significant areas of natural vegetation|"
     "beaches, dunes, sands|moors, heathland and sclerophyllous vegetation")
+DEFAULT_THINK = {
+    "cls": "The scene looks like {}.", "mlc": "The scene shows {}.",
+    "rcap": "The region shows {}.", "pair": "The same place as in {}.",
+    "cap": "The image as a whole.", "change": "The images side by side."}
 
 
 class Request(NamedTuple):
@@ -84,11 +91,13 @@ def clip_boxes(boxes: Iterable[Sequence[float]], request: Request) -> tuple:
         x1, y1, x2, y2, theta = box
         is_box = -FAR < x1 < x2 < FAR and -FAR < y1 < y2 < FAR and -FAR < theta < FAR  # not for NaN
         envelope = obb_to_hbb(box) if is_box else (0, 0, 0, 0)
-        x1, y1, x2, y2 = clipped = tuple([min(max(v, 0), size) for v in envelope])
+        is_inside = min(envelope) >= 0 and max(envelope) <= size
+        clipped = envelope if is_inside else tuple([min(max(v, 0), size) for v in envelope])
+        x1, y1, x2, y2 = clipped
         if x2 <= x1 or y2 <= y1:
             notes[NO_AREA] += 1
             continue
-        if clipped != envelope and max(abs(a - b) for a, b in zip(clipped, envelope)) > 1e-6:
+        if not is_inside and max(abs(a - b) for a, b in zip(clipped, envelope)) > 1e-6:
             notes["boxes clipped to the image"] += 1
         box = tuple(box) if theta else (*clipped, 0)
         if x2 - x1 < 8 or y2 - y1 < 8:  # of a larger one IoU >= (7 / 8)^2
@@ -135,11 +144,12 @@ def box_from_pixels(box: Sequence[float], size: tuple[int, int], request: Reques
 def parse_grid_boxes(text: str, image_size: int) -> list[tuple]:
     """Boxes of the 0-100 grid in a text, in pixels of the resized image. Square brackets have to be
     doubled and hold five numbers; otherwise they hold pixels."""
-    found = re.findall(BRACE_BOX, text)
+    found = GRID_BOX.findall(text) if "{" in text else []
     if not found and "[[" in text:
-        found = re.findall(FIVE_NUMBERS, text)
-    boxes = [[float(v) for v in re.findall(NUMBER, box)] for box in found]
-    return [convert_box(box, (100, 100), (image_size, image_size)) for box in boxes]
+        found = FIVE_NUMBERS.findall(text)
+    scale = image_size / 100
+    return [(float(x1) * scale, float(y1) * scale, float(x2) * scale, float(y2) * scale,
+             float(theta or 0)) for x1, y1, x2, y2, theta in found]
 
 
 def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
@@ -176,7 +186,7 @@ def rewrite_boxes(text: str, size: tuple[int, int], request: Request,
         boxes.extend(found)
         return f" {format_boxes(found, request.image_size)}" if found else ""
 
-    if "{" in text or "[" in text:
+    if BOX_START.search(text):
         text = BOX_RUN.sub(rewrite, text)
     return plain_text(text), tuple(boxes)
 
@@ -189,8 +199,8 @@ def plain_text(text: str) -> str:
     task and sensor that it begins with."""
     if "<" in text or "\\" in text:
         text = TAGS.sub(" ", text)
-    if "[" in text:
-        text = LEADING_MARKS.sub("", text)
+    if "[" in text and (marks := LEADING_MARKS.match(text)):
+        text = text[marks.end():]
     return " ".join(text.split())
 
 
@@ -224,7 +234,8 @@ def split_reasoning(text: str) -> tuple[str, str]:
     """(reasoning, gt_answer) of a target that may already have <think> and <answer> tags."""
     if "<" not in text:
         return "", text.strip()
-    text = re.sub(r"<\|\w+\|>", " ", text)  # a completion cannot contain chat tokens
+    if "<|" in text:
+        text = CHAT_TOKEN.sub(" ", text)  # a completion cannot contain them
     think, closed, _ = text.partition("<think>")[2].partition("</think>")
     _, opened, answer = text.partition("<answer>")
     answer = answer.partition("</answer>")[0] if opened else text
@@ -235,10 +246,7 @@ def default_think(task: str, gt_answer: str, n_boxes: int) -> str:
     """Reasoning for a data set that has none: it adds nothing to the target."""
     if task in BOX_TASKS:
         return f"{n_boxes} to find." if n_boxes else "Nothing to find."
-    texts = {"cls": f"The scene looks like {gt_answer}.", "mlc": f"The scene shows {gt_answer}.",
-             "rcap": f"The region shows {gt_answer}.", "pair": f"The same place as in {gt_answer}.",
-             "cap": "The image as a whole.", "change": "The images side by side."}
-    return texts.get(task, f"That is {gt_answer}.")
+    return DEFAULT_THINK.get(task, "That is {}.").format(gt_answer)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -113,7 +113,10 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
 
 def format_of(record: dict) -> tuple | None:
     """The line of RECORDS for a record."""
-    return next((line for line in RECORDS if line[0] <= record.keys()), None)
+    for line in RECORDS:
+        if line[0] <= record.keys():
+            return line
+    return None
 
 
 def tasks_of_turns(record: dict) -> set[str]:
