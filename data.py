@@ -7,6 +7,7 @@ samples.
 
 import argparse
 import gc
+import os
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -177,7 +178,8 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
             train = few_shots(train, shots)
         summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
         splits[task] = Split(train, held_out, summary)
-    refuse_shared_images(trained, held)
+    if os.environ.get("RANK", "0") == "0":  # one process compares images for all
+        check_shared_images(trained, held)
     return splits
 
 
@@ -248,6 +250,7 @@ def read_source(source: Source, tasks: Sequence[str], image_size: int,
         found = read_samples(path, tasks, image_size, image_folder, notes, source.choices,
                              source.negatives)
     finally:
+        gc.freeze()  # nor are they looked through again, as the run goes on
         gc.enable()
     for task, samples in found.items():
         reasons = "".join(f"; {n} {what}" for what, n in sorted(notes[task].items()) if n)
@@ -306,12 +309,10 @@ def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
 
 def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]],
                   whole: str | None = None) -> tuple[list, list, list[str]]:
-    """The train parts, the held-out parts and the rules of several sources (split_samples). A file
-    or folder that is named as a few-shot or training split is whole: it holds nothing out."""
+    """The train parts, the held-out parts and the rules of several sources (split_samples)."""
     train, held_out, rules = [], [], []
     for source, samples in found:
-        named_train = NAMED_TRAIN.search(Path(source.path).stem)
-        parts = split_samples(samples, source.path, whole or (named_train and "train"))
+        parts = split_samples(samples, source.path, whole)
         train.append(parts.train)
         held_out.append(parts.held_out)
         rules.append(parts.summary)
@@ -328,12 +329,11 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
     return sorted((sample for part in parts for sample in part), key=record_hash)
 
 
-def refuse_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
-                         held_out: Sequence[tuple[str, Sequence[Sample]]]) -> None:
+def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
+                        held_out: Sequence[tuple[str, Sequence[Sample]]]) -> None:
     """Raises UserError if a source trains on an image that another one holds out: the same file, or
-    equal bytes. One source alone splits by image. Both sides: (source, samples)."""
-    if len({source for source, _ in [*train, *held_out]}) == 1:
-        return
+    equal bytes. Within a source it is a warning: published splits share images, and who compares
+    with a paper needs them as they are. Both sides: (source, samples)."""
     trained, held = image_files(train), image_files(held_out)
     size_of = {image: num_bytes(image) for _, image in trained | held}
     shared_sizes = ({size_of[image] for _, image in trained}
@@ -348,18 +348,29 @@ def refuse_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
         return found
 
     trained_contents, held_contents = contents(trained), contents(held)
+    shared = Counter()
     for content in sorted(trained_contents.keys() & held_contents.keys()):
-        for one, other in product(trained_contents[content], held_contents[content]):
+        one_of_source = {one[0]: one for one in trained_contents[content]}
+        for one, other in product(one_of_source.values(), held_contents[content]):
             if one[0] != other[0]:
                 raise UserError(f"{trained[one].id} trains on {one[1]}, and {held[other].id} holds "
                                 f"it out as {other[1]}; remove one of the records")
+            shared[other[0]] += 1
+    for source, n in shared.items():
+        warn(f"{source}: {n} of its held-out images are trained on too (equal bytes), so held-out "
+             "scores are too good; remove the copies unless the splits are published ones")
 
 
 def image_files(parts: Sequence[tuple[str, Sequence[Sample]]]) -> dict[tuple, Sample]:
     """{(source, image): a sample that uses it} for paths and images of tables. A rendered scene has
     neither."""
-    return {(source, image): sample for source, samples in parts if not isinstance(samples, Scenes)
-            for sample in samples for image in sample.images if hasattr(image, "read_bytes")}
+    found = {}
+    for source, samples in parts:
+        if not isinstance(samples, Scenes):
+            users = {image: sample for sample in samples for image in sample.images}
+            found |= {(source, image): sample for image, sample in users.items()
+                      if hasattr(image, "read_bytes")}
+    return found
 
 
 def num_bytes(image: object) -> int:
@@ -371,8 +382,11 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
 
     Held out is its "test" split where it has one (its "val" split is then unused), else its "val"
     split, else a tenth of the images, chosen by a hash of their file names. `whole`, "train" or
-    "heldout", puts all samples of a source without such splits on that side.
+    "heldout", puts all samples of a source without such splits on that side; one that is named as a
+    few-shot or training split holds nothing out.
     """
+    if not whole and NAMED_TRAIN.search(Path(source).stem):
+        whole = "train"
     if isinstance(samples, Scenes):
         scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
         return Split(samples, scenes, "other scenes")
@@ -401,7 +415,8 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
 
 def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:
     """The error of a source whose split is empty."""
-    hint = "; it has too few images to hold some out: add images, or set `split` in each record"
+    hint = ("; it holds nothing out: it has too few images, or the name of a training split; add "
+            "images, or set `split` in each record")
     return UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
                      + ("" if published_split(samples) else hint))
 
@@ -451,8 +466,9 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         crc = zlib.crc32(repr(samples).encode())  # it says all that the scenes depend on
     else:
         for s in samples:
-            names = [getattr(image, "name", "") for image in s.images]  # a scene's have none
-            row = s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.category, names
+            names = [getattr(image, "name", "") for image in (*s.images, s.gt_mask)]  # scenes: none
+            row = (s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.choices,
+                   s.category, names)
             crc = zlib.crc32(repr(row).encode(), crc)
     return f"{len(samples)} samples #{crc:08x}"
 

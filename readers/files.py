@@ -5,6 +5,7 @@ parquet stay in Arrow files, those of the shard or those to which `datasets` con
 in its cache. So neither a file of many records nor the images of a table have to fit into memory.
 """
 
+import codecs
 import io
 import json
 import mmap
@@ -13,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice
@@ -28,6 +29,7 @@ from sample import read_image_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's
+ANY_COLUMN = set(IMAGE_COLUMNS)
 SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "validation": "val"}
 # In names of folders (tier1, tier3 and hold are xBD's) and files (EVAL is VRSBench's)
 NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
@@ -37,14 +39,22 @@ PIECE = 1 << 20  # characters of a JSON file that are read together
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-@contextmanager
-def user_error_on(expected: str, source: str) -> Iterator[None]:
-    """Turns any error in reading into a UserError of one short line: `source` is not `expected`."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  damaged files raise anything
+class user_error_on:
+    """Turns any error in reading into a UserError of one short line: `source` is not `expected`.
+    One for each record: a context manager made of a generator takes three times as long."""
+
+    def __init__(self, expected: str, source: str) -> None:
+        self.expected, self.source = expected, source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception):  # damaged files raise anything
+            return
         if not isinstance(error, UserError):
-            error = UserError(f"{source}: not {expected} ({first_line(error)}); fix or remove it")
+            error = UserError(f"{self.source}: not {self.expected} ({first_line(error)}); fix or "
+                              "remove it")
         raise type(error)(short(str(error)))
 
 
@@ -65,8 +75,9 @@ def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
             is_array = file.read(PIECE).lstrip().startswith("[")
             file.seek(0)
             if is_array:
+                name = str(path)
                 for i, value in enumerate(iter_json_array(path, file)):
-                    yield f"{path}: record {i}", value
+                    yield f"{name}: record {i}", value
                 return
             for i, line in enumerate(file, 1):
                 if line.strip():
@@ -114,8 +125,8 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
     """iter_json_records. A file whose first line is `{`, as of LEVIR-CC and many COCO files, holds
     one object."""
     with user_error_on("a JSON document", str(path)), path.open("rb") as file:
-        if file.readline(99).strip() == b"{":
-            return iter([(str(path), json.loads(path.read_text(encoding="utf-8")))])
+        if file.readline(99).removeprefix(codecs.BOM_UTF8).strip() == b"{":
+            return iter([(str(path), json.loads(path.read_text(encoding="utf-8-sig")))])
     return iter_json_records(path)
 
 
@@ -184,7 +195,7 @@ def iter_table_rows(path: Path, table: Any) -> Iterator[tuple[str, dict]]:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         buffer = pyarrow.py_buffer(mapped)
         for batch in pyarrow.ipc.open_stream(buffer):
-            columns = {name: iter_column(column, file["filename"], buffer.address)
+            columns = {name: iter_column(column, file["filename"], buffer)
                        for name, column in zip(batch.schema.names, batch.columns)}
             for _ in range(batch.num_rows):
                 source = f"{path}: row {next(numbers)}"
@@ -196,15 +207,15 @@ def iter_table_rows(path: Path, table: Any) -> Iterator[tuple[str, dict]]:
             mapped.madvise(mmap.MADV_DONTNEED)  # else the process seems to hold the whole table
 
 
-def iter_column(column: Any, file: str, start: int) -> Iterator[object]:
-    """The cells of a column of an Arrow file that is mapped at the address `start`: an image is a
-    TableImage, or its name if it is not in the table."""
+def iter_column(column: Any, file: str, mapped: Any) -> Iterator[object]:
+    """The cells of a column of an Arrow file, which is mapped in a buffer: an image is a
+    TableImage, or its name if it is not in the table. Raises UserError for compressed images."""
     import pyarrow
     is_list = pyarrow.types.is_list(column.type)
     if not is_image(column.type.value_type if is_list else column.type):
         yield from column.to_pylist()
     elif is_list:
-        images = iter_column(column.flatten(), file, start)
+        images = iter_column(column.flatten(), file, mapped)
         for n in column.value_lengths().to_pylist():
             yield None if n is None else list(islice(images, n))
     else:
@@ -216,10 +227,13 @@ def iter_column(column: Any, file: str, start: int) -> Iterator[object]:
         for i, name in enumerate(names):
             if filled[i] and content[i].is_valid:
                 image = memoryview(data)[offsets[i] : offsets[i + 1]]
+                offset = data.address + int(offsets[i]) - mapped.address
+                if not 0 <= offset < mapped.size:  # Arrow has decompressed it to elsewhere
+                    raise UserError(f"{file}: its columns are compressed, so images cannot be read "
+                                    "from it one by one; write it without compression")
                 with Image.open(io.BytesIO(image)) as opened:  # reads the header alone
                     size = opened.size
-                yield TableImage(f"{zlib.crc32(image):08x}", len(image), size, file,
-                                 data.address + int(offsets[i]) - start)
+                yield TableImage(f"{zlib.crc32(image):08x}", len(image), size, file, offset)
             else:
                 yield name if filled[i] else None
 
@@ -254,7 +268,7 @@ def split_of_name(path: Path) -> str:
 
 def held_out_tenth(names: Iterable[str]) -> set[str]:
     """A tenth of the names, at least one, chosen by a hash: the same on every machine."""
-    hashes = {name: zlib.crc32(os.fsencode(name)) for name in names}
+    hashes = {name: zlib.crc32(os.fsencode(name)) for name in dict.fromkeys(names)}
     chosen = {name for name in hashes if hashes[name] % 10 == 0}
     return chosen or set(sorted(hashes, key=hashes.get)[:1])
 
@@ -266,8 +280,11 @@ def image_path(image_folder: Path, name: str) -> Path:
 
 def image_names(record: dict) -> list | None:
     """What the record names as its images: file names or TableImages. None if that is no list."""
-    names = [record[key] for key in IMAGE_COLUMNS if key in record and record[key] is not None]
+    names = [] if ANY_COLUMN.isdisjoint(record) else [
+        record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
     names = names or record.get("image") or record.get("images")
+    if isinstance(names, str):
+        return [names]
     names = names if isinstance(names, list) else [names]
     return names if all(isinstance(name, (str, TableImage)) for name in names) else None
 
@@ -298,12 +315,17 @@ def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
 def read_headers_ahead(records: Iterator, image_folder: Path) -> Iterator[tuple[str, object]]:
     """The records. Threads read the headers of their images, which read_image_size remembers: one
     by one, a network disk would answer a few hundred a second."""
+    def read_headers(names: Sequence[str]) -> None:
+        for name in names:
+            with suppress(UserError):  # it is met again by the reader, which names the record
+                read_image_size(image_path(image_folder, name), "")
+
     seen = set()
     with ThreadPoolExecutor(16) as pool:
         for batch in iter(lambda: list(islice(records, 2000)), []):
             names = {name for _, record in batch if isinstance(record, dict)
                      for name in image_names(record) or () if isinstance(name, str)}
-            paths = [image_path(image_folder, name) for name in names - seen]
-            wait([pool.submit(read_image_size, path, "") for path in paths])
-            seen |= names  # an error is met again by the reader, which names the record
+            new = list(names - seen)
+            wait([pool.submit(read_headers, new[i::16]) for i in range(16)])
+            seen |= names
             yield from batch

@@ -759,6 +759,14 @@ def test_file_named_as_a_training_split_is_used_whole(folder, name):
     assert len(split.train) == 26 and len(split.held_out) == 0 and "none of" in split.summary
 
 
+def test_one_task_of_a_training_split_is_used_whole_too(folder):
+    """load_samples once held a tenth of it out, load_splits nothing."""
+    source = scenes_of(folder, "train_1shot.json", ["sea", "land"] * 13)
+    assert len(load_samples(source, "cls", F, split="train")) == 26
+    with pytest.raises(UserError, match="no samples of task cls in the heldout split; it holds nothing out"):
+        load_samples(source, "cls", F, split="heldout")
+
+
 @pytest.mark.parametrize("name", ["trains.json", "shots.json", "strained.json", "all.json"])
 def test_other_names_hold_a_tenth_out(folder, name):
     split = load_split(parse_sources([scenes_of(folder, name, ["sea", "land"] * 13)]), [], "cls", F)
@@ -785,6 +793,20 @@ def test_image_of_another_task_is_shared_too(folder):
     a, b = folder / "a.json", folder / "b.json"
     with pytest.raises(UserError, match="holds it out"):
         load_splits(parse_sources([f"cls={a}", f"vqa={b}"]), parse_sources([f"cls={b}", f"vqa={a}"]), ["cls", "vqa"], F)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("", "")])
+def test_image_that_one_source_has_on_both_sides_is_counted(folder, capsys, splits):
+    """Copies within a source were not looked for. A published split may have some, so it is no error."""
+    scenes = scenes_of(folder, "a.json", ["sea"] * 20)
+    held_out = load_split(parse_sources([scenes]), [], "cls", F).held_out[0].images[0]
+    assert "trained on too" not in capsys.readouterr().err
+    shutil.copy(held_out, folder / "trained.png")
+    write(folder, *({**chat("Which class? Classes: sea, land", "sea", image=name), "split": split}
+                    for name, split in zip(["trained.png", held_out.name] * 2, splits * 2)), name="b.json")
+    split = load_split(parse_sources([str(folder / "b.json")]), [], "cls", F)
+    assert {s.images[0].name for s in split.train}.isdisjoint(s.images[0].name for s in split.held_out)
+    assert "b.json: 1 of its held-out images are trained on too" in capsys.readouterr().err
 
 
 def test_scenes_have_no_files_to_share(folder):

@@ -51,6 +51,13 @@ def test_too_deep_and_too_long_are_no_json(tmp_path, text):
         values_of(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path, indent):
+    """Before `{` on a line of its own it once made the file JSON lines, and that line no JSON."""
+    (tmp_path / "a.json").write_text(json.dumps({"images": []}, indent=indent), encoding="utf-8-sig")
+    assert [value for _, value in readers.files.read_json(tmp_path / "a.json")] == [{"images": []}]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -113,3 +120,23 @@ def test_one_reading_serves_all_tasks(tmp_path, monkeypatch):
                         lambda path, file: readings.append(path) or iter(json.load(file)))
     splits = load_splits(parse_sources([str(tmp_path / "mix.json")]), [], ["cls", "cap", "det"], 112)
     assert len(readings) == 1 and all(len(s.train) == len(s.held_out) == 1 for s in splits.values())
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_compressed_images_are_refused_in_one_line(tmp_path, codec):
+    """An offset into what Arrow had decompressed was once taken for one into the file."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow
+    rows = [{"jpg": {"bytes": encoded("red") * 9, "path": None}, "question": "Which class?", "groundtruth": "sea"}]
+    features = datasets.Features({"jpg": datasets.Image(), "question": datasets.Value("string"),
+                                  "groundtruth": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "shard")
+    file, = (tmp_path / "shard").glob("*.arrow")
+    with pyarrow.OSFile(str(file), "rb") as stream:
+        table = pyarrow.ipc.open_stream(stream).read_all()
+    options = pyarrow.ipc.IpcWriteOptions(compression=codec)
+    with pyarrow.OSFile(str(file), "wb") as stream, \
+            pyarrow.ipc.new_stream(stream, table.schema, options=options) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="columns are compressed.*write it without compression"):
+        load_splits(parse_sources([str(tmp_path / "shard")]), [], ["cls"], 56)
