@@ -76,7 +76,8 @@ def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
     names.sort(key=len, reverse=True)
     pattern = "|".join(" ?".join(name) for name in names)  # blanks do not matter: SeaLake, sea lake
     pieces = re.split(rf"(?<!\S)({pattern})(?!\S)|[,;]", text)
-    return {piece.replace(" ", "") for piece in pieces if piece} - {"", "and"}
+    labels = {piece.replace(" ", "") for piece in pieces if piece} - {""}
+    return labels - {"and"} or labels  # a label may be called so
 
 
 # --------------------------------------------------------------------------------------------------

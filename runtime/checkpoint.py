@@ -44,7 +44,8 @@ MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch",
 NO_SETTINGS = ("out", "resume", "overwrite", "defaults")
 RESULTS = ("checkpoint", "checkpoint.old", "model", "adapter")  # what makes a folder hold a run
 ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "tensorboard", "metrics.jsonl",
-           "samples.jsonl", "curves.png", "report.html", "ended.txt")
+           "metrics.partial", "samples.jsonl", "samples.partial", "curves.png", "report.html",
+           "ended.txt")
 START_AGAIN = "start again without --resume, which moves this run aside"
 # timeout(1) signals a process and its group, torchrun passes on what its workers got already.
 SAME_SIGNAL_SECONDS = 0.3
@@ -296,6 +297,8 @@ def read_run_json(folder: Path) -> dict[str, dict]:
     if the progress is not as it was written."""
     file = folder / "run.json"
     try:
+        if not file.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError("no such file")
         saved = json.loads(file.read_text())
         parts = {name: saved[name] for name in ("settings", "progress", "files")}
         if not all(isinstance(part, dict) for part in parts.values()):

@@ -263,6 +263,13 @@ def test_resume_with_other_data_is_refused(staged, dataset, tmp_path):
         Run(args, config, dict.fromkeys(("stage", "step", "before", "skipped")))
 
 
+@pytest.mark.parametrize("other", [{"choices": ("sea", "ice")}, {"gt_mask": Path("b.png")}])
+def test_changed_choices_or_masks_are_other_data(other):
+    """What a reward reads and no other field shows: both were once left out."""
+    before = Sample("a.json: record 0", "mlc", (), "Which?", "sea", 112, choices=("sea", "land"), gt_mask=Path("a.png"))
+    assert fingerprint([before]) != fingerprint([dataclasses.replace(before, **other)])
+
+
 def trained(save_first=False):
     """A weight after two steps of AdamW; what state_dict finds before them is a checkpoint's
     content."""

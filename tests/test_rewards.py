@@ -424,6 +424,12 @@ def test_without_a_vocabulary_labels_stand_between_commas():
     assert parse_labels("Forest, SEA.", ()) == parse_labels("sea; forest", ()) == {"sea", "forest"}
 
 
+def test_a_label_may_be_called_as_what_separates_labels():
+    """A target `and` once earned 0: no label was left of it."""
+    named = sample("mlc", "and", choices=("and", "sea"))
+    assert label_overlap_reward("and", named) == 1 and label_overlap_reward("sea", named) == 0
+
+
 some_labels = st.sets(st.sampled_from(BIGEARTHNET), min_size=1)
 
 

@@ -94,6 +94,14 @@ def test_logs_without_a_checkpoint_are_no_run(out):
     assert not contents(out) and not Path(f"{out}.1").exists()
 
 
+def test_logs_that_were_being_cut_back_go_with_their_run(out):
+    """A kill between two lines of JsonlLog.write leaves them; the next run's folder once kept them."""
+    for name in ("metrics.partial", "samples.partial"):
+        (out / name).write_text("")
+    Run(run_args(out), {}, FRESH).close()
+    assert not contents(out) and "metrics.partial" in contents(Path(f"{out}.1"))
+
+
 def test_run_that_another_process_writes_is_not_moved(out):
     run = resume(out)
     run.lock_file = checkpoint.lock(out)
@@ -167,6 +175,16 @@ def replace(name, by):
             (out / name).write_text("")
         elif by == "a dead link":
             (out / name).symlink_to("nowhere")
+        elif by == "a pipe":
+            os.mkfifo(out / name)
+    return damage
+
+
+def swap(one, other):
+    def damage(out):
+        (out / one).rename(out / "third")
+        (out / other).rename(out / one)
+        (out / "third").rename(out / other)
     return damage
 
 
@@ -203,6 +221,10 @@ DAMAGES = {
     **{f"{name} {by}": replace(name, by)
        for name in ("checkpoint", "checkpoint/run.json", "checkpoint/.metadata", "metrics.jsonl")
        for by in ("a folder", "a file", "a dead link")},
+    **{f"{name} a pipe": replace(name, "a pipe")  # which a reader would wait for
+       for name in ("checkpoint/run.json", "checkpoint/__0_0.distcp", "samples.jsonl")},
+    "logs swapped": swap("metrics.jsonl", "samples.jsonl"),
+    "tensors swapped": swap("checkpoint/.metadata", "checkpoint/__0_0.distcp"),
 }
 
 
@@ -229,6 +251,7 @@ HARMLESS = {
     "last line no newline": edit_file("metrics.jsonl", lambda old: old[: old.rindex(b"\n", 0, -1)]),
     "stray file": lambda out: (out / "checkpoint/.nfs1").write_text(""),
     "checkpoint a link": link_elsewhere,
+    "ended.txt a folder": replace("ended.txt", "a folder"),
     **{f"{name} {by}": replace(name, by) for name in ("checkpoint.partial", "checkpoint.old")
        for by in ("a folder", "a file", "a dead link")},
 }
