@@ -505,8 +505,8 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def prefetch(steps: Iterable[tuple[int, list]],
-             encode: Callable) -> Iterator[tuple[int, list, list]]:
+def prefetch(steps: Iterable[tuple[object, list]],
+             encode: Callable) -> Iterator[tuple[object, list, list]]:
     """(step, samples) -> (step, samples, each of them encoded), in order.
 
     Threads encode the next step's samples while this step trains. Reading, decoding and resizing

@@ -40,7 +40,6 @@ from model import (
     collate,
     embed_prompts,
     embed_tokens,
-    encode,
     max_position_ids,
     next_token_logits,
     pad_prompts,
@@ -48,7 +47,6 @@ from model import (
 )
 from runtime.distributed import autocast, device
 from runtime.errors import first_line
-from sample import Sample
 
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
 MAX_STATIC_DECODE_STEPS = 3  # each holds a cache of keys and values
@@ -257,18 +255,16 @@ class Sampler:
         return graph.replay
 
 
-def predict(sampler: Sampler, samples: Sequence[Sample], max_new_tokens: int, group: int = 1,
-            temperature: float = 0.0, first: int = 0) -> list[list[str]]:
-    """`group` completions for each sample, as texts.
+def predict(sampler: Sampler, prompts: Sequence[Prompts], max_new_tokens: int, group: int = 1,
+            temperature: float = 0.0, prompt_ids: Sequence[int] = ()) -> list[list[str]]:
+    """`group` completions for each prompt, as texts.
 
-    first  number of the first sample: the random numbers of sample i depend on first + i alone
+    prompt_ids  the random numbers of a prompt depend on its id alone; greedy ones need none
     """
-    prompts = collate([encode(sampler.processor, sample) for sample in samples])
     random_numbers = None
     if temperature > 0:
-        prompt_ids = range(first, first + len(samples))
         random_numbers = uniforms((0,), prompt_ids, group, max_new_tokens)
-    rollout = sampler.generate(prompts, max_new_tokens, group, temperature, random_numbers)
+    rollout = sampler.generate(collate(prompts), max_new_tokens, group, temperature, random_numbers)
     return sampler.decode_texts(rollout)
 
 

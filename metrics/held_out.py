@@ -7,6 +7,7 @@ from statistics import fmean
 import numpy as np
 from tqdm import tqdm
 
+from metrics.batches import batches_by_length, local_batches
 from rewards import REWARD_PARTS, Sam, Sbert, score_completion
 from rollout import Sampler, predict
 from runtime.distributed import all_gather_object, rank, world_size
@@ -30,17 +31,19 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
     if not samples:  # a source that is used whole holds none out
         return {}
     print0(f"{samples[0].task}: scoring {len(samples)} held-out samples")
+    samples = list(samples)  # scenes are rendered once
     greedy, sampled = [], []  # the reward parts of each completion
-    first_starts = range(0, len(samples), world_size() * BATCH_SIZE)  # the first rank's
-    for first_start in tqdm(first_starts, "held out", leave=False, disable=rank() > 0 or None):
+    batches = batches_by_length(samples, BATCH_SIZE)
+    rounds = tqdm(local_batches(sampler.processor, samples, batches), "held out",
+                  -(-len(batches) // world_size()), leave=False, disable=rank() > 0 or None)
+    for indices, prompts in rounds:
         if should_stop():
             return None
-        start = first_start + rank() * BATCH_SIZE
-        batch = [samples[i] for i in range(start, min(start + BATCH_SIZE, len(samples)))]
+        batch = [samples[i] for i in indices]
         if batch:
-            texts = predict(sampler, batch, max_new_tokens)
+            texts = predict(sampler, prompts, max_new_tokens)
             greedy += score_all(texts, batch, reward_models)
-            texts = predict(sampler, batch, max_new_tokens, NUM_SAMPLED, temperature, first=start)
+            texts = predict(sampler, prompts, max_new_tokens, NUM_SAMPLED, temperature, indices)
             sampled += score_all(texts, batch, reward_models)
     greedy_means = mean_parts(greedy)
     sampled_means = mean_parts(sampled)

@@ -1,5 +1,4 @@
-"""One training run's folder: its lock, its settings, its checkpoints, how a signal ends it, and why
-it ended.
+"""One training run's folder: its lock, its settings, its checkpoints, and why the run ended.
 
     out/checkpoint/           the tensors of all ranks, written by torch.distributed.checkpoint
     out/checkpoint/run.json   settings, progress, and a checksum of each of those files
@@ -12,9 +11,7 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
-import time
 import warnings
 import zlib
 from argparse import Namespace
@@ -34,9 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from runtime.distributed import all_gather_object, all_reduce_max, barrier, rank, world_size
+from runtime.distributed import all_gather_object, barrier, rank, world_size
 from runtime.errors import ENDINGS, LOST_PEER, UserError, first_line, record_end
 from runtime.logging import print0
+from runtime.signals import Stoppable
 
 # Flags that change neither the data nor the loss.
 MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens",
@@ -47,8 +45,6 @@ ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "tensorboard", "metr
            "metrics.partial", "samples.jsonl", "samples.partial", "curves.png", "report.html",
            "ended.txt")
 START_AGAIN = "start again without --resume, which moves this run aside"
-# timeout(1) signals a process and its group, torchrun passes on what its workers got already.
-SAME_SIGNAL_SECONDS = 0.3
 
 
 def run_config(args: Namespace, train: Iterable[str], held_out: Iterable[str]) -> dict[str, str]:
@@ -66,13 +62,12 @@ def flag_texts(flags: dict[str, object]) -> dict[str, str]:
             for name, value in flags.items()}
 
 
-class Run:
+class Run(Stoppable):
     """One training run, whose folder is locked until close() or the end of the process.
 
     .out       the folder, args.out
     .config    the settings that a resumed run must share, from run_config
     .progress  the caller's own dict, as the last checkpoint holds it
-    .doing     what a signal makes the run do
     """
 
     def __init__(self, args: Namespace, config: dict[str, str], fresh_progress: dict) -> None:
@@ -82,14 +77,11 @@ class Run:
         this run's. Raises UserError if another run writes to the folder, or if the checkpoint is
         damaged or has other settings.
         """
+        super().__init__("stopping before the next step")
         self.out = args.out
         self.config = config
         self.progress = fresh_progress
         self.steps_per_stage = args.steps
-        self.doing = "stopping before the next step"
-        self.received_signals = []
-        self.is_acknowledged = False
-        self.old_handlers = {}
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
         model, out = Path(args.model).resolve(), self.out.resolve()
         if not args.resume and any(model.is_relative_to(out / name) for name in ENTRIES):
@@ -124,36 +116,20 @@ class Run:
         """Steps of all stages at the last checkpoint."""
         return self.progress.get("stage", 0) * self.steps_per_stage + self.progress["step"]
 
-    def install_signal_handlers(self) -> None:
-        """From now on a first SIGTERM or SIGINT makes should_stop() true, a second one ends the
-        process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.old_handlers[number] = signal.signal(number, self.on_signal)
-
-    def on_signal(self, number: int, _frame: object) -> None:
-        """Acknowledge a first signal; at a second one, exit with status 128 + number."""
-        name = signal.Signals(number).name
-        if self.is_acknowledged:
-            record_end(128 + number, f"{name}, a second signal")
-            os._exit(128 + number)
-        self.received_signals.append(number)
-        if len(self.received_signals) == 1:
-            time.sleep(SAME_SIGNAL_SECONDS)
-            if rank() == 0:  # not by print, which the signal may have interrupted
-                os.write(2, f"\n{name}: {self.doing}; a second signal ends the process\n".encode())
-            self.is_acknowledged = True
+    @property
+    def kept(self) -> str:
+        """What a run that ends now leaves behind."""
+        if not self.steps_done:
+            return "there is no checkpoint yet"
+        return (f"the checkpoint after step {self.steps_done} is complete; to continue: "
+                f"{self.resume_command()}")
 
     def close(self) -> None:
         """Restore the signal handlers and unlock the folder."""
         ENDINGS.removeHandler(self.end_log)
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+        self.restore_signal_handlers()
         if self.lock_file:
             self.lock_file.close()
-
-    def should_stop(self) -> bool:
-        """True on all ranks if a signal has reached one of them."""
-        return all_reduce_max(len(self.received_signals)) > 0
 
     def print_stopped(self) -> None:
         """Say that a signal has stopped the run at its last checkpoint, and how to continue."""

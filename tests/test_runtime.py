@@ -17,7 +17,7 @@ import train_grpo
 from conftest import GRPO, ROOT, rows
 from metrics import held_out, training
 from metrics.training import Console
-from runtime import checkpoint
+from runtime import checkpoint, signals
 from runtime.checkpoint import Run
 from runtime.command_line import run_main
 from runtime.errors import UserError
@@ -296,7 +296,10 @@ os.kill(os.getpid(), signal.SIGTERM)
 print("not there")
 """)
     assert done.returncode == 128 + signal.SIGTERM and done.stdout.endswith("still there\n")
-    assert done.stderr == "\nSIGINT: finishing step 13; a second signal ends the process\n"
+    assert done.stderr == (
+        "\nSIGINT: finishing step 13; a second signal ends the process\n"
+        "\nSIGTERM again: the process ends now; the checkpoint after step 12 is complete; "
+        "to continue: python -c --resume\n")
     resume(out)
     said = capsys.readouterr().out
     assert "the last run ended: rank 0, exit code 143: SIGTERM, a second signal" in said
@@ -306,7 +309,7 @@ print("not there")
 def test_signal_that_comes_twice_within_moments_is_one(tmp_path, monkeypatch, capfd):
     """timeout(1) signals a process and then its group; torchrun passes on what its workers have
     already got."""
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(signals.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     run = Run(run_args(tmp_path), {}, FRESH)
     run.install_signal_handlers()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -83,7 +83,7 @@ def test_transformers_gives_the_completion_of_evaluate(shipped, folder, question
     plain, printed = run_block(IN_TRANSFORMERS, folder), capsys.readouterr().out
     ours = sampler.generate(encode(shipped[1], sample), 96)
     assert plain["tokens"].tolist() == ours.tokens[ours.mask].tolist()
-    assert "<answer>[" in printed and printed == predict(sampler, [sample], 96)[0][0] + "\n"
+    assert "<answer>[" in printed and printed == predict(sampler, [encode(shipped[1], sample)], 96)[0][0] + "\n"
 
 
 def test_vllm_gets_the_same_prompt_and_pixels(folder, question, monkeypatch):
@@ -151,7 +151,7 @@ def run_ask(monkeypatch, *args):
 def test_ask_prints_the_completion_of_evaluate(shipped, folder, question, monkeypatch, capsys):
     sample = question((600, 336))
     run_ask(monkeypatch, "--model", folder)
-    assert capsys.readouterr().out == predict(Sampler(*shipped), [sample], 96)[0][0] + "\n"
+    assert capsys.readouterr().out == predict(Sampler(*shipped), [encode(shipped[1], sample)], 96)[0][0] + "\n"
 
 
 @pytest.mark.parametrize("answer, lines", [

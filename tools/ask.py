@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from boxes import obb_corners, parse_boxes
 from data import add_prompt_flags, check_oriented
 from metrics.report import PREDICTED_COLOUR
-from model import load_model
+from model import encode, load_model
 from rewards import TASKS, extract_answer
 from rollout import Sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
@@ -46,7 +46,7 @@ def main() -> None:
     sample = Sample(id="--image", task=args.task, images=tuple(args.image), question=args.question,
                     gt_answer="", image_size=processor.image_size, oriented=args.oriented,
                     thinking=not args.no_think, system=args.system)
-    [[text]] = predict(Sampler(model, processor), [sample], args.max_new_tokens)
+    [[text]] = predict(Sampler(model, processor), [encode(processor, sample)], args.max_new_tokens)
     print(text)
     if args.out:
         image = Image.open(args.image[0]).convert("RGB")
