@@ -1,6 +1,8 @@
 """Predictions -> scores: greedy answers of a model on a data set, or answers that a file holds.
 
     python evaluate.py --task det --model tiny --data synthetic --out runs/eval
+    torchrun --nproc-per-node 8 evaluate.py --task det --model M --data FILE --out runs/eval
+    python evaluate.py --suite suite.jsonl --model M --out runs/suite
     python evaluate.py --task det --predictions runs/eval/predictions.jsonl --out runs/rescored
     python evaluate.py --task det --predictions rs_detection_results_GeoChat.jsonl \\
         --benchmark geochat-det --out runs/earthdial
@@ -8,11 +10,22 @@
 Writes predictions.jsonl (a record per sample, boxes in pixels of the resized image), scores.json
 and report.html. Prints the scores, beside the published ones where --benchmark names a table. After
 an interruption the same command continues where it stopped.
+
+With torchrun each process answers its share of the questions, with a model of its own; the scores
+are those of one process. A suite is a file with a line of JSON for each benchmark, such as
+
+    {"benchmark": "aid", "task": "cls", "data": "AID_test"}
+    {"benchmark": "geochat-det", "task": "det", "data": "geochat.json", "images": "images"}
+
+Each benchmark gets a folder of --out, and suite.md has them all in one table.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,26 +43,42 @@ from data import (
     split_sources,
 )
 from metrics import benchmarks, published
+from metrics.batches import batches_by_length, local_batches
 from metrics.report import write_report
 from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
 from metrics.rows import sample_from_row, sample_to_row
+from metrics.suite import read_suite, suite_table
 from model import load_model
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
-from runtime.distributed import device, to_compute_dtype, world_size
+from runtime.distributed import (
+    all_gather_object,
+    barrier,
+    device,
+    init_distributed,
+    rank,
+    to_compute_dtype,
+)
 from runtime.errors import UserError, errors_as_warnings
+from runtime.logging import print0
+from runtime.signals import Stoppable
 from sample import Sample
 from tiny.scenes import Scenes
 
+SCORING_TIMEOUT = timedelta(hours=3)  # the first rank scores a benchmark while the others wait
 
-def parse_args() -> argparse.Namespace:
+
+def parse_args() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--task", help=f"one of {', '.join(TASKS)}; not with --suite")
     parser.add_argument("--out", type=Path, required=True,
                         help="folder for predictions.jsonl, scores.json, report.html")
+    parser.add_argument("--suite", type=Path,
+                        help="file of several benchmarks, one after the other, in place of --task, "
+                             "--benchmark, --data and --images; all other flags count for each")
     parser.add_argument("--benchmark", choices=published.BENCHMARKS,
                         help="print the published rows of this table as well")
     flags = parser.add_argument_group("what to score")
@@ -73,14 +102,25 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("decoding (greedy)")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
                        help="longest completion (with tiny use 160 for ground, ovd, seg)")
-    flags.add_argument("--batch", type=positive_int, default=32, help="prompts decoded together")
+    flags.add_argument("--batch", type=positive_int, default=32,
+                       help="prompts that a process decodes together: more are faster, and take "
+                            "more memory")
     return parser.parse_args()
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_args(args: Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
+    if (args.task is None) == (args.suite is None):
+        raise UserError("give either --task or --suite")
+    if args.suite:
+        flags = {"--predictions": args.predictions, "--benchmark": args.benchmark,
+                 "--data": args.data != ["synthetic"], "--eval-data": args.eval_data,
+                 "--images": args.images}
+        if any(flags.values()):
+            given = ", ".join(flag for flag, value in flags.items() if value)
+            raise UserError(f"--suite names the data of each benchmark; leave {given} out")
+        return
     check_task(args.task)
-    check_oriented(args.oriented, [args.task])
     asked = [name for name in ("oriented", "no-think", "system")
              if getattr(args, name.replace("-", "_"))]
     if asked and args.predictions:
@@ -92,21 +132,60 @@ def check_args(args: argparse.Namespace) -> None:
     if args.eval_data and args.split in ("all", "train"):
         raise UserError(f"--split {args.split} scores --data, but --eval-data is given; leave one "
                         "of them out")
-    if world_size() > 1:
-        raise UserError("evaluate.py is one process: start it with python, not torchrun")
+
+
+def suite_runs(args: Namespace) -> list[Namespace]:
+    """The flags of an evaluation for each benchmark of --suite."""
+    runs = []
+    for name, task, data, images in read_suite(args.suite):
+        benchmark = name if name in published.BENCHMARKS else None
+        runs.append(Namespace(**vars(args) | {
+            "task": task, "benchmark": benchmark, "data": [data], "images": images,
+            "out": args.out / name}))
+    return runs
 
 
 def main() -> None:
     args = parse_args()
     check_args(args)
-    scorers = [getattr(benchmarks, name) for name in TASKS[args.task].scores]
-    args.out.mkdir(parents=True, exist_ok=True)
-    reward_models = load_reward_models([args.task], args.sbert, args.sam, args.reward)
-    if args.predictions:
-        samples, completions = read_predictions(args.predictions, args.task)
-    else:
-        samples, completions = run_model(args)
+    runs = suite_runs(args) if args.suite else [args]
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    check_oriented(args.oriented, tasks)
+    scorers = {task: [getattr(benchmarks, name) for name in TASKS[task].scores] for task in tasks}
+    init_distributed(timeout=SCORING_TIMEOUT)
+    reward_models = {}
+    if rank() == 0:
+        for run in runs:
+            run.out.mkdir(parents=True, exist_ok=True)
+        reward_models = load_reward_models(tasks, args.sbert, args.sam, args.reward)
+    if args.suite and rank() == 0:
+        (args.out / "suite.md").unlink(missing_ok=True)  # no older table beside new scores
+    sampler = None if args.predictions else load_sampler(args)
 
+    all_scores = {}
+    for i, run in enumerate(runs, 1):
+        if args.suite:
+            print0(f"\n{run.out.name}, benchmark {i} of {len(runs)}")
+        if args.predictions:
+            samples, completions = read_predictions(args.predictions, args.task)
+        else:
+            samples, completions = run_model(run, sampler)
+        if rank() == 0:
+            all_scores[run.out.name] = score(run, samples, completions, scorers[run.task],
+                                             reward_models)
+    if args.suite and rank() == 0:
+        table = suite_table(all_scores)
+        (args.out / "suite.md").write_text(table)
+        print(f"\n{table}")
+    if rank() == 0:  # last: until here an error costs no completion
+        for run in runs:
+            (run.out / "predictions.partial").unlink(missing_ok=True)
+    barrier()  # until the first rank has scored
+
+
+def score(args: Namespace, samples: list[Sample], completions: list[str],
+          scorers: Sequence[Callable], reward_models: Mapping) -> benchmarks.Scores:
+    """Write predictions.jsonl, scores.json and report.html, and print the scores."""
     answers = [extract_answer(completion) for completion in completions]
     parts = [score_completion(completion, sample, **reward_models)
              for completion, sample in zip(completions, samples)]
@@ -133,40 +212,69 @@ def main() -> None:
                for sample, completion, values in zip(samples, completions, parts)]
     with errors_as_warnings("report.html"):
         write_report(args.out / "report.html", entries, f"{args.task}: {model}")
-    if not args.predictions:  # last: until here an error costs no completion
-        (args.out / "predictions.partial").unlink()
+    return scores
 
 
-def run_model(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
-    """Samples, and the greedy completions of args.model on them.
-
-    predictions.partial keeps what is done, below a line with the settings, so that the same command
-    continues after an interruption.
-    """
+def load_sampler(args: Namespace) -> Sampler:
+    """The whole model, on each rank."""
     model, processor = load_model(args.model, args.image_size)
-    to_compute_dtype(model, vectors=True).to(device())
-    sampler = Sampler(model, processor)
-    samples = load_evaluation(args, processor.image_size)
+    return Sampler(to_compute_dtype(model, vectors=True).to(device()), processor)
 
+
+def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str]]:
+    """Samples, and the greedy completions of a model on them, which the ranks share.
+
+    The first rank keeps what is done in predictions.partial, a line per batch below one with the
+    settings, so that the same command continues after an interruption, on any number of ranks,
+    with the batches that it had.
+    """
+    samples = load_evaluation(args, sampler.processor.image_size)
     file, settings = args.out / "predictions.partial", prediction_settings(args, samples)
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a torn last line is cut
+    kept = read_partial(file, settings) if rank() == 0 else None
+    done = all_gather_object(kept)[0]
+    batches = [[i for i in batch if i not in done]
+               for batch in batches_by_length(samples, args.batch)]
+    batches = [batch for batch in batches if batch]
+    with (Stoppable("stopping after this batch") as work,
+          open(file if rank() == 0 else os.devnull, "a") as log,
+          tqdm(total=len(samples), initial=len(done), desc="predict", unit="samples",
+               disable=rank() > 0) as bar):
+        for indices, prompts in local_batches(sampler.processor, samples, batches):
+            texts = predict(sampler, prompts, args.max_new_tokens) if prompts else []
+            local = [(i, text) for i, (text,) in zip(indices, texts)]
+            for batch in filter(None, all_gather_object(local)):
+                print(json.dumps(batch), file=log, flush=True)
+                done |= dict(batch)
+                bar.update(len(batch))
+            if work.should_stop():
+                break
+    number = work.should_stop()
+    if number:
+        print0(f"{len(done)} of {len(samples)} predictions are in {file}")
+        raise KeyboardInterrupt(number)
+    return samples, [done[i] for i in range(len(samples))]
+
+
+def read_partial(file: Path, settings: str) -> dict[int, str]:
+    """{index of a sample: completion} as an interrupted evaluation with these settings left them.
+    From the first damaged line on, such as a torn last one, the file is cut."""
+    lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
     if lines[:1] != [settings]:
         lines = [settings]
-    file.write_text("".join(line + "\n" for line in lines))
-    completions = [json.loads(line)["completion"] for line in lines[1:]]
-    with (open(file, "a") as log,
-          tqdm(total=len(samples), initial=len(completions), desc="predict") as bar):
-        for start in range(len(completions), len(samples), args.batch):
-            batch = samples[start : start + args.batch]
-            for (text,) in predict(sampler, batch, args.max_new_tokens):
-                print(json.dumps({"completion": text}), file=log)
-                completions.append(text)
-            log.flush()
-            bar.update(len(batch))
-    return samples, completions
+    done = {}
+    for n, line in enumerate(lines[1:], 1):
+        try:
+            done |= dict(json.loads(line))
+        except (ValueError, TypeError):
+            lines = lines[:n]
+            break
+    shortened = file.with_suffix(".shortened")
+    shortened.write_text("".join(line + "\n" for line in lines))
+    shortened.replace(file)
+    return done
 
 
-def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
+def load_evaluation(args: Namespace, image_size: int) -> list[Sample]:
     """The samples to score; a line says which they are."""
     values = args.eval_data or args.data
     sources = parse_sources(values, args.images, args.choices, args.negatives)
@@ -183,13 +291,13 @@ def load_evaluation(args: argparse.Namespace, image_size: int) -> list[Sample]:
         raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(values)}")
     samples = list(samples[: args.limit])
     hint = "; for a file that a model was trained on add --split heldout" if split == "all" else ""
-    print(f"{len(samples)} samples of {args.task} from {' '.join(values)} ({split}){hint}")
+    print0(f"{len(samples)} samples of {args.task} from {' '.join(values)} ({split}){hint}")
     return samples
 
 
-def prediction_settings(args: argparse.Namespace, samples: Sequence[Sample]) -> str:
+def prediction_settings(args: Namespace, samples: Sequence[Sample]) -> str:
     """All that the completions depend on, as a line of JSON."""
-    other = ("out", "batch", "benchmark", "sbert", "sam", "reward", "predictions")
+    other = ("out", "batch", "suite", "benchmark", "sbert", "sam", "reward", "predictions")
     flags = {name: str(value) for name, value in vars(args).items() if name not in other}
     files = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, which cannot change
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

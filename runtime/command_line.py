@@ -83,8 +83,7 @@ def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:
         gloo = ("Connection closed by peer", "Connection reset")  # of its RuntimeErrors
         lost_peer = isinstance(error, DistError) or any(text in str(error) for text in gloo)
         if lost_peer and world_size() > 1:
-            exit_with_error(f"error: {LOST_PEER}, killed or with an error of its own; --resume "
-                            "continues from the last checkpoint")
+            exit_with_error(f"error: {LOST_PEER}, killed or with an error of its own; {hint}")
         exit_with_error(f"{first_line(error)}\n{traceback.format_exc()}")
 
 

@@ -60,11 +60,13 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, compute_dtype(), enabled=enabled, cache_enabled=False)
 
 
-def init_distributed(shard_size: int | None = None) -> DeviceMesh | None:
+def init_distributed(shard_size: int | None = None,
+                     timeout: timedelta = TIMEOUT) -> DeviceMesh | None:
     """Join the processes that torchrun started -> the mesh to shard over; None for one process.
 
     shard_size  ranks that share one copy of the model; None for all, a mesh (shards,). Fewer give a
                 mesh (copies, shards), hybrid sharding: weights are gathered within a node only.
+    timeout     how long a rank waits for another one
     Raises UserError if the number of processes is no multiple of shard_size.
     """
     size = shard_size or world_size()
@@ -83,7 +85,7 @@ def init_distributed(shard_size: int | None = None) -> DeviceMesh | None:
         return None
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     shape = (world_size() // size, size)
     mesh = init_device_mesh(device().type, shape, mesh_dim_names=("copies", "shards"))
     return mesh if size < world_size() else mesh["shards"]

@@ -1,4 +1,4 @@
-"""Short runs of both training scripts, one after the other, in the processes that torchrun starts;
+"""Short runs of the scripts, one after the other, in the processes that torchrun starts;
 tests/test_parallel.py compares them.
 
     torchrun --nproc-per-node 2 tests/several.py MODEL DATA OUT
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import evaluate
 import train_grpo
 import train_sft
 from runtime import distributed
@@ -37,6 +38,7 @@ RUNS = {
     # as on a GPU: float32 weights, bf16 compute, a bf16 copy that generates
     "bf16": (train_grpo, f"{GRPO} --steps 2"),
     "lora": (train_grpo, f"{GRPO} --lora 4 --steps 3"),
+    "eval": (evaluate, "--task det --limit 33 --batch 4 --max-new-tokens 32"),
 }
 
 

@@ -59,7 +59,7 @@ def assert_close(one, many):
         assert numbers(a) == pytest.approx(numbers(b), abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(RUNS.keys() - {"bf16"}))
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - {"bf16", "eval"}))
 def test_several_processes_train_the_model_that_one_trains(alone, together, name):
     one, many = alone / name, together / name
     assert_close(one, many)
@@ -69,6 +69,15 @@ def test_several_processes_train_the_model_that_one_trains(alone, together, name
         assert any(row["grad_norm"] > 0 for row in rows(one / "metrics.jsonl"))
     a, b = (load_file(out / "model/model.safetensors") for out in (one, many))
     assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+def test_several_processes_predict_what_one_predicts(alone, together):
+    """Nine batches, the last one of one sample: the last round is short."""
+    names = ["predictions.jsonl", "report.html", "scores.json"]
+    assert sorted(file.name for file in (together / "eval").iterdir()) == names
+    for name in names:
+        assert (alone / "eval" / name).read_bytes() == (together / "eval" / name).read_bytes()
+    assert len({row["completion"] for row in rows(alone / "eval/predictions.jsonl")}) > 10
 
 
 def test_lora_trains_only_its_adapters_and_is_saved_both_ways(together, sft):

@@ -354,6 +354,26 @@ def test_signal_stops_held_out_scoring_after_its_batch_and_nothing_is_lost(
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")
 
 
+@pytest.mark.parametrize("script, module, kept", [
+    ("train_grpo", "held_out", "there is no checkpoint yet"),
+    ("evaluate", "evaluate", "finished batches are kept, and the same command continues")])
+def test_second_signal_ends_held_out_scoring_and_evaluation_at_once(
+        sft, dataset, tmp_path, script, module, kept):
+    done = python(f"""
+import evaluate, train_grpo
+from metrics import held_out
+def predict(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+{module}.predict = predict
+sys.argv = ["script", "--task", "cls", "--model", {str(sft / "model")!r}, "--data",
+            {str(dataset)!r}, "--out", {str(tmp_path)!r}]
+run_main({script}.main)
+""", HF_HUB_OFFLINE="1")
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.endswith(f"\nSIGTERM again: the process ends now; {kept}\n")
+
+
 def failing(out, error):
     def main():
         Run(run_args(out, resume=True), {"lr": "1.0"}, FRESH)

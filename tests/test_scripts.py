@@ -1,5 +1,6 @@
 """The scripts from the outside: files and fields that others rely on, exact resume, and errors in one line."""
 
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,9 @@ import train_grpo
 import train_sft
 from conftest import GRPO, ROOT, SFT, rows, script, succeed
 from metrics.plots import plot_curves
+from metrics.suite import read_suite
 from metrics.training import stack_parts
+from rollout import predict
 from runtime import checkpoint
 from runtime.errors import UserError
 
@@ -110,7 +113,7 @@ def test_interrupted_evaluation_goes_on_but_not_with_another_model(sft, dataset,
         def counted(sampler, samples, *more):
             if len(batches) == stop_after:
                 raise KeyboardInterrupt
-            batches.append([s.id for s in samples])
+            batches.append(len(samples))
             return predict(sampler, samples, *more)
 
         with monkeypatch.context() as patch:
@@ -130,6 +133,97 @@ def test_interrupted_evaluation_goes_on_but_not_with_another_model(sft, dataset,
     assert evaluated(stop_after=1) == 1
     os.utime(tmp_path / "model/model.safetensors", ns=(1, 1))
     assert evaluated() == 3
+
+
+def evaluate_here(monkeypatch, *args, predict=predict):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "predict", predict)
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+        evaluate.main()
+
+
+def written(out):
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def suite(sft, dataset, tmp_path):
+    """Flags of a suite: two sets of the test's own and one with published rows; 4 batches of 6 samples each."""
+    lines = [("aid", "cls"), ("my-boxes", "det"), ("my-classes", "cls")]
+    (tmp_path / "suite.jsonl").write_text("".join(
+        json.dumps({"benchmark": name, "task": task, "data": str(dataset)}) + "\n" for name, task in lines))
+    return ["--suite", tmp_path / "suite.jsonl", "--model", sft / "model", "--limit", 24, "--batch", 6, "--max-new-tokens", 16,
+            "--out"]
+
+
+def test_suite_is_its_evaluations_and_a_table_beside_the_published_rows(suite, sft, dataset, tmp_path, monkeypatch):
+    evaluate_here(monkeypatch, *suite, tmp_path / "suite")
+    evaluate_here(monkeypatch, "--task", "det", "--data", dataset, *suite[2:], tmp_path / "alone")
+    files = written(tmp_path / "suite")
+    for name, content in written(tmp_path / "alone").items():
+        assert files[f"my-boxes/{name}"] == content
+    head, _, *table = ([cell.strip() for cell in line.split("|")[1:-1]] for line in files["suite.md"].decode().splitlines())
+    assert head == ["benchmark", "samples", "score", "this run", "GPT-4o", "InternVL-8B", "Qwen2.5-VL-3B", "GeoChat", "EarthDial",
+                    "GeoVLM-R1"]
+    scores = {name: json.loads(files[f"{name}/scores.json"]) for name in ("aid", "my-boxes", "my-classes")}
+    assert table[0] == ["aid", "24", "token_recall", f"{100 * scores['aid']['token_recall']:.2f}",
+                        "74.73", "60.40", "58.27", "72.03", "88.76", "88.46"]
+    assert [row[:4] for row in table[1:]] == [[name, "24", score, f"{100 * scores[name][score]:.2f}"]
+                                              for name in ("my-boxes", "my-classes") for score in ("format", "accuracy_reward")]
+    assert all(row[4:] == ["-"] * 6 for row in table[1:])
+
+
+@pytest.mark.parametrize("batches", [2, 5, 11])
+def test_killed_suite_continues_and_ends_as_an_unbroken_one(suite, tmp_path, monkeypatch, batches):
+    """Killed inside each benchmark, with half a line and with the zeros that a power cut leaves."""
+    evaluate_here(monkeypatch, *suite, tmp_path / "whole")
+    count = itertools.count()
+
+    def killed(*args):
+        if next(count) == batches:
+            raise Killed
+        return predict(*args)
+    with pytest.raises(Killed):
+        evaluate_here(monkeypatch, *suite, tmp_path / "broken", predict=killed)
+    assert not (tmp_path / "broken/suite.md").exists()
+    for n, file in enumerate(sorted(tmp_path.glob("broken/*/predictions.partial"))):
+        file.write_bytes(file.read_bytes() + [b'[[3, "half a li', b"\0\0\0\n"][n % 2])
+    count = itertools.count(-100)
+    evaluate_here(monkeypatch, *suite, tmp_path / "broken", predict=killed)
+    assert next(count) + 100 == 12 - batches
+    assert written(tmp_path / "broken") == written(tmp_path / "whole")
+
+
+def test_signal_ends_an_evaluation_after_its_batch(suite, tmp_path, monkeypatch, capfd):
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*args)
+    with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))):
+        evaluate_here(monkeypatch, *suite, tmp_path / "out", predict=signalled)
+    said, acknowledged = capfd.readouterr()
+    assert "SIGTERM: stopping after this batch; a second signal ends the process" in acknowledged
+    assert f"6 of 24 predictions are in {tmp_path}/out/aid/predictions.partial" in said
+    assert len((tmp_path / "out/aid/predictions.partial").read_text().splitlines()) == 2
+    assert list(written(tmp_path / "out")) == ["aid/predictions.partial"]
+
+
+@pytest.mark.parametrize("line, says", [
+    ('{"benchmark": "b", "task": "cls", "data": "synthetic", "split": "test"}', "unknown key 'split'"),
+    ('{"benchmark": "b", "task": "cls"}', "the key 'data' is missing"),
+    ('{"benchmark": "b", "task": "cls", "data": "nowhere.json"}', "data nowhere.json: no such file"),
+    ('{"benchmark": "b", "task": "cls", "data": ["synthetic"]}', "data is not a text"),
+    ('{"benchmark": "a", "task": "cls", "data": "synthetic"}', "there is a benchmark a before"),
+    ('{"benchmark": "b", "task": "ship", "data": "synthetic"}', "unknown task 'ship'"),
+    ('{"benchmark": "aid", "task": "det", "data": "synthetic"}', "aid is a table of task cls, not det"),
+    ('{"benchmark": "../b", "task": "cls", "data": "synthetic"}', "'../b' names a folder"),
+    ('["b", "cls", "synthetic"]', "not an object"),
+    ('{"benchmark": "b"', "not valid JSON"),
+])
+def test_wrong_line_of_a_suite_is_named(tmp_path, line, says):
+    file = tmp_path / "suite.jsonl"
+    file.write_text(f'{{"benchmark": "a", "task": "cls", "data": "synthetic"}}\n{line}\n')
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: line 2: .*{re.escape(says)}"):
+        read_suite(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,6 +451,10 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("evaluate.py", "--task det --no-think --predictions a.jsonl", "--no-think changes what a model is asked.* leave --no-think out"),
     ("evaluate.py", "--task det --system EMPTY/text.jsonl --predictions a.jsonl", "--system changes what a model is asked"),
     ("train_sft.py", "--task det --model EMPTY --reward det=typo", "no reward of det has this name"),  # it once trained first
+    ("evaluate.py", "--data synthetic", "either --task or --suite"),
+    ("evaluate.py", "--task det --suite suite.jsonl", "either --task or --suite"),
+    ("evaluate.py", "--suite suite.jsonl --data d.json", "--suite names the data of each benchmark; leave --data out"),
+    ("evaluate.py", "--suite EMPTY/none.jsonl", "none.jsonl: no benchmarks"),
     ("evaluate.py", "--task det --predictions nowhere.jsonl", "nowhere.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/none.jsonl", "none.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/text.jsonl", "text.jsonl: line 1"),
