@@ -43,7 +43,7 @@ from data import (
     split_sources,
 )
 from metrics import benchmarks, published
-from metrics.batches import batches_by_length, local_batches
+from metrics.batches import batches_by_length, local_batches, read_partial
 from metrics.report import write_report
 from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
@@ -253,25 +253,6 @@ def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str
         print0(f"{len(done)} of {len(samples)} predictions are in {file}")
         raise KeyboardInterrupt(number)
     return samples, [done[i] for i in range(len(samples))]
-
-
-def read_partial(file: Path, settings: str) -> dict[int, str]:
-    """{index of a sample: completion} as an interrupted evaluation with these settings left them.
-    From the first damaged line on, such as a torn last one, the file is cut."""
-    lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
-    if lines[:1] != [settings]:
-        lines = [settings]
-    done = {}
-    for n, line in enumerate(lines[1:], 1):
-        try:
-            done |= dict(json.loads(line))
-        except (ValueError, TypeError):
-            lines = lines[:n]
-            break
-    shortened = file.with_suffix(".shortened")
-    shortened.write_text("".join(line + "\n" for line in lines))
-    shortened.replace(file)
-    return done
 
 
 def load_evaluation(args: Namespace, image_size: int) -> list[Sample]:

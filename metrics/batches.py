@@ -1,7 +1,10 @@
-"""Many samples as batches: by length, divided among the ranks, encoded in advance."""
+"""Many samples as batches: by length, divided among the ranks, encoded in advance, and what is left
+of them after an interruption."""
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from data import prefetch
 from model import Processor, Prompts, encode
@@ -25,3 +28,22 @@ def local_batches(processor: Processor, samples: Sequence[Sample],
     local = ((indices, [samples[i] for i in indices]) for indices in padded[rank()::world_size()])
     for indices, _, prompts in prefetch(local, partial(encode, processor)):
         yield indices, prompts
+
+
+def read_partial(file: Path, settings: str) -> dict[int, str]:
+    """{index of a sample: completion} as an interrupted evaluation with these settings left them.
+    From the first damaged line on, such as a torn last one, the file is cut."""
+    lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
+    if lines[:1] != [settings]:
+        lines = [settings]
+    done = {}
+    for n, line in enumerate(lines[1:], 1):
+        try:
+            done |= dict(json.loads(line))
+        except (ValueError, TypeError):
+            lines = lines[:n]
+            break
+    shortened = file.with_suffix(".shortened")
+    shortened.write_text("".join(line + "\n" for line in lines))
+    shortened.replace(file)
+    return done
