@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from metrics.batches import batches_by_length, local_batches
-from rewards import REWARD_PARTS, Sam, Sbert, score_completion
+from rewards import REWARD_PARTS, Sam, Sbert, extract_answer, score_completion
 from rollout import Sampler, predict
 from runtime.distributed import all_gather_object, rank, world_size
 from runtime.logging import print0
@@ -43,12 +43,22 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
         if batch:
             texts = predict(sampler, prompts, max_new_tokens)
             greedy += score_all(texts, batch, reward_models)
+            if 0 in indices:
+                at = indices.index(0)
+                print_example(batch[at], texts[at][0], greedy[at - len(batch)])
             texts = predict(sampler, prompts, max_new_tokens, NUM_SAMPLED, temperature, indices)
             sampled += score_all(texts, batch, reward_models)
     greedy_means = mean_parts(greedy)
     sampled_means = mean_parts(sampled)
     return {"sampled": sampled_means.pop("accuracy"), "greedy": greedy_means["accuracy"],
             "format": sampled_means.pop("format"), **sampled_means}
+
+
+def print_example(sample: Sample, text: str, parts: Mapping[str, float]) -> None:
+    """The greedy answer to a question that is the same each time, so that a reader sees it change."""
+    question = " ".join(sample.question.split())
+    print(f"    e.g. {question[:90]} -> {(extract_answer(text) or 'no answer')[:60]} (target "
+          f"{sample.gt_answer[:60]}), accuracy reward {parts['accuracy']:.3f}", flush=True)
 
 
 def held_out_by_task(sampler: Sampler, held_out: Mapping[str, Sequence[Sample]],

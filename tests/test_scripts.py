@@ -382,6 +382,12 @@ def test_mixed_stage_trains_on_both_tasks_and_shows_what_was_forgotten(mixed):
     assert before_and_after[0][2] == before_and_after[1][1]  # the second stage begins where the first one ended
 
 
+def test_held_out_scoring_shows_the_answer_to_the_same_question_before_and_after(mixed):
+    shown = re.findall(r"^(\w+): scoring .*\n    e\.g\. (.*) -> .*(\(target .*\)), accuracy reward \d\.\d{3}$", mixed[1], re.MULTILINE)
+    assert [task for task, *_ in shown] == ["cls", "cls", "det", "cls", "det"]
+    assert len(set(shown)) == 2
+
+
 def test_earlier_stage_is_scored_again_after_a_later_one(staged):
     assert [list(row.get("heldout_tasks", {})) for row in rows(staged / "metrics.jsonl")] == [[], ["cls"], [], ["cls", "det"]]
     last = rows(staged / "metrics.jsonl")[-1]
