@@ -8,21 +8,27 @@ Shapes: B prompts, G completions of each, P prompt tokens and C completion token
 right), V vocabulary, E hidden size, L tokens that go in, M tokens with a log-prob.
 """
 
+import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionPatchEmbed,
     Qwen2_5_VLRMSNorm,
@@ -32,12 +38,21 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.vision_utils import get_vision_position_ids
 
 from attention import SharedPrompt, make_completion_attention_mask
-from runtime.distributed import autocast, compute_dtype, device, to_compute_dtype
+from runtime.distributed import (
+    autocast,
+    compute_dtype,
+    device,
+    full_tensor,
+    rank,
+    to_compute_dtype,
+)
 from runtime.errors import UserError, first_line
+from runtime.logging import print0
 from sample import Sample, chat_template, format_prompt, load_images
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # Qwen2.5-VL ends a turn with either
 ATTENTION = {"text_config": "shared_prompt", "vision_config": "sdpa"}
+MAX_FILE_SIZE = "500MB"  # of a saved model; a larger tensor has a file of its own
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,23 +64,32 @@ class Processor(NamedTuple):
     image_size: int  # side in pixels of the square that every image is resized to
 
 
-def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processor]:
-    """Model (float32 weights, on the CPU) and processor from `tiny`, a folder or a hub id.
+def load_model(name: str, image_size: int | None = None,
+               merge: bool = True) -> tuple[Qwen, Processor]:
+    """Model and processor from `tiny`, a folder, a hub id, or a folder of adapters (peft's layout).
 
     image_size  None takes the size that a checkpoint of this project was saved with, else 448
-    Only safetensors and only transformers' own code are read. Raises UserError if the checkpoint
-    is unreadable or incomplete.
+    merge       of adapters: False returns their base alone, for add_adapters
+    The weights are on the CPU, in the file's precision, and mapped from it: they are read when they
+    are used, and the processes of a node share them. Only safetensors and only transformers' own
+    code are read. Raises UserError if the checkpoint is unreadable or incomplete.
     """
     disable_progress_bar()  # transformers' own; it would break up the lines of a training run
-    folder = Path(__file__).parent / "tiny" if name == "tiny" else name
+    folder = base = Path(__file__).parent / "tiny" if name == "tiny" else name
     if name.count("/") != 1 and not Path(folder).exists():  # a hub id has one slash
         raise UserError(f"--model {name}: no such folder")
     if Path(folder, "model").is_dir() and not Path(folder, "config.json").exists():
         raise UserError(f"--model {name}: a run's folder; its model is {Path(folder, 'model')}")
     try:
+        if has_adapters(name):
+            base = json.loads(Path(name, "adapter_config.json").read_text())[
+                "base_model_name_or_path"]
+            print0(f"--model {name}: adapters of {base}, {'merged' if merge else 'continued'}")
         model, report = Qwen.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            base, dtype="auto", use_safetensors=True, trust_remote_code=False,
             attn_implementation=ATTENTION, output_loading_info=True)
+        # Adapters of other programs have no processor.
+        folder = folder if Path(folder, "preprocessor_config.json").exists() else base
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # The PIL backend by name: torchvision's is the default where it is installed, and resizes
         # a little differently, so two machines would not agree.
@@ -77,6 +101,9 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
     if missing:  # transformers only warns, and fills them with random weights
         raise UserError(f"--model {name}: not a whole Qwen2.5-VL: no weights for {min(missing)} "
                         f"and {len(missing) - 1} more")
+    if has_adapters(name) and merge:
+        # In float32: bf16 would round small changes away.
+        model = read_adapters(model.float(), name).merge_and_unload().requires_grad_(True)
     min_pixels = image_processor.size["shortest_edge"]  # both are areas, in spite of their names
     max_pixels = image_processor.size["longest_edge"]
     if image_size is None:  # Qwen's own files give a range
@@ -86,63 +113,186 @@ def load_model(name: str, image_size: int | None = None) -> tuple[Qwen, Processo
     return use_fused_layers(model), Processor(tokenizer, image_processor, image_size)
 
 
-def save_model(model: PreTrainedModel, processor: Processor, folder: Path,
-               system: str | None = None, thinking: bool = True) -> None:
-    """Save in Hugging Face format; system and thinking are those of the Samples that it was trained
-    on. Raises UserError if the files cannot be written.
-
-    So that other programs ask the model as this one does, its chat template, image processor and
-    generation config replace those of a hub model.
-    Written beside `folder` and moved there when complete, so that no run reads half a model.
-    """
-    disable_progress_bar()
-    tokenizer, image_processor, _ = processor
-    tokenizer.chat_template = chat_template(system, thinking)
-    image_processor.do_resize = False  # it cannot make a square of an image, as load_images does
-    model.generation_config = GenerationConfig(  # greedy, without Qwen's penalty on repetition
-        eos_token_id=tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)),
-        pad_token_id=tokenizer.pad_token_id, suppress_tokens=vision_token_ids(model))
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, moved there when complete, so that no run reads half a
+    model. The first rank writes. Raises UserError if it cannot."""
     partial_folder = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial_folder, ignore_errors=True)  # left by a run that was killed
-        model.save_pretrained(partial_folder)
-        tokenizer.save_pretrained(partial_folder)
-        image_processor.save_pretrained(partial_folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
+        if rank() == 0:
+            shutil.rmtree(partial_folder, ignore_errors=True)  # left by a run that was killed
+            partial_folder.mkdir(parents=True)
+        yield partial_folder
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk raises either
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({first_line(error)})") from error
 
 
-def add_adapters(model: Qwen, rank: int) -> "PeftModel":  # noqa: F821  peft is optional
-    """Add LoRA (https://arxiv.org/abs/2106.09685) to all linear layers of the language model.
+def save_model(model: Qwen, processor: Processor, folder: Path, system: str | None = None,
+               thinking: bool = True, adapters: "PeftModel | None" = None) -> None:  # noqa: F821
+    """Save in Hugging Face format, with LoRA merged; or only `adapters`, peft's view of the model.
 
-    In place: W x + 2 B A x, with A (rank, in) random and B (out, rank) zero. Only A and B learn, so
-    the rest is cast to compute_dtype. Returns peft's view of the model, which can save the adapters
-    and merge them.
+    All ranks call it, as a sharded model is gathered for it. `system` and `thinking` are those of
+    the Samples that it was trained on. So that other programs ask the model as this one does, its
+    chat template, image processor and generation config replace those of a hub model. Raises
+    UserError if the files cannot be written.
     """
+    config, tokenizer = model.config, processor.tokenizer
+    generation_config = GenerationConfig(  # greedy, without Qwen's penalty on repetition
+        eos_token_id=tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=vision_token_ids(model))
+    with complete_folder(folder) as partial_folder:
+        if adapters:
+            save_adapters(adapters, model, partial_folder)
+        else:
+            save_weights(model, partial_folder)
+        if rank() == 0:
+            save_processor(processor, partial_folder, system, thinking)
+        if rank() == 0 and not adapters:
+            config.architectures = [type(model).__name__]
+            for part in (config, config.text_config, config.vision_config):
+                part.dtype = torch.float32
+            config.save_pretrained(partial_folder)
+            generation_config.save_pretrained(partial_folder)
+
+
+def save_processor(processor: Processor, folder: Path, system: str | None = None,
+                   thinking: bool = True) -> None:
+    tokenizer, image_processor, _ = processor
+    tokenizer.chat_template = chat_template(system, thinking)
+    image_processor.do_resize = False  # it cannot make a square of an image, as load_images does
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+
+
+def save_weights(model: Qwen, folder: Path) -> None:
+    """Write the weights in float32, because bf16 would round what was learned. No more than a file
+    of them is in memory; transformers' save_pretrained would need all of them."""
+    shapes = {name.replace(".base_layer", ""): torch.empty(weight.shape, device="meta")
+              for name, weight in model.named_parameters() if "lora_" not in name}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_FILE_SIZE)
+    weight_map = {}
+    for file, names in split.filename_to_tensors.items():
+        weights = {}
+        for name in names:
+            weight = merged_weight(model, name)
+            if rank() == 0:
+                weights[name] = weight.cpu()
+        if rank() == 0:
+            weights = revert_weight_conversion(model, weights)  # to the names of hub files
+            save_file(weights, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(weights, file)
+    if rank() == 0 and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+@torch.no_grad()
+def merged_weight(model: Qwen, name: str) -> Tensor:
+    """A whole weight in float32, that of a layer with LoRA as W + scaling B A."""
+    module_name, _, kind = name.rpartition(".")
+    layer = model.get_submodule(module_name)
+    if not hasattr(layer, "lora_A"):
+        return full_tensor(getattr(layer, kind)).float()
+    weight = full_tensor(getattr(layer.base_layer, kind)).float()
+    if kind == "weight":
+        A, B = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+        weight = weight + layer.scaling["default"] * (B @ A)
+    return weight
+
+
+# LoRA (https://arxiv.org/abs/2106.09685): W x + 2 B A x, with A (rank, in) random and B (out, rank)
+# zero at first. peft puts A and B into the layers of the model, and its view of the model, a
+# PeftModel, knows how they are saved.
+
+def has_adapters(name: str) -> bool:
+    """Whether --model names a folder of adapters."""
+    return Path(name, "adapter_config.json").is_file()
+
+
+def import_peft() -> ModuleType:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError:
-        raise UserError("--lora needs peft: pip install peft")
+        raise UserError("LoRA needs peft: pip install peft")
+    return peft
+
+
+def read_adapters(model: Qwen, folder: str) -> "PeftModel":  # noqa: F821  peft is optional
+    """Put the adapters of a folder into the model. Raises UserError if they do not belong there."""
+    peft = import_peft()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return peft.PeftModel.from_pretrained(
+                model, folder, is_trainable=True, torch_device="cpu")
+    except Exception as error:  # peft raises several types
+        raise UserError(f"--model {folder}: its adapters cannot be read "
+                        f"({first_line(error)})") from error
+
+
+def add_adapters(model: Qwen, rank: int, folder: str = "",
+                 with_reference: bool = False) -> "PeftModel":  # noqa: F821
+    """Add LoRA to all linear layers of the language model, or continue the adapters of a folder.
+
+    Only A and B learn, so the rest is cast to compute_dtype. `with_reference` adds a frozen copy of
+    A and B, for update_reference. Raises UserError if the folder's adapters have another rank.
+    """
+    peft = import_peft()
     to_compute_dtype(model)
-    targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    if has_adapters(folder):
+        adapters = read_adapters(model, folder)
+        model.model.visual.requires_grad_(False)  # other programs may have adapted it
+        config = adapters.peft_config["default"]
+        if config.r != rank:
+            raise UserError(f"--lora {rank}: the adapters in {folder} have rank {config.r}; give "
+                            "that, or leave --lora out to train all weights")
+    else:
+        targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+        adapters = peft.get_peft_model(model, config)
+    if with_reference:
+        adapters.add_adapter("reference", config)
+    return adapters
+
+
+def save_adapters(adapters: "PeftModel", model: Qwen, folder: Path) -> None:  # noqa: F821
+    """Write the adapters of a model that may be sharded, in peft's layout."""
+    weights = {f"base_model.model.{name}": full_tensor(weight.detach()).float().cpu()
+               for name, weight in model.named_parameters() if ".default." in name}
+    if rank() == 0:
+        adapters.save_pretrained(folder, state_dict=weights, selected_adapters=["default"],
+                                 save_embedding_layers=False)
+
+
+def adapted_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+
+
+@torch.no_grad()
+def update_reference(policy: torch.nn.Module) -> None:
+    """Make the adapters as they are now the reference, where with_reference has made room."""
+    for layer in adapted_layers(policy):
+        for part in (layer.lora_A, layer.lora_B):
+            if "reference" in part:
+                part["reference"].weight.copy_(part["default"].weight)
 
 
 @contextmanager
-def without_adapters(module: torch.nn.Module) -> Iterator[None]:
-    """A context without LoRA. In it the model is the one that training started from, so the
-    reference needs no copy."""
-    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(False)
+def reference_adapters(policy: torch.nn.Module) -> Iterator[None]:
+    """A context in which the policy is the reference: the model with the reference's adapters,
+    without any if there are none. So the reference needs no copy of the model."""
+    # Not peft's set_adapter, which also changes what learns.
+    for layer in adapted_layers(policy):
+        layer._active_adapter = ["reference"]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer in adapted_layers(policy):
+            layer._active_adapter = ["default"]
 
 
 class LinearPatchEmbed(Qwen2_5_VisionPatchEmbed):

@@ -56,11 +56,13 @@ from model import (
     collate,
     default_pack_tokens,
     encode,
+    has_adapters,
     load_model,
     pack_groups,
+    reference_adapters,
     save_model,
+    update_reference,
     with_image_embeds,
-    without_adapters,
 )
 from rewards import REWARD_PARTS, score_completion
 from rollout import Sampler, replace_groups, uniforms
@@ -79,7 +81,6 @@ from runtime.distributed import (
     barrier,
     build_policy_and_sampling_model,
     full_tensor,
-    gather_full_model,
     init_distributed,
     make_ref_model,
     rank,
@@ -202,9 +203,6 @@ def check_args(args: argparse.Namespace, stages: list[list[str]]) -> None:
                         "processes; take a multiple")
     if args.tensorboard:
         check_tensorboard()
-    if args.lora and len(stages) > 1:
-        raise UserError("--lora has one stage, whose reference is the model without adapters; run "
-                        "the tasks one by one, each from the previous one's model/")
 
 
 def main() -> None:
@@ -213,8 +211,11 @@ def main() -> None:
     check_args(args, stages)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
-    model, processor = load_model(args.model, args.image_size)
-    adapters = add_adapters(model, args.lora) if args.lora else None
+    model, processor = load_model(args.model, args.image_size, merge=not args.lora)
+    adapters = None
+    if args.lora:  # new adapters change nothing, so the first stage's reference needs none
+        starts_adapted = len(stages) > 1 or has_adapters(args.model)
+        adapters = add_adapters(model, args.lora, args.model, args.beta and starts_adapted)
     if args.freeze:
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -252,7 +253,9 @@ def main() -> None:
         tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
         ref_model = None                                        # frees the previous stage's memory
         optimizer = None
-        if args.beta and not adapters:  # with LoRA, the reference is the policy without adapters
+        if adapters:                    # the reference is the policy with those that it has now
+            update_reference(policy)
+        elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
         trainable = [param for param in policy.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
@@ -366,7 +369,7 @@ def main() -> None:
                         logprob_diffs.append(diff[mask].sum())
                         ref_logprobs.append(None)
                         if args.beta:
-                            with torch.no_grad(), without_adapters(policy):
+                            with torch.no_grad(), reference_adapters(policy):
                                 ref_logprobs[i] = (policy if adapters else ref_model)(
                                     inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
@@ -414,12 +417,10 @@ def main() -> None:
         progress = progress | {"step": 0, "before": after}      # the next stage starts at step 0
         console.print_held_out(held_out, before, after)
 
-    model = gather_full_model(policy, sampling_model)
-    if rank() == 0:
-        if adapters:
-            adapters.save_pretrained(args.out / "adapter")
-            model = adapters.merge_and_unload()
-        save_model(model, processor, args.out / "model", args.system, not args.no_think)
+    chat = {"system": args.system, "thinking": not args.no_think}
+    if adapters:
+        save_model(policy.model, processor, args.out / "adapter", **chat, adapters=adapters)
+    save_model(policy.model, processor, args.out / "model", **chat)
     write_pages(args.out, args.task)
     barrier()  # until the first rank has saved
     run.close()

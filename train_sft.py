@@ -42,7 +42,15 @@ from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.reward_choices import add_reward_flag, parse_rewards
 from metrics.training import Console
-from model import Policy, Processor, collate, encode, load_model, save_model
+from model import (
+    Policy,
+    Processor,
+    add_adapters,
+    collate,
+    encode,
+    load_model,
+    save_model,
+)
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import (
@@ -59,7 +67,6 @@ from runtime.distributed import (
     build_policy_and_sampling_model,
     device,
     full_tensor,
-    gather_full_model,
     init_distributed,
     rank,
     sync_sampling_model,
@@ -105,6 +112,9 @@ def parse_args() -> argparse.Namespace:
                        help="samples per forward pass; lower it to save memory")
     flags.add_argument("--gradient-checkpointing", action="store_true",
                        help="recompute activations: slower, less memory")
+    flags.add_argument("--lora", type=positive_int,
+                       help="train LoRA adapters of this rank in the language model, nothing else")
+    flags.add_argument("--freeze", choices=["vision"], help="do not train the vision tower")
     flags.add_argument("--lr", type=float, default=1e-3,
                        help="peak learning rate (the real 3B model: 1e-5)")
     flags.add_argument("--warmup", type=non_negative_int, default=20,
@@ -138,6 +148,8 @@ def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
+    if args.lora and args.model == "scratch":
+        raise UserError("--lora adapts a trained model, and --model scratch has random weights")
     if args.tensorboard:
         check_tensorboard()
 
@@ -160,9 +172,12 @@ def main() -> None:
                   for sample in get_batch(splits[task].train, 0, 500, args.seed)]
         model, processor = new_tiny_model(corpus, image_size)
     else:
-        model, processor = load_model(args.model, args.image_size)
+        model, processor = load_model(args.model, args.image_size, merge=not args.lora)
         image_size = processor.image_size
         splits = load(image_size=image_size)
+    adapters = add_adapters(model, args.lora, args.model) if args.lora else None
+    if args.freeze:
+        model.model.visual.requires_grad_(False)
     console = Console(args.steps)
     console.print_model(args.model, model, image_size)
     data = [splits[task].train for task in tasks]
@@ -180,7 +195,8 @@ def main() -> None:
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     if sampling_model is not policy.model:
         sampling_model.cpu()  # not needed before the end
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99),
+    trainable = [param for param in policy.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
                                   weight_decay=args.weight_decay, fused=torch.cuda.is_available())
     if first_step:
         run.load_checkpoint(policy, optimizer)
@@ -238,9 +254,11 @@ def main() -> None:
         if rewards:
             means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
             print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
-    model = gather_full_model(policy, sampling_model)
+    chat = {"system": args.system, "thinking": not args.no_think}
+    if adapters:
+        save_model(policy.model, processor, args.out / "adapter", **chat, adapters=adapters)
+    save_model(policy.model, processor, args.out / "model", **chat)
     if rank() == 0:
-        save_model(model, processor, args.out / "model", args.system, not args.no_think)
         with errors_as_warnings("curves.png"):
             plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
     barrier()  # until the first rank has saved

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.nn import Module
@@ -198,12 +197,9 @@ class Run(Stoppable):
             dcp.load(state, checkpoint_id=folder)
         except CheckpointException as error:
             raise UserError(f"--resume: {folder} is not of this model ({reason(error)})") from error
-        set_model_state_dict(policy, state["policy"])
         groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
         moments = {"state": state["moments"], "param_groups": groups}
         set_optimizer_state_dict(policy, optimizer, moments)
-        if ref_model is not None:
-            set_model_state_dict(ref_model, state["reference"])
 
 
 def lock(out: Path) -> TextIO:
@@ -333,8 +329,15 @@ def state_dict(policy: Module, optimizer: Optimizer, ref_model: Module | None) -
     if has_no_moments:  # torch made them by a step that must not count in Adam's bias correction
         for moment in optimizer.state.values():
             moment["step"].zero_()
-    reference = {} if ref_model is None else get_model_state_dict(ref_model)
-    return {"policy": get_model_state_dict(policy), "moments": moments, "reference": reference}
+    reference = {} if ref_model is None else weights_by_name(ref_model)
+    return {"policy": weights_by_name(policy), "moments": moments, "reference": reference}
+
+
+def weights_by_name(module: Module) -> dict:
+    """The weights themselves, so what is read into the dict is read into the module. Tied ones are
+    there once."""
+    once = {name for name, _ in module.named_parameters()}
+    return {name: weight for name, weight in get_model_state_dict(module).items() if name in once}
 
 
 def reason(error: BaseException) -> str:

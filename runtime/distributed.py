@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from runtime.errors import UserError
 
@@ -85,7 +85,8 @@ def init_distributed(shard_size: int | None = None,
         return None
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout,
+                                device_id=device() if backend == "nccl" else None)
     shape = (world_size() // size, size)
     mesh = init_device_mesh(device().type, shape, mesh_dim_names=("copies", "shards"))
     return mesh if size < world_size() else mesh["shards"]
@@ -104,12 +105,12 @@ def destroy() -> None:
 def to_compute_dtype(module: Module, vectors: bool = False) -> Module:
     """Cast a frozen module's matrices, in place, to what its forward pass computes with.
 
-    Vectors (norms, biases) stay float32, as autocast leaves them, so log-probs do not change. FSDP
+    Vectors (norms, biases) are float32, as autocast leaves them, so log-probs do not change. FSDP
     casts them too; `vectors` does so in the whole copy of a sharded model. Buffers are not cast.
     """
     for weight in module.parameters():
-        if vectors or weight.dim() > 1:
-            weight.data = weight.data.to(compute_dtype())
+        is_cast = vectors or weight.dim() > 1
+        weight.data = weight.data.to(compute_dtype() if is_cast else torch.float32)
     return module
 
 
@@ -118,15 +119,21 @@ def build_policy_and_sampling_model(policy: Module,
     """A policy on the CPU -> (the policy that learns, sharded; the whole model that generates).
 
     They share their weights where one process has nothing to cast: on a CPU, and with LoRA, whose
-    frozen matrices are in compute_dtype already. No GPU ever holds the whole model in float32,
-    because sharding moves one unit at a time.
+    frozen matrices are in compute_dtype already. The weights come mapped from a file, and become
+    float32 as shards. So neither the host nor a GPU ever holds the whole model in float32.
     """
     sampling_model = policy.model  # the original: peft's view of it saves the adapters
-    if mesh is None and any(w.dtype == compute_dtype() for w in policy.parameters()):
-        return policy.to(device()), sampling_model
-    policy = copy.deepcopy(policy)
+    has_adapters = any("lora_" in name for name, _ in policy.named_parameters())
+    is_shared = mesh is None and (has_adapters or compute_dtype() == torch.float32)
+    if not is_shared:  # the copy has the same weights until it is moved or sharded
+        same = {id(w): Parameter(w.data, w.requires_grad) for w in policy.parameters()}
+        policy = copy.deepcopy(policy, same)
     policy = policy.to(device()) if mesh is None else apply_fsdp(policy, mesh)
-    return policy, to_compute_dtype(sampling_model, vectors=True).to(device())
+    if not has_adapters:
+        policy.float()
+    if not is_shared:
+        to_compute_dtype(sampling_model, vectors=True).to(device())
+    return policy, sampling_model
 
 
 def make_ref_model(policy: Module, sampling_model: Module, mesh: DeviceMesh | None) -> Module:
@@ -161,14 +168,6 @@ def sync_sampling_model(sampling_model: Module, policy: Module) -> None:
         return
     for weight, shard in zip(sampling_model.parameters(), policy.model.parameters(), strict=True):
         weight.copy_(full_tensor(shard.to(weight.dtype)))
-
-
-def gather_full_model(policy: Module, sampling_model: Module) -> Module:
-    """The trained weights as a whole model in float32 on the CPU. Overwrites `sampling_model`."""
-    # Float32, because bf16 would round; on every rank, or the gathered shards would differ in size.
-    sampling_model.cpu().float()
-    sync_sampling_model(sampling_model, policy)
-    return sampling_model
 
 
 # --------------------------------------------------------------------------------------------------

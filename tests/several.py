@@ -37,7 +37,9 @@ RUNS = {
     "frozen": (train_grpo, f"{GRPO} --freeze vision --steps 2"),
     # as on a GPU: float32 weights, bf16 compute, a bf16 copy that generates
     "bf16": (train_grpo, f"{GRPO} --steps 2"),
-    "lora": (train_grpo, f"{GRPO} --lora 4 --steps 3"),
+    "lora": (train_grpo, f"{GRPO} --task cls,det --lora 4 --steps 2"),
+    "sft lora": (train_sft, f"{SFT} --lora 4"),
+    "sft frozen": (train_sft, f"{SFT} --freeze vision"),
     # of the embedded default, whose answers differ; those to the tests' data are all the same
     "eval": (evaluate, "--task det --model tiny --data synthetic --limit 33 --batch 4"),
 }

@@ -11,10 +11,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2_5_VLConfig
 
 from conftest import ROOT, rows
+from model import load_model
 from several import RUNS
 from tools import sizing
+from tools.random_checkpoint import save_random_checkpoint
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
                             "OMP_NUM_THREADS": "1"}
@@ -63,7 +66,7 @@ def assert_close(one, many):
 def test_several_processes_train_the_model_that_one_trains(alone, together, name):
     one, many = alone / name, together / name
     assert_close(one, many)
-    if name != "sft":
+    if "sft" not in name:
         texts = [[row["completion"] for row in rows(out / "samples.jsonl")] for out in (one, many)]
         assert texts[0] == texts[1]
         assert any(row["grad_norm"] > 0 for row in rows(one / "metrics.jsonl"))
@@ -98,6 +101,27 @@ def test_lora_trains_only_its_adapters_and_is_saved_both_ways(together, sft):
     assert not torch.allclose(merged, start, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["lora", "sft lora"])
+def test_a_folder_of_adapters_is_the_model_that_they_are_merged_into(together, name):
+    """load_model merges them into their base, as was done for model/, and as peft does."""
+    from peft import PeftModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    adapter, model = together / name / "adapter", together / name / "model"
+    loaded = load_model(str(adapter))[0].state_dict()
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    peft_model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    of_peft = PeftModel.from_pretrained(peft_model, adapter).merge_and_unload().state_dict()
+    for other in (load_model(str(model))[0].state_dict(), of_peft):
+        assert loaded.keys() == other.keys()
+        assert all(torch.allclose(loaded[key], other[key], atol=1e-6) for key in loaded)
+
+
+def test_each_stage_of_lora_is_held_near_its_own_start(alone):
+    """Once LoRA had one stage: its reference was the model without adapters."""
+    kl = [row["kl"] for row in rows(alone / "lora/metrics.jsonl")]
+    assert kl[0] == kl[2] == 0 and kl[1] > 1e-4 and kl[3] > 1e-4
+
+
 def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(together):
     """The whole model is gathered in float32. Once the other ranks' copies were still bf16, and
     ranks gathered shards of different sizes."""
@@ -108,8 +132,9 @@ def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(to
     assert first["kl"] == 0 < second["kl"] and first["sampling_gap"] < 0.02
 
 
-def test_frozen_vision_does_not_change(alone, sft):
-    folders = (sft, alone / "frozen")
+@pytest.mark.parametrize("name", ["frozen", "sft frozen"])
+def test_frozen_vision_does_not_change(alone, sft, name):
+    folders = (sft, alone / name)
     start, end = (load_file(folder / "model/model.safetensors") for folder in folders)
     for key in start:
         if "visual" in key or "self_attn" in key:
@@ -177,3 +202,57 @@ def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(tmp_path
 def test_sizing_counts_the_parameters_of_the_published_models(size, published):
     """Half the total_size of their model.safetensors.index.json, which are bf16."""
     assert sizing.parameters(size)["all"] == published
+
+
+MEMORY = f"""if True:
+    import gc, os, resource, sys
+    from pathlib import Path
+    sys.path.insert(0, {str(ROOT)!r})
+    import torch
+    from model import Policy, load_model, save_model
+    from runtime import distributed
+    from tests.several import users_of_compute_dtype
+
+    def peak():  # not ru_maxrss, which begins with the parent's
+        line = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+        return 1024 * int(line.split()[1])
+
+    folder, out = map(Path, sys.argv[1:])
+    for module in users_of_compute_dtype():
+        module.compute_dtype = lambda: torch.bfloat16
+    mesh = distributed.init_distributed()
+    model, processor = load_model(str(folder))
+    before = peak()
+    policy, sampling_model = distributed.build_policy_and_sampling_model(Policy(model), mesh)
+    del model, sampling_model  # on a GPU
+    gc.collect()
+    save_model(policy.model, processor, out)
+    file = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    shard = sum(4 * weight.to_local().numel() for weight in policy.parameters())
+    sys.stdout.write(f"peak {{peak() - before}} {{file}} {{shard}}\\n")
+    sys.stdout.flush()
+    distributed.destroy()
+"""
+
+
+def test_a_rank_never_holds_more_than_the_checkpoint_and_its_shard(tmp_path):
+    """On 500 M weights in bf16, from loading to the saved model, which is float32 and twice as
+    large. Each rank once made two whole models in float32 to begin with, and one at the end."""
+    config = Qwen2_5_VLConfig(
+        text_config={"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 12,
+                     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 32768},
+        vision_config={"depth": 4, "hidden_size": 640, "num_heads": 8, "intermediate_size": 1720,
+                       "out_hidden_size": 1536, "fullatt_block_indexes": [3]},
+        tie_word_embeddings=True)
+    save_random_checkpoint(config, tmp_path / "random", file_size="400MB")
+    (tmp_path / "rank.py").write_text(MEMORY)
+    done = torchrun(2, tmp_path / "rank.py", tmp_path / "random", tmp_path / "saved")
+    peaks = [list(map(int, line.split()[1:])) for line in done.stdout.splitlines()
+             if line.startswith("peak")]
+    assert len(peaks) == 2
+    for peak, file, shard in peaks:
+        assert shard == pytest.approx(file, rel=0.01)       # half the weights, in float32
+        assert peak < 1.2 * file + shard
+    before, after = (load_model(str(tmp_path / name))[0] for name in ("random", "saved"))
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        assert a.dtype == torch.bfloat16 and b.dtype == torch.float32 and torch.equal(a.float(), b)

@@ -297,6 +297,29 @@ def test_resumed_sft_is_the_unbroken_run_bit_for_bit(dataset, tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl")
 
 
+def test_resumed_stages_of_lora_are_the_unbroken_run_bit_for_bit(tmp_path, monkeypatch, grpo_flags):
+    """The second stage's reference is the adapters that it began with: they have to be in the checkpoint. And the adapters that
+    the run leaves are continued: their first step is where they are held."""
+    flags = [*grpo_flags, tmp_path / "whole", "--lora", 4]
+    here(monkeypatch, train_grpo.main, *flags)
+    broken = [tmp_path / "broken" if flag == tmp_path / "whole" else flag for flag in flags]
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, *broken, die_at_save=4)
+    here(monkeypatch, train_grpo.main, *broken, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")
+    files = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    adapter = ["--model", tmp_path / "whole/adapter", "--out", tmp_path / "more", "--task", "det", "--lora"]
+    with pytest.raises(UserError, match="--lora 8: the adapters in .* have rank 4"):
+        here(monkeypatch, train_grpo.main, *flags, *adapter, 8)
+    here(monkeypatch, train_grpo.main, *flags, *adapter, 4)
+    first, second = rows(tmp_path / "more/metrics.jsonl")
+    assert first["kl"] == 0 < second["kl"]
+    bases = [json.loads((tmp_path / name / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+             for name in ("whole", "more")]
+    assert bases[0] == bases[1]
+
+
 def test_resuming_a_finished_run_changes_nothing(staged, tmp_path, monkeypatch, grpo_flags):
     shutil.copytree(staged, tmp_path, dirs_exist_ok=True)
     here(monkeypatch, train_grpo.main, *grpo_flags, tmp_path, "--resume")
@@ -448,7 +471,7 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("train_grpo.py", "--task ship --model SFT", "'ship'.*cls"),
     ("train_grpo.py", "--task cls,det+ship --model SFT", "'ship'.*cls"),
     ("train_grpo.py", "--task det --overlong-buffer 97", "--overlong-buffer 97 is longer than --max-new-tokens 96"),
-    ("train_grpo.py", "--task cls,det --lora 4", "--lora has one stage"),
+    ("train_sft.py", "--task det --model scratch --lora 4", "--lora adapts a trained model"),
     ("train_grpo.py", "--task det --model EMPTY", "--model .*empty"),
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),

@@ -47,9 +47,9 @@ from model import (
     default_pack_tokens,
     encode,
     pack_groups,
+    reference_adapters,
     token_logprobs,
     use_fused_layers,
-    without_adapters,
 )
 from rewards import score_completion
 from rollout import Rollout, Sampler
@@ -222,7 +222,7 @@ def one_step(side, optimizer):
     advantages, _ = compute_advantages(rewards, {}, mask, False, all_reduce_sum)
     weights = token_weights(mask, "grpo", C)
     for indices in side.micro_batches():
-        with torch.no_grad(), without_adapters(side.policy):
+        with torch.no_grad(), reference_adapters(side.policy):
             ref_logprobs = side.logprobs(side.ref_model or side.policy, indices, tokens[indices])
         record("reference")
         logprobs = side.logprobs(side.policy, indices, tokens[indices])
