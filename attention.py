@@ -141,28 +141,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None 
         q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
 
 
-def window_attention(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor,  # noqa: ARG001
-    attention_mask: None,  # noqa: ARG001
-    scaling: float, cu_seq_lens_q: Tensor, **_: object,
-) -> tuple[Tensor, None]:
-    """The vision tower's attention: each of S patches attends to the patches of its window, or of
-    its image. q, k and v (1, H, S, D) -> (output (1, S, H, D), None).
-
-    cu_seq_lens_q  (windows + 1,) where the windows begin and end, on the CPU
-
-    Windows of one size are rows of one call: 1 instead of 64 for 448 px, in each of 28 layers.
-    """
-    lengths = cu_seq_lens_q.diff().tolist()
-    if len(set(lengths)) == 1:
-        q, k, v = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)            # (windows, H, ., D)
-        return out.transpose(1, 2).flatten(0, 1)[None], None
-    windows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
-    out = torch.cat([F.scaled_dot_product_attention(*w, scale=scaling) for w in windows], 2)
-    return out.transpose(1, 2), None
-
-
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_prompt: SharedPrompt,
                      cache: list[Tensor]) -> Tensor:
     """One new token per row: q (N, H, 1, D), k and v (N, K, 1, D) -> (N, 1, H, D).
@@ -236,6 +214,5 @@ def flash_attn_for(q: Tensor) -> ModuleType | None:
 
 
 # The only side effect of importing this file: transformers finds an attention function by its name,
-# and model.load_model sets these names. One with "flash" in it is handed all windows in one call.
+# and a model is built with that name (model.ATTENTION).
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
-AttentionInterface.register("flash_windows", window_attention)

@@ -11,11 +11,9 @@ right), V vocabulary, E hidden size, L tokens that go in, M tokens with a log-pr
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -29,22 +27,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionPatchEmbed,
-    Qwen2_5_VLRMSNorm,
-)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 from transformers.vision_utils import get_vision_position_ids
 
 from attention import SharedPrompt, make_completion_attention_mask
+from layers import use_fused_layers
+from lora import has_adapters, merged_weight, read_adapters, save_adapters
 from runtime.distributed import (
     autocast,
     compute_dtype,
     device,
-    full_tensor,
     rank,
-    to_compute_dtype,
 )
 from runtime.errors import UserError, first_line
 from runtime.logging import print0
@@ -188,144 +182,6 @@ def save_weights(model: Qwen, folder: Path) -> None:
     if rank() == 0 and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-@torch.no_grad()
-def merged_weight(model: Qwen, name: str) -> Tensor:
-    """A whole weight in float32, that of a layer with LoRA as W + scaling B A."""
-    module_name, _, kind = name.rpartition(".")
-    layer = model.get_submodule(module_name)
-    if not hasattr(layer, "lora_A"):
-        return full_tensor(getattr(layer, kind)).float()
-    weight = full_tensor(getattr(layer.base_layer, kind)).float()
-    if kind == "weight":
-        A, B = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
-        weight = weight + layer.scaling["default"] * (B @ A)
-    return weight
-
-
-# LoRA (https://arxiv.org/abs/2106.09685): W x + 2 B A x, with A (rank, in) random and B (out, rank)
-# zero at first. peft puts A and B into the layers of the model, and its view of the model, a
-# PeftModel, knows how they are saved.
-
-def has_adapters(name: str) -> bool:
-    """Whether --model names a folder of adapters."""
-    return Path(name, "adapter_config.json").is_file()
-
-
-def import_peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("LoRA needs peft: pip install peft")
-    return peft
-
-
-def read_adapters(model: Qwen, folder: str) -> "PeftModel":  # noqa: F821  peft is optional
-    """Put the adapters of a folder into the model. Raises UserError if they do not belong there."""
-    peft = import_peft()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(
-                model, folder, is_trainable=True, torch_device="cpu")
-    except Exception as error:  # peft raises several types
-        raise UserError(f"--model {folder}: its adapters cannot be read "
-                        f"({first_line(error)})") from error
-
-
-def add_adapters(model: Qwen, rank: int, folder: str = "",
-                 with_reference: bool = False) -> "PeftModel":  # noqa: F821
-    """Add LoRA to all linear layers of the language model, or continue the adapters of a folder.
-
-    Only A and B learn, so the rest is cast to compute_dtype. `with_reference` adds a frozen copy of
-    A and B, for update_reference. Raises UserError if the folder's adapters have another rank.
-    """
-    peft = import_peft()
-    to_compute_dtype(model)
-    if has_adapters(folder):
-        adapters = read_adapters(model, folder)
-        model.model.visual.requires_grad_(False)  # other programs may have adapted it
-        config = adapters.peft_config["default"]
-        if config.r != rank:
-            raise UserError(f"--lora {rank}: the adapters in {folder} have rank {config.r}; give "
-                            "that, or leave --lora out to train all weights")
-    else:
-        targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-        adapters = peft.get_peft_model(model, config)
-    if with_reference:
-        adapters.add_adapter("reference", config)
-    return adapters
-
-
-def save_adapters(adapters: "PeftModel", model: Qwen, folder: Path) -> None:  # noqa: F821
-    """Write the adapters of a model that may be sharded, in peft's layout."""
-    weights = {f"base_model.model.{name}": full_tensor(weight.detach()).float().cpu()
-               for name, weight in model.named_parameters() if ".default." in name}
-    if rank() == 0:
-        adapters.save_pretrained(folder, state_dict=weights, selected_adapters=["default"],
-                                 save_embedding_layers=False)
-
-
-def adapted_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
-    return [layer for layer in module.modules() if hasattr(layer, "lora_A")]
-
-
-@torch.no_grad()
-def update_reference(policy: torch.nn.Module) -> None:
-    """Make the adapters as they are now the reference, where with_reference has made room."""
-    for layer in adapted_layers(policy):
-        for part in (layer.lora_A, layer.lora_B):
-            if "reference" in part:
-                part["reference"].weight.copy_(part["default"].weight)
-
-
-@contextmanager
-def reference_adapters(policy: torch.nn.Module) -> Iterator[None]:
-    """A context in which the policy is the reference: the model with the reference's adapters,
-    without any if there are none. So the reference needs no copy of the model."""
-    # Not peft's set_adapter, which also changes what learns.
-    for layer in adapted_layers(policy):
-        layer._active_adapter = ["reference"]
-    try:
-        yield
-    finally:
-        for layer in adapted_layers(policy):
-            layer._active_adapter = ["default"]
-
-
-class LinearPatchEmbed(Qwen2_5_VisionPatchEmbed):
-    """transformers' convolution of patches (n, 3 * 2 * 14 * 14) -> (n, E). Its stride is its
-    kernel, so it is a matrix product, which a GPU computes 14 times faster in bf16."""
-
-    def forward(self, patches: Tensor) -> Tensor:
-        weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight)
-
-
-class FusedRMSNorm(Qwen2_5_VLRMSNorm):
-    """transformers' norm in one kernel instead of eight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        # Autocast would give float32, which each of the following products casts again. The kernel
-        # itself adds in float32.
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
-
-
-def use_fused_layers(model: Qwen) -> Qwen:
-    """Replace three kinds of layers by the same in fewer operations, in place: the embedding of
-    patches, the norms, and the attention of the vision tower."""
-    visual = model.model.visual
-    visual.patch_embed.__class__ = LinearPatchEmbed
-    for module in model.modules():
-        if isinstance(module, Qwen2_5_VLRMSNorm):
-            module.__class__ = FusedRMSNorm
-    # Not when it is built: transformers then takes the name for one of flash-attn's.
-    visual.config._attn_implementation = "flash_windows"
-    return model
 
 
 # --------------------------------------------------------------------------------------------------

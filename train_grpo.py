@@ -39,6 +39,7 @@ from data import (
     parse_stages,
     prefetch,
 )
+from lora import add_adapters, has_adapters, reference_adapters, update_reference
 from metrics.held_out import held_out_by_task, held_out_row
 from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
@@ -52,16 +53,12 @@ from metrics.training import (
 )
 from model import (
     Policy,
-    add_adapters,
     collate,
     default_pack_tokens,
     encode,
-    has_adapters,
     load_model,
     pack_groups,
-    reference_adapters,
     save_model,
-    update_reference,
     with_image_embeds,
 )
 from rewards import REWARD_PARTS, score_completion

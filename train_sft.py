@@ -38,19 +38,12 @@ from data import (
     parse_tasks,
     prefetch,
 )
+from lora import add_adapters
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.reward_choices import add_reward_flag, parse_rewards
 from metrics.training import Console
-from model import (
-    Policy,
-    Processor,
-    add_adapters,
-    collate,
-    encode,
-    load_model,
-    save_model,
-)
+from model import Policy, Processor, collate, encode, load_model, save_model
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import (

@@ -24,9 +24,9 @@ import rollout
 import train_grpo
 from attention import flash_attn_for
 from conftest import GRPO, rows
+from layers import FusedRMSNorm
 from model import (
     STOP_TOKENS,
-    FusedRMSNorm,
     collate,
     compute_image_embeds,
     encode_chat,

@@ -37,19 +37,18 @@ from transformers import Qwen2_5_VLConfig
 import sizing
 from data import load_samples
 from grpo import compute_advantages, policy_loss, token_weights
+from layers import use_fused_layers
+from lora import add_adapters, reference_adapters
 from metrics.training import forward_flops, update_passes
 from model import (
     ATTENTION,
     Policy,
     Qwen,
-    add_adapters,
     collate,
     default_pack_tokens,
     encode,
     pack_groups,
-    reference_adapters,
     token_logprobs,
-    use_fused_layers,
 )
 from rewards import score_completion
 from rollout import Rollout, Sampler

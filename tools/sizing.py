@@ -5,7 +5,7 @@
     python tools/sizing.py --table                 # which settings fit on which GPUs
 
 No weights are loaded. The settings are the README's for the real model: 16 prompts of one 448 px
-image (330 tokens) per step, 8 completions of at most 256 tokens each, gradient checkpointing.
+image (355 tokens) per step, 8 completions of at most 256 tokens each, gradient checkpointing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
 from model import pack_tokens_for
 
-PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 330, 256
+PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 355, 256
 SHAPES = {  # of Qwen2.5-VL-3B-Instruct and -7B-Instruct, from their published config.json
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
            "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,

@@ -1,0 +1,121 @@
+"""LoRA (https://arxiv.org/abs/2106.09685): W x + 2 B A x, with A (rank, in) random at first and B
+(out, rank) zero. Only A and B learn.
+
+peft puts A and B into the layers of the model, and its view of the model, a PeftModel, knows how
+they are saved. The reference of the KL penalty is the same model with the adapters of the stage's
+start, so it needs no copy of the model.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+
+from runtime.distributed import full_tensor, rank, to_compute_dtype
+from runtime.errors import UserError, first_line
+
+
+def has_adapters(name: str) -> bool:
+    """Whether --model names a folder of adapters."""
+    return Path(name, "adapter_config.json").is_file()
+
+
+def import_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("LoRA needs peft: pip install peft")
+    return peft
+
+
+def read_adapters(model: Qwen, folder: str) -> "PeftModel":  # noqa: F821  peft is optional
+    """Put the adapters of a folder into the model. Raises UserError if they do not belong there."""
+    peft = import_peft()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return peft.PeftModel.from_pretrained(
+                model, folder, is_trainable=True, torch_device="cpu")
+    except Exception as error:  # peft raises several types
+        raise UserError(f"--model {folder}: its adapters cannot be read "
+                        f"({first_line(error)})") from error
+
+
+def add_adapters(model: Qwen, rank: int, folder: str = "",
+                 with_reference: bool = False) -> "PeftModel":  # noqa: F821
+    """Add LoRA to all linear layers of the language model, or continue the adapters of a folder.
+
+    Only A and B learn, so the rest is cast to compute_dtype. `with_reference` adds a frozen copy of
+    A and B, for update_reference. Raises UserError if the folder's adapters have another rank.
+    """
+    peft = import_peft()
+    to_compute_dtype(model)
+    if has_adapters(folder):
+        adapters = read_adapters(model, folder)
+        model.model.visual.requires_grad_(False)  # other programs may have adapted it
+        config = adapters.peft_config["default"]
+        if config.r != rank:
+            raise UserError(f"--lora {rank}: the adapters in {folder} have rank {config.r}; give "
+                            "that, or leave --lora out to train all weights")
+    else:
+        targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+        adapters = peft.get_peft_model(model, config)
+    if with_reference:
+        adapters.add_adapter("reference", config)
+    return adapters
+
+
+def save_adapters(adapters: "PeftModel", model: Qwen, folder: Path) -> None:  # noqa: F821
+    """Write the adapters of a model that may be sharded, in peft's layout."""
+    weights = {f"base_model.model.{name}": full_tensor(weight.detach()).float().cpu()
+               for name, weight in model.named_parameters() if ".default." in name}
+    if rank() == 0:
+        adapters.save_pretrained(folder, state_dict=weights, selected_adapters=["default"],
+                                 save_embedding_layers=False)
+
+
+def adapted_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+
+
+@torch.no_grad()
+def update_reference(policy: torch.nn.Module) -> None:
+    """Make the adapters as they are now the reference, where with_reference has made room."""
+    for layer in adapted_layers(policy):
+        for part in (layer.lora_A, layer.lora_B):
+            if "reference" in part:
+                part["reference"].weight.copy_(part["default"].weight)
+
+
+@contextmanager
+def reference_adapters(policy: torch.nn.Module) -> Iterator[None]:
+    """A context in which the policy is the reference: the model with the reference's adapters,
+    without any if there are none. So the reference needs no copy of the model."""
+    # Not peft's set_adapter, which also changes what learns.
+    for layer in adapted_layers(policy):
+        layer._active_adapter = ["reference"]
+    try:
+        yield
+    finally:
+        for layer in adapted_layers(policy):
+            layer._active_adapter = ["default"]
+
+
+@torch.no_grad()
+def merged_weight(model: Qwen, name: str) -> Tensor:
+    """A whole weight in float32, that of a layer with LoRA as W + scaling B A."""
+    module_name, _, kind = name.rpartition(".")
+    layer = model.get_submodule(module_name)
+    if not hasattr(layer, "lora_A"):
+        return full_tensor(getattr(layer, kind)).float()
+    weight = full_tensor(getattr(layer.base_layer, kind)).float()
+    if kind == "weight":
+        A, B = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+        weight = weight + layer.scaling["default"] * (B @ A)
+    return weight
