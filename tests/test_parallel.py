@@ -119,7 +119,7 @@ def test_a_folder_of_adapters_is_the_model_that_they_are_merged_into(together, n
 def test_each_stage_of_lora_is_held_near_its_own_start(alone):
     """Once LoRA had one stage: its reference was the model without adapters."""
     kl = [row["kl"] for row in rows(alone / "lora/metrics.jsonl")]
-    assert kl[0] == kl[2] == 0 and kl[1] > 1e-4 and kl[3] > 1e-4
+    assert kl[0] == kl[2] == 0 and kl[1] > 1e-6 and kl[3] > 1e-6
 
 
 def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(together):
