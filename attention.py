@@ -61,7 +61,7 @@ class SharedPrompt:
     def start_step(self, slot: Tensor, W: int) -> None:
         """Compute what all layers of a decode step read."""
         self.slot = slot
-        self.completion_lengths = slot.int().expand(len(self.prompt_lengths) * self.G)
+        self.completion_lengths = slot.int().repeat(len(self.prompt_lengths) * self.G)
         positions = torch.arange(max(self.P, W), device=slot.device)
         self.prompt_mask = (positions[: self.P] < self.prompt_lengths[:, None])[:, None, None]
         self.filled = positions[:W] <= slot

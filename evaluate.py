@@ -139,7 +139,8 @@ def suite_runs(args: Namespace) -> list[Namespace]:
     runs = []
     for name, task, data, images in read_suite(args.suite):
         benchmark = name if name in published.BENCHMARKS else None
-        runs.append(Namespace(**vars(args) | {
+        of_pair = {} if task == "pair" else {"choices": None, "negatives": None}
+        runs.append(Namespace(**vars(args) | of_pair | {
             "task": task, "benchmark": benchmark, "data": [data], "images": images,
             "out": args.out / name}))
     return runs

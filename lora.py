@@ -62,12 +62,20 @@ def add_adapters(model: Qwen, rank: int, folder: str = "",
         if config.r != rank:
             raise UserError(f"--lora {rank}: the adapters in {folder} have rank {config.r}; give "
                             "that, or leave --lora out to train all weights")
+        embeddings = any(layer.lora_embedding_A for layer in adapted_layers(model))
+        if config.use_dora or config.modules_to_save or config.bias != "none" or embeddings:
+            raise UserError(f"--model {folder}: only plain LoRA of linear layers can be continued, "
+                            "no DoRA, biases, embeddings or modules_to_save; leave --lora out to "
+                            "train all weights")
     else:
         targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
         adapters = peft.get_peft_model(model, config)
     if with_reference:
         adapters.add_adapter("reference", config)
+    for layer in adapted_layers(model):  # the log-probs are of the distribution that was sampled
+        for dropout in layer.lora_dropout.values():
+            dropout.p = 0.0
     return adapters
 
 

@@ -350,9 +350,10 @@ def embed_prompts(model: Qwen, prompts: Prompts) -> Tensor:
 def compute_image_embeds(model: Qwen, prompts: Prompts) -> Tensor:
     """The vision tower's output for all images, (image tokens, E)."""
     visual = model.model.visual
-    position_ids = get_vision_position_ids(prompts.image_grid_thw, visual.spatial_merge_size)
+    image_grid_thw = prompts.image_grid_thw.cpu()  # FSDP's root moves its inputs to the GPU
+    position_ids = get_vision_position_ids(image_grid_thw, visual.spatial_merge_size)
     pixel_values = prompts.pixel_values.to(visual.dtype)
-    return visual(pixel_values, prompts.image_grid_thw,
+    return visual(pixel_values, image_grid_thw,
                   position_ids=position_ids.to(pixel_values.device)).pooler_output
 
 

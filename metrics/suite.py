@@ -69,6 +69,8 @@ def parse_benchmark(source: str, row: object) -> Benchmark:
         raise UserError(f"{source}: benchmark {benchmark.benchmark} is a table of task {task}, not "
                         f"{benchmark.task}")
     for data in parse_sources([benchmark.data]):
+        if data.task not in (None, benchmark.task):
+            raise UserError(f"{source}: data is of task {data.task}, not {benchmark.task}")
         if data.path != "synthetic" and not Path(data.path).exists():
             raise UserError(f"{source}: data {data.path}: no such file or folder")
     return benchmark

@@ -40,9 +40,9 @@ MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch",
                         "gradient-checkpointing", "compile", "tensorboard")
 NO_SETTINGS = ("out", "resume", "overwrite", "defaults")
 RESULTS = ("checkpoint", "checkpoint.old", "model", "adapter")  # what makes a folder hold a run
-ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "tensorboard", "metrics.jsonl",
-           "metrics.partial", "samples.jsonl", "samples.partial", "curves.png", "report.html",
-           "ended.txt")
+ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "adapter.partial", "tensorboard",
+           "metrics.jsonl", "metrics.partial", "samples.jsonl", "samples.partial", "curves.png",
+           "report.html", "ended.txt")
 START_AGAIN = "start again without --resume, which moves this run aside"
 
 

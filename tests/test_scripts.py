@@ -19,9 +19,11 @@ import evaluate
 import train_grpo
 import train_sft
 from conftest import GRPO, ROOT, SFT, rows, script, succeed
+from lora import add_adapters
 from metrics.plots import plot_curves
 from metrics.suite import read_suite
 from metrics.training import stack_parts
+from model import load_model
 from rollout import predict
 from runtime import checkpoint
 from runtime.errors import UserError
@@ -211,6 +213,7 @@ def test_signal_ends_an_evaluation_after_its_batch(suite, tmp_path, monkeypatch,
     ('{"benchmark": "b", "task": "cls", "data": "synthetic", "split": "test"}', "unknown key 'split'"),
     ('{"benchmark": "b", "task": "cls"}', "the key 'data' is missing"),
     ('{"benchmark": "b", "task": "cls", "data": "nowhere.json"}', "data nowhere.json: no such file"),
+    ('{"benchmark": "b", "task": "cls", "data": "det=synthetic"}', "data is of task det, not cls"),
     ('{"benchmark": "b", "task": "cls", "data": ["synthetic"]}', "data is not a text"),
     ('{"benchmark": "a", "task": "cls", "data": "synthetic"}', "there is a benchmark a before"),
     ('{"benchmark": "b", "task": "ship", "data": "synthetic"}', "unknown task 'ship'"),
@@ -295,6 +298,26 @@ def test_resumed_sft_is_the_unbroken_run_bit_for_bit(dataset, tmp_path, monkeypa
         here(monkeypatch, train_sft.main, *flags, tmp_path / "broken", die_at_save=3)
     here(monkeypatch, train_sft.main, *flags, tmp_path / "broken", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl")
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"bias": "all"}])
+def test_adapters_that_cannot_be_saved_again_are_not_continued(tmp_path, more):
+    """DoRA's magnitudes were left out of model/ without a word."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], **more)
+    peft.get_peft_model(load_model("tiny")[0], config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="only plain LoRA of linear layers can be continued"):
+        add_adapters(load_model("tiny")[0], 4, str(tmp_path))
+
+
+def test_continued_adapters_lose_their_dropout(tmp_path):
+    """Sampling has none, so the log-probs of the update would be those of another distribution."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5)
+    peft.get_peft_model(load_model("tiny")[0], config).save_pretrained(tmp_path)
+    model = load_model("tiny")[0]
+    add_adapters(model, 4, str(tmp_path))
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
 def test_resumed_stages_of_lora_are_the_unbroken_run_bit_for_bit(tmp_path, monkeypatch, grpo_flags):

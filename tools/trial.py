@@ -26,7 +26,7 @@ import torch
 
 from data import HELD_OUT_SEED
 from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
-from model import load_model
+from model import encode, load_model
 from rewards import score_completion
 from rollout import Sampler, predict
 from tiny.scenes import Scenes
@@ -110,8 +110,10 @@ def score_scenes(model: Path, tasks: str, thinking: bool, n: int) -> dict[str, l
         samples = [replace(scene, **form) for scene in scenes]
         for first in range(0, n, BATCH_SIZE):
             batch = samples[first : first + BATCH_SIZE]
+            prompts = [encode(sampler.processor, sample) for sample in batch]
+            ids = range(first, first + len(batch))
             for name, group, temperature in (("sampled", NUM_SAMPLED, 1.0), ("greedy", 1, 0.0)):
-                texts = predict(sampler, batch, 160, group, temperature, first)
+                texts = predict(sampler, prompts, 160, group, temperature, ids)
                 rewards[name] += [fmean(score_completion(text, sample)["accuracy"] for text in row)
                                   for row, sample in zip(texts, batch)]
     return rewards
