@@ -125,15 +125,19 @@ def label_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
     return len(predicted & target) / max(len(predicted), len(target), 1)
 
 
-def predicted_and_target(answer: str, sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
-    """The boxes of the answer (n, 4) and those of the sample (m, 4), pixels of the resized image;
-    (n, 5) and (m, 5) if the sample asks for theta. None if the answer has no boxes to read."""
+def box_reward(answer: str, sample: Sample,
+               score: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    """The score of the answer's boxes (n, 4) and the sample's (m, 4), pixels of the resized image;
+    (n, 5) and (m, 5) if the sample asks for theta. Boxes on one side only earn 0, on neither 1, and
+    an answer without boxes to read 0."""
     predicted = parse_boxes(answer, sample.oriented)
     if predicted is None:
-        return None
-    if sample.oriented:
-        return predicted, gt_obbs(sample)
-    return predicted, gt_hbbs(sample).clip(0, sample.image_size)  # clipped, as gt_answer is
+        return 0.0
+    # Clipped, as gt_answer is
+    target = gt_obbs(sample) if sample.oriented else gt_hbbs(sample).clip(0, sample.image_size)
+    if len(predicted) == 0 or len(target) == 0:
+        return float(len(predicted) == len(target))
+    return float(min(1.0, score(predicted, target)))  # a mean of ones may end an ulp above 1
 
 
 def detection_reward(answer: str, sample: Sample, **_: object) -> float:
@@ -143,14 +147,10 @@ def detection_reward(answer: str, sample: Sample, **_: object) -> float:
     Matching is one to one. Dividing by the larger count penalises spurious and duplicate boxes
     (the paper's "IoU" leaves that open). No targets and an answer of none: 1.
     """
-    boxes = predicted_and_target(answer, sample)
-    if boxes is None:
-        return 0.0
-    predicted, target = boxes
-    if len(predicted) == 0 or len(target) == 0:
-        return float(len(predicted) == len(target))
-    reward = matched_ious(predicted, target).sum() / max(len(predicted), len(target))
-    return float(min(1.0, reward))  # a sum of ones may end an ulp above its count
+    def score(predicted: np.ndarray, target: np.ndarray) -> float:
+        return matched_ious(predicted, target).sum() / max(len(predicted), len(target))
+
+    return box_reward(answer, sample, score)
 
 
 def hybrid_reward(answer: str, sample: Sample, sbert: Sbert | None = None, **_: object) -> float:

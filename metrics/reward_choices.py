@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from boxes import iou_matrix, oriented_iou_matrix
 from rewards import (
     TASKS,
+    box_reward,
     count_penalised_ap_reward,
     detection_reward,
     exact_match_reward,
@@ -16,7 +17,6 @@ from rewards import (
     jaccard_reward,
     label_overlap_reward,
     levenshtein_reward,
-    predicted_and_target,
 )
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample
@@ -38,16 +38,9 @@ def box_recall_reward(answer: str, sample: Sample, **_: object) -> float:
 
 
 def mean_best_iou(answer: str, sample: Sample, axis: int) -> float:
-    """The mean of the largest IoUs along an axis of (predicted, target). Nothing on one side only
-    earns 0."""
-    boxes = predicted_and_target(answer, sample)
-    if boxes is None:
-        return 0.0
-    predicted, target = boxes
-    if len(predicted) == 0 or len(target) == 0:
-        return float(len(predicted) == len(target))
+    """The mean of the largest IoUs along an axis of (predicted, target)."""
     iou = oriented_iou_matrix if sample.oriented else iou_matrix
-    return float(min(1.0, iou(predicted, target).max(axis).mean()))
+    return box_reward(answer, sample, lambda *boxes: iou(*boxes).max(axis).mean())
 
 
 def label_recall_reward(answer: str, sample: Sample, **_: object) -> float:
