@@ -49,18 +49,15 @@ from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
 from metrics.rows import sample_from_row, sample_to_row
 from metrics.suite import read_suite, suite_table
-from model import load_model
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
-from rollout import Sampler, predict
+from rollout import Sampler, load_sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
 from runtime.distributed import (
     all_gather_object,
     barrier,
-    device,
     init_distributed,
     rank,
-    to_compute_dtype,
 )
 from runtime.errors import UserError, errors_as_warnings
 from runtime.logging import print0
@@ -161,7 +158,7 @@ def main() -> None:
         reward_models = load_reward_models(tasks, args.sbert, args.sam, args.reward)
     if args.suite and rank() == 0:
         (args.out / "suite.md").unlink(missing_ok=True)  # no older table beside new scores
-    sampler = None if args.predictions else load_sampler(args)
+    sampler = None if args.predictions else load_sampler(args.model, args.image_size)
 
     all_scores = {}
     for i, run in enumerate(runs, 1):
@@ -214,12 +211,6 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
     with errors_as_warnings("report.html"):
         write_report(args.out / "report.html", entries, f"{args.task}: {model}")
     return scores
-
-
-def load_sampler(args: Namespace) -> Sampler:
-    """The whole model, on each rank."""
-    model, processor = load_model(args.model, args.image_size)
-    return Sampler(to_compute_dtype(model, vectors=True).to(device()), processor)
 
 
 def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str]]:

@@ -40,12 +40,13 @@ from model import (
     collate,
     embed_prompts,
     embed_tokens,
+    load_model,
     max_position_ids,
     next_token_logits,
     pad_prompts,
     run_decoder,
 )
-from runtime.distributed import autocast, device
+from runtime.distributed import autocast, device, to_compute_dtype
 from runtime.errors import first_line
 
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
@@ -253,6 +254,12 @@ class Sampler:
             return run_decode_step
         state.shared_prompt.end_step()
         return graph.replay
+
+
+def load_sampler(name: str, image_size: int | None = None) -> Sampler:
+    """A model that only generates, whole, on this process's device; see load_model."""
+    model, processor = load_model(name, image_size)
+    return Sampler(to_compute_dtype(model, vectors=True).to(device()), processor)
 
 
 def predict(sampler: Sampler, prompts: Sequence[Prompts], max_new_tokens: int, group: int = 1,

@@ -19,11 +19,10 @@ from PIL import Image, ImageDraw
 from boxes import obb_corners, parse_boxes
 from data import add_prompt_flags, check_oriented
 from metrics.report import PREDICTED_COLOUR
-from model import encode, load_model
+from model import encode
 from rewards import TASKS, extract_answer
-from rollout import Sampler, predict
+from rollout import load_sampler, predict
 from runtime.command_line import HelpFormatter, positive_int, run_main
-from runtime.distributed import device, to_compute_dtype
 from sample import Sample
 
 
@@ -41,12 +40,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a .png file, for the first image with the boxes")
     args = parser.parse_args()
     check_oriented(args.oriented, [args.task])
-    model, processor = load_model(args.model)
-    to_compute_dtype(model, vectors=True).to(device())
+    sampler = load_sampler(args.model)
+    processor = sampler.processor
     sample = Sample(id="--image", task=args.task, images=tuple(args.image), question=args.question,
                     gt_answer="", image_size=processor.image_size, oriented=args.oriented,
                     thinking=not args.no_think, system=args.system)
-    [[text]] = predict(Sampler(model, processor), [encode(processor, sample)], args.max_new_tokens)
+    [[text]] = predict(sampler, [encode(processor, sample)], args.max_new_tokens)
     print(text)
     if args.out:
         image = Image.open(args.image[0]).convert("RGB")

@@ -26,9 +26,9 @@ import torch
 
 from data import HELD_OUT_SEED
 from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
-from model import encode, load_model
+from model import encode
 from rewards import score_completion
-from rollout import Sampler, predict
+from rollout import load_sampler, predict
 from tiny.scenes import Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def train(script: str, flags: str, out: Path) -> Path:
 def score_scenes(model: Path, tasks: str, thinking: bool, n: int) -> dict[str, list[float]]:
     """The accuracy reward of n held-out scenes of each task."""
     torch.set_num_threads(1)
-    sampler = Sampler(*load_model(str(model)))
+    sampler = load_sampler(str(model))
     form = {} if thinking else {"thinking": False}
     rewards = {"sampled": [], "greedy": []}
     for task in re.split("[,+]", tasks):
