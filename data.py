@@ -7,7 +7,6 @@ samples.
 
 import argparse
 import gc
-import os
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ import numpy as np
 from readers.files import held_out_tenth
 from readers.folders import read_samples
 from rewards import TASKS
-from runtime.errors import NotServedError, UserError, warn
+from runtime.errors import NotServedError, UserError, is_first_process, warn
 from sample import TOKEN_SIZE, Sample, header_size, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
@@ -178,7 +177,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
             train = few_shots(train, shots)
         summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
         splits[task] = Split(train, held_out, summary)
-    if os.environ.get("RANK", "0") == "0":  # one process compares images for all
+    if is_first_process():  # it compares images for all
         check_shared_images(trained, held)
     return splits
 

@@ -28,9 +28,14 @@ def record_end(code: int, why: str) -> None:
         ENDINGS.error("exit code %d: %s", code, why)
 
 
+def is_first_process() -> bool:
+    """Whether this is rank 0, or the only process; without torch, for what does not need it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def warn(text: str) -> None:
     """A line on stderr, of the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 
