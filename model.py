@@ -32,8 +32,6 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.vision_utils import get_vision_position_ids
 
 from attention import SharedPrompt, make_completion_attention_mask
-from layers import use_fused_layers
-from lora import has_adapters, merged_weight, read_adapters, save_adapters
 from runtime.distributed import (
     autocast,
     compute_dtype,
@@ -41,7 +39,9 @@ from runtime.distributed import (
     rank,
 )
 from runtime.errors import UserError, first_line
+from runtime.layers import use_fused_layers
 from runtime.logging import print0
+from runtime.lora import has_adapters, merged_weight, read_adapters, save_adapters
 from sample import Sample, chat_template, format_prompt, load_images
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # Qwen2.5-VL ends a turn with either

@@ -39,7 +39,6 @@ from data import (
     parse_stages,
     prefetch,
 )
-from lora import add_adapters, has_adapters, reference_adapters, update_reference
 from metrics.held_out import held_out_by_task, held_out_row
 from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
@@ -86,6 +85,7 @@ from runtime.distributed import (
 )
 from runtime.errors import UserError
 from runtime.logging import JsonlLog, MetricsLog, NonFiniteGuard, check_tensorboard, print0
+from runtime.lora import add_adapters, has_adapters, reference_adapters, update_reference
 
 
 def parse_args() -> argparse.Namespace:

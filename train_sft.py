@@ -38,7 +38,6 @@ from data import (
     parse_tasks,
     prefetch,
 )
-from lora import add_adapters
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.reward_choices import add_reward_flag, parse_rewards
@@ -67,6 +66,7 @@ from runtime.distributed import (
 )
 from runtime.errors import UserError, errors_as_warnings
 from runtime.logging import MetricsLog, NonFiniteGuard, check_tensorboard, print0
+from runtime.lora import add_adapters
 from sample import Sample, format_prompt, format_target, jitter_boxes
 from tiny.scratch import new_tiny_model
 

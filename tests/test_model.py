@@ -24,7 +24,6 @@ import rollout
 import train_grpo
 from attention import flash_attn_for
 from conftest import GRPO, rows
-from layers import FusedRMSNorm
 from model import (
     STOP_TOKENS,
     collate,
@@ -38,6 +37,7 @@ from model import (
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
 from runtime.command_line import linear_warmup_decay
 from runtime.errors import UserError
+from runtime.layers import FusedRMSNorm
 from test_scripts import here
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

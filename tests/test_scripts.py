@@ -19,7 +19,6 @@ import evaluate
 import train_grpo
 import train_sft
 from conftest import GRPO, ROOT, SFT, rows, script, succeed
-from lora import add_adapters
 from metrics.plots import plot_curves
 from metrics.suite import read_suite
 from metrics.training import stack_parts
@@ -27,6 +26,7 @@ from model import load_model
 from rollout import predict
 from runtime import checkpoint
 from runtime.errors import UserError
+from runtime.lora import add_adapters
 
 FIELDS = ("step", "stage", "task", "reward", "reward_std", "parts", "kl", "entropy", "clip_frac", "grad_norm", "loss", "lr",
           "len_mean", "truncated_frac", "zero_std_frac", "resampled", "rollout_s", "update_s", "tokens_per_s")

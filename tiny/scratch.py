@@ -5,9 +5,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from layers import use_fused_layers
 from model import ATTENTION, STOP_TOKENS, Processor, Qwen
 from rewards import TAGS
+from runtime.layers import use_fused_layers
 
 SPECIAL_TOKENS = [*STOP_TOKENS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>"]

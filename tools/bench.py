@@ -37,8 +37,6 @@ from transformers import Qwen2_5_VLConfig
 import sizing
 from data import load_samples
 from grpo import compute_advantages, policy_loss, token_weights
-from layers import use_fused_layers
-from lora import add_adapters, reference_adapters
 from metrics.training import forward_flops, update_passes
 from model import (
     ATTENTION,
@@ -61,6 +59,8 @@ from runtime.distributed import (
     make_ref_model,
     sync_sampling_model,
 )
+from runtime.layers import use_fused_layers
+from runtime.lora import adapted_layers, add_adapters, reference_adapters
 from sample import format_prompt, format_target
 from tiny.scratch import new_tiny_model
 
@@ -74,7 +74,7 @@ class Ours:
     def __init__(self, model, processor, samples, G, C, compile_decode_step=False):
         self.processor, self.samples, self.G, self.C = processor, samples, G, C
         self.policy, self.sampling_model = build_policy_and_sampling_model(Policy(model), None)
-        self.lora = any(hasattr(module, "lora_A") for module in model.modules())
+        self.lora = bool(adapted_layers(model))
         self.ref_model = None  # with LoRA, the reference is the policy without adapters
         if not self.lora:
             self.ref_model = make_ref_model(self.policy, self.sampling_model, None)
