@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -99,6 +100,7 @@ def train(script: str, flags: str, out: Path) -> Path:
     return out / "model"
 
 
+@cache  # most trials start from the same model
 def score_scenes(model: Path, tasks: str, thinking: bool, n: int) -> dict[str, list[float]]:
     """The accuracy reward of n held-out scenes of each task."""
     torch.set_num_threads(1)
