@@ -5,7 +5,6 @@ a function of the seed and the step alone, so a resumed run and a run on more ra
 samples.
 """
 
-import argparse
 import gc
 import re
 import zlib
@@ -62,64 +61,6 @@ class Source(NamedTuple):
     task: str | None     # None: every task that it can serve
     choices: int | None = None    # --choices and --negatives, see add_data_flags
     negatives: str | None = None
-
-
-def add_data_flags(flags: argparse._ArgumentGroup) -> None:
-    """The flags that name sources, the same in all three scripts, which parse_sources reads; and
-    those of the prompt."""
-    flags.add_argument("--data", nargs="+", default=["synthetic"],
-                       metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="`synthetic`, or files and folders in a format of docs/data.md; "
-                            "several of one task are joined")
-    flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
-                       help="sources of the held-out samples (default: a part of --data)")
-    flags.add_argument("--images",
-                       help="default of @IMAGES, the folder that image names are relative to "
-                            "(default: the folder of the file, or where its format keeps images)")
-    add_prompt_flags(flags)
-    add_candidate_flags(flags)
-
-
-def add_prompt_flags(flags: argparse._ActionsContainer) -> None:
-    """The flags that say what a model is asked for, the same in all three scripts and ask.py."""
-    flags.add_argument("--oriented", action="store_true",
-                       help="det answers with oriented boxes [x1,y1,x2,y2,theta], rewarded by "
-                            "oriented IoU; other tasks stay as they are")
-    flags.add_argument("--no-think", action="store_true",
-                       help="no reasoning: prompt, target and format reward want <answer> alone")
-    flags.add_argument("--system", type=read_system_prompt, metavar="FILE",
-                       help="a file whose text replaces the system prompt")
-
-
-def add_candidate_flags(flags: argparse._ActionsContainer) -> None:
-    """The flags of pair's candidates."""
-    flags.add_argument("--choices", type=int, choices=range(2, 11), metavar="K",
-                       help="pair: satellite images in a question of CVUSA or CV-Cities, 2 to 10 "
-                            "(default: 4)")
-    flags.add_argument("--negatives", choices=("near", "random"),
-                       help="pair: wrong ones are the nearest of other places, or random (default: "
-                            "near where the table has positions)")
-
-
-def read_system_prompt(path: str) -> str:
-    """The text of a file. Raises UserError if it is unreadable, empty, or has tokens of the chat.
-    The text itself is the flag's value, so --resume refuses another one."""
-    try:
-        text = Path(path).read_text("utf-8-sig").strip()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--system {path}: cannot be read ({error}); name a text file in UTF-8")
-    control = re.search(r"<\|\w+\|>", text)
-    if control or not text:
-        wrong = f"holds {control[0]}, a token of the chat; remove it" if control else "is empty"
-        raise UserError(f"--system {path}: the file {wrong}")
-    return text
-
-
-def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
-    """Raises UserError if --oriented is given and no task has an oriented form."""
-    if oriented and "det" not in tasks:
-        raise UserError("--oriented is the form of det answers, and det is not among --task "
-                        + ",".join(tasks))
 
 
 def parse_sources(values: Sequence[str], images: str | None = None, choices: int | None = None,

@@ -32,8 +32,6 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (
-    add_data_flags,
-    check_oriented,
     check_task,
     fingerprint,
     join,
@@ -52,7 +50,7 @@ from metrics.suite import read_suite, suite_table
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
-from runtime.command_line import HelpFormatter, positive_int, run_main
+from runtime.command_line import run_main
 from runtime.distributed import (
     all_gather_object,
     barrier,
@@ -60,6 +58,7 @@ from runtime.distributed import (
     rank,
 )
 from runtime.errors import UserError, errors_as_warnings
+from runtime.flags import HelpFormatter, add_data_flags, check_oriented, positive_int
 from runtime.logging import print0
 from runtime.signals import Stoppable
 from sample import Sample
@@ -89,9 +88,6 @@ def parse_args() -> Namespace:
                             "val split, or a tenth of the images (default: heldout for synthetic "
                             "and where the source has such a split, else all)")
     flags.add_argument("--limit", type=positive_int, help="score only the first samples")
-    flags.add_argument("--image-size", type=positive_int,
-                       help="side in pixels that images are resized to (default: the "
-                            "checkpoint's, else 448)")
     flags.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and "
                                        "change: a folder or hub id")
     flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")

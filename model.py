@@ -261,39 +261,6 @@ def collate(prompts: list[Prompts]) -> Prompts:
         image_embeds=torch.cat([p.image_embeds for p in prompts]) if has_embeds else None)
 
 
-def default_pack_tokens(gradient_checkpointing: bool) -> int:
-    """Tokens of a micro-batch: 2048. With gradient checkpointing a GPU holds more, and is kept busy
-    by more."""
-    if device().type == "cpu" or not gradient_checkpointing:
-        return 2048
-    return pack_tokens_for(torch.cuda.get_device_properties(device()).total_memory / 2**30)
-
-
-def pack_tokens_for(gib: float) -> int:
-    """2048 tokens for each 10 GiB of a GPU's memory, at most 16384."""
-    return 2048 * min(max(int(gib / 10), 1), 8)
-
-
-def pack_groups(sizes: dict[int, tuple[int, int]], pack_tokens: int) -> list[list[int]]:
-    """{index of a group: (prompt tokens, completion tokens)} -> the indices of each micro-batch.
-
-    Groups of similar size go together, as many as fit in `pack_tokens` when padded to the longest
-    prompt and the longest completions among them, at least one.
-    """
-    def padded_tokens(indices: list[int]) -> int:
-        longest_prompt = max(sizes[i][0] for i in indices)
-        longest_completions = max(sizes[i][1] for i in indices)
-        return len(indices) * (longest_prompt + longest_completions)
-
-    micro_batches = []
-    for index in sorted(sizes, key=lambda i: sum(sizes[i]), reverse=True):
-        if micro_batches and padded_tokens([*micro_batches[-1], index]) <= pack_tokens:
-            micro_batches[-1].append(index)
-        else:
-            micro_batches.append([index])
-    return micro_batches
-
-
 def mrope_position_ids(input_ids: list[int], image_grid_thw: list[list[int]], image_token_id: int,
                        merge_size: int) -> Tensor:
     """Rotary positions (3, P) of one prompt. Text counts up in all three; an image counts its time,

@@ -30,8 +30,6 @@ import torch
 import grpo
 from data import (
     HELD_OUT_SAMPLES,
-    add_data_flags,
-    check_oriented,
     fingerprint,
     get_mixed_batch,
     load_splits,
@@ -53,24 +51,15 @@ from metrics.training import (
 from model import (
     Policy,
     collate,
-    default_pack_tokens,
     encode,
     load_model,
-    pack_groups,
     save_model,
     with_image_embeds,
 )
 from rewards import REWARD_PARTS, score_completion
 from rollout import Sampler, replace_groups, uniforms
 from runtime.checkpoint import Run, run_config
-from runtime.command_line import (
-    HelpFormatter,
-    add_run_flags,
-    linear_warmup_decay,
-    non_negative_int,
-    positive_int,
-    run_main,
-)
+from runtime.command_line import run_main
 from runtime.distributed import (
     all_reduce_max,
     all_reduce_sum,
@@ -84,8 +73,23 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.errors import UserError
-from runtime.logging import JsonlLog, MetricsLog, NonFiniteGuard, check_tensorboard, print0
+from runtime.flags import (
+    HelpFormatter,
+    add_optimisation_flags,
+    add_run_flags,
+    add_training_data_flags,
+    check_oriented,
+    non_negative_int,
+    positive_int,
+)
+from runtime.logging import JsonlLog, MetricsLog, check_tensorboard, print0
 from runtime.lora import add_adapters, has_adapters, reference_adapters, update_reference
+from runtime.optimisation import (
+    NonFiniteGuard,
+    default_pack_tokens,
+    linear_warmup_decay,
+    pack_groups,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,14 +102,7 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
-    add_data_flags(flags)
-    flags.add_argument("--shots", type=positive_int,
-                       help="train on at most this many samples of each category")
-    flags.add_argument("--heldout", type=non_negative_int, default=HELD_OUT_SAMPLES,
-                       help="held-out samples that the run is scored on, at most; 0: none")
-    flags.add_argument("--image-size", type=positive_int,
-                       help="side in pixels that images are resized to (default: the checkpoint's, "
-                            "else 448)")
+    add_training_data_flags(flags, HELD_OUT_SAMPLES)
     flags = parser.add_argument_group("rollout")
     flags.add_argument("--steps", type=positive_int, default=200,
                        help="rollouts per stage, with --inner-steps optimiser steps on each")
@@ -153,33 +150,15 @@ def parse_args() -> argparse.Namespace:
                        help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
     flags.add_argument("--mask-truncated", action="store_true",
                        help="no loss on completions that are cut off at --max-new-tokens")
-    flags = parser.add_argument_group("optimisation")
-    flags.add_argument("--lr", type=float, default=2e-4,
-                       help="peak learning rate (all weights of the real 3B model: 1e-6)")
-    flags.add_argument("--warmup", type=non_negative_int, default=5,
-                       help="steps of linear warm-up, followed by linear decay to 0")
-    flags.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
-    flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
-    flags.add_argument("--gradient-checkpointing", action="store_true",
-                       help="recompute activations: slower, less memory")
-    flags.add_argument("--lora", type=positive_int,
-                       help="train LoRA adapters of this rank in the language model, nothing else")
-    flags.add_argument("--freeze", choices=["vision"],
-                       help="do not train the vision tower; each image is encoded once per step")
-    flags.add_argument("--shard-size", type=positive_int,
-                       help="processes that share one copy of the model (default: all of them)")
+    flags = add_optimisation_flags(parser, lr=2e-4, real_lr="1e-6", warmup=5, weight_decay=0.0)
     flags.add_argument("--pack-tokens", type=positive_int,
                        help="tokens per forward pass of the update: as many groups as fit, at "
                             "least 1 (default: 2048; with --gradient-checkpointing on a GPU as "
                             "many for each 10 GiB, at most 16384)")
     flags = parser.add_argument_group("output")
-    flags.add_argument("--save-every", type=positive_int, default=50,
-                       help="steps between checkpoints, each with curves.png and report.html")
     flags.add_argument("--eval-every", type=positive_int, default=50,
                        help="steps between held-out scores")
-    flags.add_argument("--tensorboard", action="store_true",
-                       help="write each step's metrics to OUT/tensorboard as well")
-    add_run_flags(flags)
+    add_run_flags(flags, save_every=50)
     return parser.parse_args()
 
 

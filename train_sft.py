@@ -28,8 +28,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import (
     HELD_OUT_SAMPLES,
-    add_data_flags,
-    check_oriented,
     fingerprint,
     get_batch,
     get_mixed_batch,
@@ -45,14 +43,7 @@ from metrics.training import Console
 from model import Policy, Processor, collate, encode, load_model, save_model
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
-from runtime.command_line import (
-    HelpFormatter,
-    add_run_flags,
-    linear_warmup_decay,
-    non_negative_int,
-    positive_int,
-    run_main,
-)
+from runtime.command_line import run_main
 from runtime.distributed import (
     all_reduce_sum,
     barrier,
@@ -65,8 +56,18 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.errors import UserError, errors_as_warnings
-from runtime.logging import MetricsLog, NonFiniteGuard, check_tensorboard, print0
+from runtime.flags import (
+    HelpFormatter,
+    add_optimisation_flags,
+    add_run_flags,
+    add_training_data_flags,
+    check_oriented,
+    non_negative_int,
+    positive_int,
+)
+from runtime.logging import MetricsLog, check_tensorboard, print0
 from runtime.lora import add_adapters
+from runtime.optimisation import NonFiniteGuard, linear_warmup_decay
 from sample import Sample, format_prompt, format_target, jitter_boxes
 from tiny.scratch import new_tiny_model
 
@@ -81,51 +82,26 @@ def parse_args() -> argparse.Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
-    add_data_flags(flags)
+    add_training_data_flags(flags, HELD_OUT_SAMPLES)
     add_reward_flag(flags)
-    flags.add_argument("--shots", type=positive_int,
-                       help="train on at most this many samples of each category")
-    flags.add_argument("--heldout", type=non_negative_int, default=HELD_OUT_SAMPLES,
-                       help="held-out samples of each task that the run is scored on, at most; 0: "
-                            "none")
     flags.add_argument("--box-noise", type=float, default=0.0,
                        help="std in pixels of noise on the box edges of det's targets: hasty "
                             "annotators, whom GRPO can surpass")
     flags.add_argument("--half-no-think", action="store_true",
                        help="every other step as with --no-think: the model then answers either "
                             "way")
-    flags.add_argument("--image-size", type=positive_int,
-                       help="side in pixels that images are resized to (default: the "
-                            "checkpoint's, else 448)")
-    flags = parser.add_argument_group("optimisation")
+    flags = add_optimisation_flags(parser, lr=1e-3, real_lr="1e-5", warmup=20, weight_decay=0.01)
     flags.add_argument("--steps", type=positive_int, default=1000, help="optimiser steps")
     flags.add_argument("--batch", type=positive_int, default=32,
                        help="samples per optimiser step, over all processes")
     flags.add_argument("--micro-batch", type=positive_int, default=32,
                        help="samples per forward pass; lower it to save memory")
-    flags.add_argument("--gradient-checkpointing", action="store_true",
-                       help="recompute activations: slower, less memory")
-    flags.add_argument("--lora", type=positive_int,
-                       help="train LoRA adapters of this rank in the language model, nothing else")
-    flags.add_argument("--freeze", choices=["vision"], help="do not train the vision tower")
-    flags.add_argument("--lr", type=float, default=1e-3,
-                       help="peak learning rate (the real 3B model: 1e-5)")
-    flags.add_argument("--warmup", type=non_negative_int, default=20,
-                       help="steps of linear warm-up, followed by linear decay to 0")
-    flags.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
-    flags.add_argument("--shard-size", type=positive_int,
-                       help="processes that share one copy of the model (default: all of them)")
-    flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
     flags.add_argument("--seed", type=non_negative_int, default=0,
                        help="seed of the data order and of random weights and noise")
     flags = parser.add_argument_group("output")
-    flags.add_argument("--save-every", type=positive_int, default=500,
-                       help="steps between checkpoints")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
                        help="longest completion in the held-out scores")
-    flags.add_argument("--tensorboard", action="store_true",
-                       help="write each step's metrics to OUT/tensorboard as well")
-    add_run_flags(flags)
+    add_run_flags(flags, save_every=500)
     return parser.parse_args()
 
 

@@ -1,6 +1,5 @@
-"""What the scripts share between the shell and main(): flag types, help, errors in one line."""
+"""What the scripts share between the shell and main(): signals and errors end in one line."""
 
-import argparse
 import os
 import signal
 import sys
@@ -9,54 +8,10 @@ from collections.abc import Callable
 
 from torch.distributed import DistError
 
-from runtime.checkpoint import MAY_CHANGE_ON_RESUME
 from runtime.distributed import destroy, world_size
 from runtime.errors import LOST_PEER, UserError, first_line, record_end
 
-SEED_LIMIT = 2**31  # seeds from here on are for held-out data: no --seed can be one
 RESUME_HINT = "the same command with --resume continues from the last checkpoint, if there is one"
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of a script's docstring, and shows the flags' defaults."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def add_run_flags(flags: argparse._ArgumentGroup) -> None:
-    """Add --overwrite and --resume, and args.defaults, what each flag is unless it is given. Call
-    it last: the help of --resume lists those of the earlier flags that may change."""
-    names = [name for action in flags._actions for name in action.option_strings]
-    may_change = [name for name in names if name.removeprefix("--") in MAY_CHANGE_ON_RESUME]
-    flags.add_argument("--overwrite", action="store_true",
-                       help="replace a run that is in --out, instead of moving it to OUT.1")
-    flags.add_argument("--resume", action="store_true",
-                       help="continue from the checkpoint in --out, if there is one; of the flags "
-                       f"only {', '.join(may_change)} may change")
-    flags.set_defaults(defaults={action.dest: action.default for action in flags._actions})
-
-
-def non_negative_int(text: str) -> int:
-    """argparse type: a whole number from 0 to SEED_LIMIT - 1."""
-    if not text.isdecimal() or int(text) >= SEED_LIMIT:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {SEED_LIMIT - 1}")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
-def linear_warmup_decay(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Learning rate of `step`, counted from 0: linear warm-up over `warmup` steps, then linear
-    decay, which would reach 0 in the step after the last."""
-    return peak * min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
 
 
 def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:

@@ -1,4 +1,4 @@
-"""What a run prints and logs, and the guard against losses that are not finite.
+"""What a run prints and logs.
 
 A line is logged after its step, a checkpoint is saved every --save-every steps: after a crash the
 logs are ahead. A resumed run cuts them back to its checkpoint and writes the same lines again.
@@ -6,17 +6,11 @@ logs are ahead. A resumed run cuts them back to its checkpoint and writes the sa
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from runtime.distributed import all_gather_object, all_reduce_sum, rank
+from runtime.distributed import all_gather_object, rank
 from runtime.errors import UserError
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 def print0(text: str) -> None:
@@ -124,26 +118,3 @@ def flatten(row: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from flatten(value, f"{prefix}{name}/")
         else:
             yield prefix + name, value
-
-
-class NonFiniteGuard:
-    """Tells the loop which optimiser steps to skip: those whose loss or gradient is not finite, as
-    one NaN would stay in Adam's moments forever. `.skipped` counts them."""
-
-    def __init__(self, skipped: int = 0) -> None:
-        self.skipped = skipped
-        self.skipped_in_a_row = 0
-
-    def all_finite(self, loss: Tensor, grad_norm: Tensor, sample_ids: Sequence[str]) -> bool:
-        """`loss` is this rank's part, `grad_norm` the whole gradient's, `sample_ids` what they came
-        from. The same on all ranks. Raises UserError after too many skipped steps in a row."""
-        if torch.isfinite(all_reduce_sum(loss) + grad_norm):
-            self.skipped_in_a_row = 0
-            return True
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            all_ids = ", ".join(chain(*all_gather_object(sample_ids)))
-            raise UserError(f"loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a "
-                            f"row; lower --lr, or look at the last samples: {all_ids}")
-        return False

@@ -20,7 +20,6 @@ from boxes import convert_box, format_boxes, obb_to_hbb, parse_boxes
 from data import (
     HELD_OUT_SEED,
     Source,
-    check_oriented,
     get_batch,
     get_mixed_batch,
     load_samples,
@@ -28,13 +27,12 @@ from data import (
     parse_sources,
     prefetch,
     read_source,
-    read_system_prompt,
 )
 from evaluate import load_evaluation
 from metrics.rows import sample_from_row, sample_to_row
 from rewards import TASKS, format_reward, score_completion
-from runtime.command_line import SEED_LIMIT, non_negative_int
 from runtime.errors import UserError
+from runtime.flags import SEED_LIMIT, check_oriented, non_negative_int, read_system_prompt
 from sample import (
     REQUESTS,
     Sample,

@@ -137,7 +137,7 @@ def test_commands_parse(command, monkeypatch):
 @every_page
 def test_flags_in_the_text_exist(page):
     from torch.distributed.run import get_args_parser
-    sources = [*SCRIPTS, ROOT / "data.py", ROOT / "metrics/reward_choices.py",
+    sources = [*SCRIPTS, ROOT / "metrics/reward_choices.py",
                *ROOT.glob("runtime/*.py")]
     known = {flag for file in sources for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
     known |= {f"--{part}-weight" for part in REWARD_PARTS}

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import grpo
-from model import collate, encode_chat, pack_groups, token_logprobs
+from model import collate, encode_chat, token_logprobs
 from rollout import Sampler
+from runtime.optimisation import pack_groups
 
 B, G, C, C_MAX = 4, 3, 6, 10
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}

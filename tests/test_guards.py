@@ -28,7 +28,8 @@ from runtime import checkpoint
 from runtime.checkpoint import Run, last_checkpoint, run_config, state_dict
 from runtime.distributed import to_compute_dtype
 from runtime.errors import UserError
-from runtime.logging import MetricsLog, NonFiniteGuard
+from runtime.logging import MetricsLog
+from runtime.optimisation import NonFiniteGuard
 from sample import Sample
 from several import users_of_compute_dtype
 from test_scripts import assert_same_run, here

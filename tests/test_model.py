@@ -35,9 +35,9 @@ from model import (
     token_logprobs,
 )
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
-from runtime.command_line import linear_warmup_decay
 from runtime.errors import UserError
 from runtime.layers import FusedRMSNorm
+from runtime.optimisation import linear_warmup_decay
 from test_scripts import here
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

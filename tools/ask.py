@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from boxes import obb_corners, parse_boxes
-from data import add_prompt_flags, check_oriented
 from metrics.report import PREDICTED_COLOUR
 from model import encode
 from rewards import TASKS, extract_answer
 from rollout import load_sampler, predict
-from runtime.command_line import HelpFormatter, positive_int, run_main
+from runtime.command_line import run_main
+from runtime.flags import HelpFormatter, add_prompt_flags, check_oriented, positive_int
 from sample import Sample
 
 

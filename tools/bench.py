@@ -43,9 +43,7 @@ from model import (
     Policy,
     Qwen,
     collate,
-    default_pack_tokens,
     encode,
-    pack_groups,
     token_logprobs,
 )
 from rewards import score_completion
@@ -61,6 +59,7 @@ from runtime.distributed import (
 )
 from runtime.layers import use_fused_layers
 from runtime.lora import adapted_layers, add_adapters, reference_adapters
+from runtime.optimisation import default_pack_tokens, pack_groups
 from sample import format_prompt, format_target
 from tiny.scratch import new_tiny_model
 

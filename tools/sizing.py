@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
-from model import pack_tokens_for
+from runtime.optimisation import pack_tokens_for
 
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 355, 256
 SHAPES = {  # of Qwen2.5-VL-3B-Instruct and -7B-Instruct, from their published config.json
