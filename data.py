@@ -416,7 +416,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Order
 
-def get_batch(samples: Sequence[Sample], step: int, size: int, seed: int) -> list[Sample]:
+def get_batch(samples: Sequence[Sample], step: int, size: int,
+              seed: tuple[int, ...]) -> list[Sample]:
     """The samples of one step: a function of (seed, step), so a resumed run sees the same data.
 
     The stream is pass after pass over the data, each shuffled anew. A batch may span two passes, so
@@ -429,20 +430,20 @@ def get_batch(samples: Sequence[Sample], step: int, size: int, seed: int) -> lis
     return batch
 
 
-def get_mixed_batch(streams: Sequence[Sequence[Sample]], step: int, size: int, seed: int,
-                    part: tuple[int, int] = (0, 1)) -> list[Sample]:
+def get_mixed_batch(streams: Sequence[Sequence[Sample]], step: int, size: int,
+                    seed: tuple[int, ...], part: tuple[int, int] = (0, 1)) -> list[Sample]:
     """The samples of one step; `part` (rank, world size): those of this rank. The tasks take turns,
     each with a stream of its own."""
     batch = []
     for position in range(step * size + part[0], (step + 1) * size, part[1]):
         i, task_index = divmod(position, len(streams))
-        batch += get_batch(streams[task_index], i, 1, seed + task_index)
+        batch += get_batch(streams[task_index], i, 1, (*seed, task_index))
     return batch
 
 
 @lru_cache(maxsize=32)  # one for each task of a mixed stream, or each draw would shuffle again
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def permutation(n: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed[0], epoch, *seed[1:]]).permutation(n)
 
 
 def prefetch(steps: Iterable[tuple[object, list]],

@@ -115,10 +115,14 @@ def policy_loss(
     """
     # where, not a product with the mask: 0 * inf is NaN
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0.0)
-    if loss in ("gspo", "geovlm"):
-        root = loss_mask.sum(2, keepdim=True).clamp(min=1) if loss == "gspo" else 1
-        log_ratio = (log_ratio.sum(2, keepdim=True) / root).expand_as(logprobs)
-    rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if loss == "gspo":
+        lengths = loss_mask.sum(2, keepdim=True).clamp(min=1)              # (b, G, 1) |o_i|
+        log_ratio = log_ratio.sum(2, keepdim=True) / lengths
+    elif loss == "geovlm":
+        log_ratio = log_ratio.sum(2, keepdim=True)
+    rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand_as(logprobs)
+    # The smaller of two: a ratio that has moved the right way is clipped, one that has moved the
+    # wrong way is not, so that it can come back.
     unclipped = rho * advantages
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages
     kl = kl_k3(logprobs, ref_logprobs) if beta else torch.zeros_like(logprobs)

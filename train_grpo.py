@@ -234,6 +234,7 @@ def main() -> None:
         elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
         trainable = [param for param in policy.parameters() if param.requires_grad]
+        # Moments over 100 steps, not PyTorch's 1000: a stage has a few hundred.
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
@@ -255,7 +256,7 @@ def main() -> None:
         policy.train()
 
         local_batch = partial(get_mixed_batch, data[stage], size=args.prompts,
-                              seed=args.seed + stage, part=(rank(), world_size()))
+                              seed=(args.seed, stage), part=(rank(), world_size()))
         steps = ((step, local_batch(step)) for step in range(progress["step"], args.steps))
         for step, samples, prompts in prefetch(steps, partial(encode, processor)):
             run.doing = f"finishing step {stage * args.steps + step + 1}"
@@ -263,34 +264,38 @@ def main() -> None:
             lr = linear_warmup_decay(step, args.steps, args.lr, args.warmup)
 
             # --- rollout: G completions for each prompt, again for groups without signal --------
-            # From here on B counts this rank's prompts, and C is its longest completion.
+            # From here on B counts this rank's prompts, and C is its longest completion. Without
+            # --resample the loop over attempts runs once, with all prompts.
             t0 = time.perf_counter()
-            rollout, resampled, scored = None, 0, [[]] * len(samples)           # B x G x {part: r}
-            wanted = list(range(len(samples)))              # groups to sample: at first all
+            todo = list(range(len(samples)))                    # prompts whose groups to sample
+            scored = [None] * len(samples)                      # B x G x {part: reward}
+            rollout, resampled = None, 0
             for attempt in range(1 + args.resample):
-                # Prompts and random numbers depend on (seed, stage, draw, prompt): the same on any
-                # number of ranks. A further attempt draws those of a step after the run's end.
-                draw = step + attempt * args.steps
+                # Prompts and random numbers depend on (seed, stage, step, prompt): the same on any
+                # number of ranks. A further attempt takes those of a step after the run's end.
+                data_step = step + attempt * args.steps
                 if attempt:
-                    resampled += len(wanted)
-                    others = local_batch(draw)
-                    for b in wanted:
+                    resampled += len(todo)
+                    others = local_batch(data_step)
+                    for b in todo:
                         samples[b], prompts[b] = others[b], encode(processor, others[b])
                 if args.freeze or args.lora:
-                    new_prompts = with_image_embeds(sampling_model, [prompts[b] for b in wanted])
-                    for b, prompt in zip(wanted, new_prompts):
+                    new_prompts = with_image_embeds(sampling_model, [prompts[b] for b in todo])
+                    for b, prompt in zip(todo, new_prompts):
                         prompts[b] = prompt
-                numbers = uniforms((args.seed, stage, draw), [local_prompts[b] for b in wanted],
-                                   args.group, args.max_new_tokens)
-                new = sampler.generate(collate([prompts[b] for b in wanted]), args.max_new_tokens,
-                                       args.group, args.temperature, numbers)
-                rollout = replace_groups(rollout, wanted, new) if attempt else new
+                random_numbers = uniforms((args.seed, stage, data_step),
+                                          [local_prompts[b] for b in todo],
+                                          args.group, args.max_new_tokens)
+                groups = sampler.generate(
+                    collate([prompts[b] for b in todo]), args.max_new_tokens, args.group,
+                    args.temperature, random_numbers)
+                rollout = replace_groups(rollout, todo, groups) if attempt else groups
                 texts = sampler.decode_texts(rollout)                           # B x G
                 lengths = rollout.mask.sum(2)                                   # (B, G)
 
                 # --- rewards --------------------------------------------------------------------
                 length_fractions = (lengths / args.max_new_tokens).tolist()
-                for b in wanted:
+                for b in todo:
                     scored[b] = [score_completion(text, samples[b], fraction, **reward_models)
                                  for text, fraction in zip(texts[b], length_fractions[b])]
                 reward_parts = stack_parts(scored, tasks)                       # {part: (B, G)}
@@ -298,8 +303,8 @@ def main() -> None:
                     reward_parts["overlong"] = grpo.overlong_punishment(
                         lengths, args.max_new_tokens, args.overlong_buffer)
                 rewards = sum(part_weights[name] * r for name, r in reward_parts.items()).float()
-                wanted = (~grpo.groups_with_signal(rewards)).nonzero()[:, 0].tolist()
-                if not wanted:
+                todo = (~grpo.groups_with_signal(rewards)).nonzero()[:, 0].tolist()
+                if not todo:
                     break
             t1 = time.perf_counter()
 
@@ -346,8 +351,8 @@ def main() -> None:
                         ref_logprobs.append(None)
                         if args.beta:
                             with torch.no_grad(), reference_adapters(policy):
-                                ref_logprobs[i] = (policy if adapters else ref_model)(
-                                    inputs, tokens, mask, args.temperature)
+                                reference = policy if adapters else ref_model
+                                ref_logprobs[i] = reference(inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
                         advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],

@@ -138,7 +138,7 @@ def main() -> None:
         image_size = args.image_size or 112
         splits = load(image_size=image_size)
         corpus = [format_prompt(sample) + format_target(sample) for task in tasks
-                  for sample in get_batch(splits[task].train, 0, 500, args.seed)]
+                  for sample in get_batch(splits[task].train, 0, 500, (args.seed,))]
         model, processor = new_tiny_model(corpus, image_size)
     else:
         model, processor = load_model(args.model, args.image_size, merge=not args.lora)
@@ -237,7 +237,7 @@ def main() -> None:
 
 def local_batch(args: argparse.Namespace, data: list, step: int) -> list[Sample]:
     """This rank's samples of a step."""
-    samples = get_mixed_batch(data, step, args.batch, args.seed)
+    samples = get_mixed_batch(data, step, args.batch, (args.seed,))
     if args.half_no_think and step % 2:
         samples = [replace(sample, thinking=False) for sample in samples]
     if args.box_noise:
