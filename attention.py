@@ -95,7 +95,7 @@ def shared_prompt_attention(
     transformers' decoder layers call it; `module` is the layer's attention.
     """
     P, G = shared_prompt.P, shared_prompt.G
-    q = q.to(v.dtype)  # the rotary tables are float32 and make q and k float32 under autocast
+    q = q.to(v.dtype)  # where the rotary tables are float32, they make q and k float32
     k = k.to(v.dtype)
     if shared_prompt.mode == "decode":
         cache = shared_prompt.cache[module.layer_idx]

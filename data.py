@@ -28,6 +28,9 @@ from tiny.scenes import QUESTIONS, Scenes
 
 HELD_OUT_SEED = 2**31   # of synthetic scenes: outside the range of --seed
 HELD_OUT_SAMPLES = 256  # held-out samples that a training run is scored on
+# Where a source has both: who chooses settings by test scores reports them too high
+VAL_FIRST = ("val", "test")   # what training is scored on
+TEST_FIRST = ("test", "val")  # and evaluate.py
 # File or folder names of few-shot and training splits, such as train_1shot.json
 NAMED_TRAIN = re.compile(r"(?:^|[_.-])(?:train(?:ing)?|\d+-?shots?)(?:[_.-]|$)", re.IGNORECASE)
 
@@ -94,7 +97,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
     """What a run trains on and what it is scored on, of each task, joined from all its sources.
 
     Each source holds out samples of its own. With eval_sources, these give what is held out: their
-    test or val split, or all samples of one without. Raises UserError, in one line, for what a user
+    val or test split, or all samples of one without. Raises UserError, in one line, for what a user
     has to fix in a source, and if several sources put an image on both sides, of whichever tasks.
     """
     read = partial(read_sources, tasks=tasks, image_size=image_size, oriented=oriented,
@@ -247,16 +250,11 @@ def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
     return [to_oriented(sample) for sample in samples]
 
 
-def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]],
-                  whole: str | None = None) -> tuple[list, list, list[str]]:
+def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]], whole: str | None = None,
+                  held_out: Sequence[str] = VAL_FIRST) -> tuple[list, list, list[str]]:
     """The train parts, the held-out parts and the rules of several sources (split_samples)."""
-    train, held_out, rules = [], [], []
-    for source, samples in found:
-        parts = split_samples(samples, source.path, whole)
-        train.append(parts.train)
-        held_out.append(parts.held_out)
-        rules.append(parts.summary)
-    return train, held_out, rules
+    parts = [split_samples(samples, source.path, whole, held_out) for source, samples in found]
+    return [p.train for p in parts], [p.held_out for p in parts], [p.summary for p in parts]
 
 
 def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
@@ -275,7 +273,9 @@ def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
     equal bytes. Within a source it is a warning: published splits share images, and who compares
     with a paper needs them as they are. Both sides: (source, samples)."""
     trained, held = image_files(train), image_files(held_out)
-    size_of = {image: num_bytes(image) for _, image in trained | held}
+    images = {image for _, image in trained | held}
+    with ThreadPoolExecutor(16) as pool:  # one by one, a network disk answers few a second
+        size_of = dict(zip(images, pool.map(num_bytes, images)))
     shared_sizes = ({size_of[image] for _, image in trained}
                     & {size_of[image] for _, image in held})
 
@@ -317,20 +317,21 @@ def num_bytes(image: object) -> int:
     return image.stat().st_size if isinstance(image, Path) else image.num_bytes
 
 
-def split_samples(samples: Sequence[Sample], source: str, whole: str | None = None) -> Split:
+def split_samples(samples: Sequence[Sample], source: str, whole: str | None = None,
+                  held_out: Sequence[str] = VAL_FIRST) -> Split:
     """What one source trains on and what it holds out, in the order of a hash, and by which rule.
 
-    Held out is its "test" split where it has one (its "val" split is then unused), else its "val"
-    split, else a tenth of the images, chosen by a hash of their file names. `whole`, "train" or
-    "heldout", puts all samples of a source without such splits on that side; one that is named as a
-    few-shot or training split holds nothing out.
+    Held out is the first of the splits `held_out` that it has, the other is unused; without any, a
+    tenth of the images, chosen by a hash of their file names. `whole`, "train" or "heldout", puts
+    all samples of a source without such splits on that side; one that is named as a few-shot or
+    training split holds nothing out.
     """
     if not whole and NAMED_TRAIN.search(Path(source).stem):
         whole = "train"
     if isinstance(samples, Scenes):
         scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
         return Split(samples, scenes, "other scenes")
-    published = published_split(samples)
+    published = published_split(samples, held_out)
     if published:
         train = [sample for sample in samples if sample.split == "train"]
         held_out = [sample for sample in samples if sample.split == published]
@@ -338,7 +339,7 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         unused = len(samples) - len(train) - len(held_out)
         if unused:
             warn(f"{source}: {unused} samples of {samples[0].task}, neither train nor "
-                 f"{published}, are not used")
+                 f"{published}, are not used here")
     elif whole:
         train, held_out = (samples, []) if whole == "train" else ([], samples)
         rule = "none" if whole == "train" else "all"
@@ -361,10 +362,10 @@ def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:
                      + ("" if published_split(samples) else hint))
 
 
-def published_split(samples: Sequence[Sample]) -> str | None:
-    """The split that the source itself keeps for testing, if it has one."""
+def published_split(samples: Sequence[Sample], order: Sequence[str] = VAL_FIRST) -> str | None:
+    """The first of these splits that the source itself keeps, if it has one."""
     found = {sample.split for sample in samples}
-    return next((split for split in ("test", "val") if split in found), None)
+    return next((split for split in order if split in found), None)
 
 
 def record_hash(sample: Sample) -> tuple[int, str]:

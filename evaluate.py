@@ -32,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (
+    TEST_FIRST,
     check_task,
     fingerprint,
     join,
@@ -84,9 +85,9 @@ def parse_args() -> Namespace:
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
     add_data_flags(flags)
     flags.add_argument("--split", choices=("all", "heldout", "train"),
-                       help="`heldout`: what training leaves out, which is the source's test or "
-                            "val split, or a tenth of the images (default: heldout for synthetic "
-                            "and where the source has such a split, else all)")
+                       help="`heldout`: the source's test split, else its val split, else the "
+                            "tenth of the images that training leaves out (default: heldout for "
+                            "synthetic and where the source has such a split, else all)")
     flags.add_argument("--limit", type=positive_int, help="score only the first samples")
     flags.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and "
                                        "change: a folder or hub id")
@@ -254,7 +255,7 @@ def load_evaluation(args: Namespace, image_size: int) -> list[Sample]:
     if split == "all":
         samples = join([samples for _, samples in found])
     else:
-        train, held_out, _ = split_sources(found, "heldout" if args.eval_data else None)
+        train, held_out, _ = split_sources(found, "heldout" if args.eval_data else None, TEST_FIRST)
         samples = join(train if split == "train" else held_out)
     if not samples:
         raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(values)}")

@@ -6,7 +6,7 @@ them up, and so do we, with weights as flags. That paper names its rewards but p
 the formulas marked (ours) are reconstructions.
 
 Everything here reads text that a model under optimisation wrote. So no text makes it raise, bounds
-on the text's length keep it fast, and an ambiguous answer earns nothing.
+on the text's length keep it fast, and an ambiguous answer earns nothing (but for Jaccard's share).
 
 A reward is a function of keywords: it names what it needs and takes the rest as **_. There are
 
@@ -216,7 +216,8 @@ def iou_reward(answer: str, sample: Sample, **_: object) -> float:
 
 def count_penalised_ap_reward(answer: str, sample: Sample, **_: object) -> float:
     """R = min(1, sqrt(n_gt / n_pred)) AP (Geo-R1 few-shot, OVD). All predictions have the same
-    confidence, so AP alone would forgive every box that follows the right ones."""
+    confidence, so AP alone would forgive every box that follows the right ones. The question names
+    one class, so labels are not compared."""
     predicted = parse_boxes(answer)
     if predicted is None:
         return 0.0
@@ -279,7 +280,7 @@ def multiple_choice_reward(answer: str, sample: Sample, **_: object) -> float:
 
 def count_reward(answer: str, sample: Sample, **_: object) -> float:
     """R = 1 - |a - g| / max(a, g, 1) of the counts a and g; 0 without a count, or with several
-    (RSThinker's formula with its alpha at 1)."""
+    (RSThinker's formula with its alpha at 1, arXiv 2509.22221)."""
     count, target = parse_count(answer), parse_count(sample.gt_answer)
     return 0.0 if count is None else 1 - abs(count - target) / max(count, target, 1)
 

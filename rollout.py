@@ -136,6 +136,7 @@ class Sampler:
         self.stop_ids = tuple(processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)))
         self.decode_step = decode_step
         if compile_decode_step:
+            torch._dynamo.config.recompile_limit = 64  # of 8 shapes else; a staged run has more
             self.decode_step = torch.compile(decode_step, dynamic=False)
         self.use_cuda_graphs = torch.cuda.is_available()
         self.fixed_shapes = compile_decode_step or self.use_cuda_graphs

@@ -84,8 +84,8 @@ def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
 # Counts and positions
 
 def parse_count(text: str) -> int | None:
-    """The whole number >= 0 that a text names in digits, `1,200` and `1200` alike. None if it names
-    none, several, a negative one or a fraction."""
+    """The whole number >= 0 that a text names in digits, as `1,200` or `1200`. None if it names
+    none, several, a negative one, a decimal fraction, or has more than 9 digits."""
     if len(text) > MAX_TEXT:
         return None
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
@@ -95,14 +95,19 @@ def parse_count(text: str) -> int | None:
 
 
 def parse_position(text: str) -> tuple[float, float] | None:
-    """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° E`. None for fewer
-    or more numbers, and for what is not on Earth."""
+    """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° East`. None for fewer
+    or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
     if len(text) > MAX_TEXT:
         return None
-    found = re.findall(r"(-?[0-9]+(?:\.[0-9]+)?)[° ]{0,2}(?:([NSEW])\b)?", text)
-    if len(found) != 2 or found[0][1] in ("E", "W") or found[1][1] in ("N", "S"):
+    hemisphere = r"(north|south|east|west|[nsew])\b"
+    number = rf"(-?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"
+    found = re.findall(number, text.lower())
+    rest = re.sub(number, " ", text.lower())
+    if len(found) != 2 or found[0][1][:1] in ("e", "w") or found[1][1][:1] in ("n", "s"):
         return None
-    latitude, longitude = (-abs(float(number)) if letter in ("S", "W") else float(number)
+    if re.search(rf"\b{hemisphere}", rest):
+        return None
+    latitude, longitude = (-abs(float(number)) if letter[:1] in ("s", "w") else float(number)
                            for number, letter in found)
     on_earth = abs(latitude) <= 90 and abs(longitude) <= 180
     return (latitude, longitude) if on_earth else None

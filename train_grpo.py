@@ -12,8 +12,9 @@ A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
     torchrun train_grpo.py --task det                    # the embedded default: minutes on a laptop
     python train_grpo.py --task cls,det+rcap --out runs/staged   # cls, then a mix of two tasks
     torchrun --nproc-per-node 8 train_grpo.py --task det --model runs/sft-3b/model \\
-        --data GeoChat_Instruct.json --lr 1e-6 --beta 0.04 --divide-by-std --prompts 16 \\
-        --max-new-tokens 256 --steps 400 --gradient-checkpointing --out runs/grpo-3b
+        --data geochat/GeoChat_Instruct.json --images images --lr 1e-6 --beta 0.04 \\
+        --divide-by-std --prompts 16 --max-new-tokens 256 --steps 400 --gradient-checkpointing \\
+        --out runs/grpo-3b
 
 Writes to --out: metrics.jsonl (a line per step), samples.jsonl (completions of one group per step)
 and its page report.html, curves.png, model/ and checkpoint/.
@@ -117,7 +118,7 @@ def parse_args() -> argparse.Namespace:
                        help="replace groups without signal by those of other prompts, up to this "
                             "many times a step (DAPO)")
     flags.add_argument("--seed", type=non_negative_int, default=0,
-                       help="seed of the data order and of sampling")
+                       help="seed of the data order, of sampling and of synthetic scenes")
     flags.add_argument("--compile", action="store_true",
                        help="torch.compile a decode step: 15 seconds of warm-up for each shape")
     flags = parser.add_argument_group("reward")
@@ -351,8 +352,8 @@ def main() -> None:
                         ref_logprobs.append(None)
                         if args.beta:
                             with torch.no_grad(), reference_adapters(policy):
-                                reference = policy if adapters else ref_model
-                                ref_logprobs[i] = reference(inputs, tokens, mask, args.temperature)
+                                ref_logprobs[i] = (policy if adapters else ref_model)(
+                                    inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
                         advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],

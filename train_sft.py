@@ -12,8 +12,8 @@ from the same function as in GRPO.
     python train_sft.py --task det,cls --model scratch --out runs/sft     # from random weights
     python train_sft.py --task det --data refer.jsonl --images images/ --out runs/sft
     torchrun --nproc-per-node 8 train_sft.py --task det --model Qwen/Qwen2.5-VL-3B-Instruct \\
-        --data GeoChat_Instruct.json --lr 1e-5 --batch 128 --micro-batch 4 --steps 1000 \\
-        --max-new-tokens 256 --gradient-checkpointing --out runs/sft-3b
+        --data geochat/GeoChat_Instruct.json --images images --lr 1e-5 --batch 128 \\
+        --micro-batch 4 --steps 1000 --max-new-tokens 256 --gradient-checkpointing --out runs/sft-3b
 """
 
 import argparse

@@ -46,9 +46,10 @@ def stack_parts(scored: list[list[dict[str, float]]], tasks: Sequence[str]) -> d
 
 
 def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tensor],
-                 resampled: int, loss_mask: Tensor, stats: list[dict[str, Tensor]], logprob_diffs: list[Tensor],
-                 losses: list[Tensor], grad_norms: list[Tensor]) -> dict:
-    """The step's metrics, means over all ranks. `stats` and `logprob_diffs` hold sums over the
+                 resampled: int, loss_mask: Tensor, stats: list[dict[str, Tensor]],
+                 logprob_diffs: list[Tensor], losses: list[Tensor],
+                 grad_norms: list[Tensor]) -> dict:
+    """The step's metrics, means over all ranks; NaN where nothing was measured. `stats` and `logprob_diffs` hold sums over the
     tokens of each micro-batch; `losses` and `grad_norms` have an entry for each inner step."""
     num_completions = rewards.numel()
     num_tokens = rollout.mask.sum()
@@ -74,7 +75,8 @@ def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tens
 
 def step_speed(args: Namespace, model: Qwen, prompts: list[Prompts], lengths: Tensor, keep: Tensor,
                inner_steps: int, len_mean: float, seconds: float) -> dict[str, float]:
-    """Tokens and floating point operations per second, of all ranks, computed from shapes."""
+    """Tokens and floating point operations per second, of all ranks, computed from shapes; those of
+    groups that --resample has replaced do not count."""
     update = inner_steps * update_passes(bool(args.lora))
     if args.beta and inner_steps:
         update += 1                                             # the reference model
@@ -176,7 +178,7 @@ class Console:
     def warn_without_signal(self, row: dict) -> None:
         """One warning in a run if nothing could be learned from its last steps."""
         advice = None
-        if row["truncated_frac"] == 1:
+        if row["zero_std_frac"] == 1 and row["truncated_frac"] == 1:
             advice = ("all completions are cut off at --max-new-tokens; raise it, or teach the "
                       "model to answer first, with train_sft.py")
         elif row["zero_std_frac"] == 1:

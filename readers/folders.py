@@ -180,7 +180,7 @@ def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
     test.txt. A list names the objects of a split by their number in the order of Annotations/*.xml.
 
     The published lists split objects, not images. Of the folder, a train object in an image with
-    test objects (without test.txt, val objects) gets no split. A named list is read as it is.
+    val or test objects gets no split. A named list is read as it is.
     """
     root, lists, count = path, [path / f"{name}.txt" for name in ("train", "val", "test")], 0
     if path.is_file():
@@ -190,20 +190,19 @@ def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
         with user_error_on("a list of object numbers", str(file)):
             numbers = [int(line) for line in file.read_text().split()]
         split_of |= dict.fromkeys(numbers, split_of_name(file.with_suffix("")))
-    held_out = next((s for s in ("test", "val") if s in split_of.values()), None)
     for file in sorted(root.glob("Annotations/*.xml")):
         with user_error_on("an annotation of DIOR-RSVG", str(file)):
             tree = ElementTree.parse(file)
             objects = list(enumerate(tree.iter("object"), count))
             count += len(objects)
-            is_held_out = held_out in [split_of.get(i, "") for i, _ in objects]
+            is_held_out = not {"val", "test"}.isdisjoint(split_of.get(i) for i, _ in objects)
             image = (request.image_folder or root / "JPEGImages") / tree.findtext("filename")
             for i, node in objects:
                 split = split_of.get(i, "")
                 if path.is_file() and i not in split_of:
                     continue
                 if split == "train" and is_held_out:
-                    request.notes[f"train objects in {held_out} images are not trained on"] += 1
+                    request.notes["train objects in val or test images are not trained on"] += 1
                     split = ""
                 sides = ("xmin", "ymin", "xmax", "ymax")
                 box = [float(node.findtext(f"bndbox/{side}")) for side in sides]
@@ -221,7 +220,7 @@ def read_xbd(path: Path, request: Request) -> Iterator[Sample]:
     """xBD: [split/]images/*_{pre,post}_disaster.png with labels or masks of the later image. cls
     asks for the disaster, and whether a building is damaged. det, which needs the labels, asks for
     the buildings of each class of damage. train (tier1 in the geotiffs) and tier3 are for training.
-    The xView2 challenge ranked by test and hold; here hold is "val": unused beside test."""
+    The xView2 challenge ranked by test and hold; here hold is "val"."""
     for post in glob(path, "{,*/}images/*_post_disaster.*"):
         pair, source = (post.with_name(post.name.replace("_post_", "_pre_")), post), post.name
         size, split = first_image_size(pair, source), split_of_name(post.parent.parent)

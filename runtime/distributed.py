@@ -120,7 +120,8 @@ def build_policy_and_sampling_model(policy: Module,
 
     They share their weights where one process has nothing to cast: on a CPU, and with LoRA, whose
     frozen matrices are in compute_dtype already. The weights come mapped from a file, and become
-    float32 as shards. So neither the host nor a GPU ever holds the whole model in float32.
+    float32 as shards. So with several processes neither the host nor a GPU ever holds the whole
+    model in float32.
     """
     sampling_model = policy.model  # the original: peft's view of it saves the adapters
     has_adapters = any("lora_" in name for name, _ in policy.named_parameters())
@@ -191,11 +192,11 @@ def all_reduce_max(value: int) -> int:
 
 
 def all_reduce_means(pairs: dict[str, tuple[Tensor | float, Tensor | float]]) -> dict[str, float]:
-    """{name: (this rank's sum, its count)} -> {name: mean over all ranks}, 0 where the count is 0.
-    One all-reduce for all of them."""
+    """{name: (this rank's sum, its count)} -> {name: mean over all ranks}, NaN where the count is
+    0. One all-reduce for all of them."""
     local = [torch.as_tensor(x, device=device()).double() for pair in pairs.values() for x in pair]
     sums, counts = all_reduce_sum(torch.stack(local)).view(-1, 2).unbind(1)
-    return dict(zip(pairs, torch.where(counts > 0, sums / counts, 0.0).tolist()))
+    return dict(zip(pairs, (sums / counts).tolist()))
 
 
 def all_gather_object(value: object) -> list:

@@ -49,15 +49,19 @@ class JsonlLog:
         row = finite_or_null(row)
         try:
             if not self.is_cut_back:
-                partial = self.path.with_suffix(".partial")
-                partial.write_bytes(b"".join(line + b"\n" for line in self.kept_lines))
-                partial.replace(self.path)
-                self.is_cut_back = True
+                self.cut_back()
             with open(self.path, "a") as file:
                 print(json.dumps(row), file=file)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); --resume continues from the "
                             "last checkpoint") from error
+
+    def cut_back(self) -> None:
+        """Leave nothing but the kept lines."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_bytes(b"".join(line + b"\n" for line in self.kept_lines))
+        partial.replace(self.path)
+        self.is_cut_back = True
 
 
 def check_tensorboard() -> None:
@@ -87,8 +91,10 @@ class MetricsLog:
 
     def complete_last_row(self, fields: dict) -> None:
         """Write last_row again, with more fields."""
-        del self.jsonl.kept_lines[-1:]  # only the first rank has any
-        self.jsonl.write(self.last_row | fields)
+        row = finite_or_null(self.last_row | fields)
+        if rank() == 0:  # in one move: without this row, the checkpoint would be ahead of the log
+            self.jsonl.kept_lines[-1] = json.dumps(row).encode()
+            self.jsonl.cut_back()
         self.write_scalars(fields, self.last_row["step"])
 
     def write(self, row: dict) -> None:

@@ -84,6 +84,10 @@ def save_adapters(adapters: "PeftModel", model: Qwen, folder: Path) -> None:  # 
     weights = {f"base_model.model.{name}": full_tensor(weight.detach()).float().cpu()
                for name, weight in model.named_parameters() if ".default." in name}
     if rank() == 0:
+        config = adapters.peft_config["default"]
+        base = Path(config.base_model_name_or_path)
+        if base.is_dir():  # a relative path would be another folder, or a hub id, from elsewhere
+            config.base_model_name_or_path = str(base.resolve())
         adapters.save_pretrained(folder, state_dict=weights, selected_adapters=["default"],
                                  save_embedding_layers=False)
 

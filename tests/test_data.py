@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from argparse import ArgumentTypeError
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 import data
+import evaluate
 from boxes import convert_box, format_boxes, obb_to_hbb, parse_boxes
 from data import (
     HELD_OUT_SEED,
@@ -28,7 +30,6 @@ from data import (
     prefetch,
     read_source,
 )
-from evaluate import load_evaluation
 from metrics.rows import sample_from_row, sample_to_row
 from rewards import TASKS, format_reward, score_completion
 from runtime.errors import UserError
@@ -338,7 +339,7 @@ def test_tasks_of_a_mixed_stage_take_turns_each_with_a_stream_of_its_own():
 
 def test_no_two_of_seeds_stages_and_tasks_share_an_order():
     """Seeds were added: stage 1 of --seed 0 saw the batches of stage 0 of --seed 1, so seeds were no repetitions."""
-    orders = [get_mixed_batch([[], range(100)], 0, 40, seed=(seed, stage))[1::2] if task else
+    orders = [get_mixed_batch([range(100), range(100)], 0, 40, seed=(seed, stage))[1::2] if task else
               get_mixed_batch([range(100)], 0, 20, seed=(seed, stage))
               for seed in range(3) for stage in range(3) for task in range(2)]
     assert len(set(map(tuple, orders))) == len(orders)
@@ -635,8 +636,19 @@ def test_published_splits_are_kept(tmp_path):
         {"image": f"{i}.png", "split": split, "captions": [f"image {i}"]}) for i, split in enumerate(splits)))
     answers = {split: {s.gt_answer for s in load_samples(str(tmp_path / "captions.jsonl"), "cap", F, split=split)}
                for split in ("train", "heldout", "all")}
-    assert answers["train"] == {f"image {i}" for i in (0, 3, 6, 9)} and answers["heldout"] == {f"image {i}" for i in (1, 4, 7, 10)}
+    assert answers["train"] == {f"image {i}" for i in (0, 3, 6, 9)} and answers["heldout"] == {f"image {i}" for i in (2, 5, 8, 11)}
     assert len(answers["all"]) == 12
+
+
+def test_training_is_scored_on_val_and_evaluation_on_test(tmp_path, monkeypatch):
+    """Training once scored itself on the test split every 50 steps: settings were chosen by it."""
+    for name in ("train", "val", "test"):
+        Image.new("RGB", (100, 100)).save(tmp_path / f"{name}.png")
+    source = write(tmp_path, *({**GOOD, "image": f"{name}.png", "split": name} for name in ("train", "val", "test")))
+    split = load_splits(parse_sources([source]), [], ["det"], F)["det"]
+    assert [s.images[0].stem for part in split[:2] for s in part] == ["train", "val"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--data", source, "--out", "x"])
+    assert [s.images[0].stem for s in evaluate.load_evaluation(evaluate.parse_args(), F)] == ["test"]
 
 
 def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
@@ -853,7 +865,7 @@ def evaluated(image_size=F, **flags):
     flags = {"task": "cls", "data": ["synthetic"], "eval_data": [], "images": None, "split": None, "limit": None,
              "oriented": False, "no_think": False, "system": None, "choices": None,
              "negatives": None} | flags
-    return load_evaluation(SimpleNamespace(**flags), image_size)
+    return evaluate.load_evaluation(SimpleNamespace(**flags), image_size)
 
 
 def test_a_source_of_test_samples_only_is_scored(folder):

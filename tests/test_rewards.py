@@ -644,7 +644,8 @@ def test_count_reward_is_one_minus_the_relative_error(a, g):
 @pytest.mark.parametrize("answer, position", [
     ("48.86, 2.35", (48.86, 2.35)), ("-33.9,151.2", (-33.9, 151.2)), ("(48.86, 2.35).", (48.86, 2.35)), ("0, 0", (0, 0)),
     ("33.9° S, 151.2° E", (-33.9, 151.2)), ("40.7N 74W", (40.7, -74)), ("Latitude: 48.86, longitude: 2.35", (48.86, 2.35)),
-    ("-33.9 S, 7 W", (-33.9, -7)), ("90, -180", (90, -180)),
+    ("-33.9 S, 7 W", (-33.9, -7)), ("90, -180", (90, -180)), ("33.9 south, 151.2 East", (-33.9, 151.2)), ("33.9s 7w", (-33.9, -7)),
+    ("S33.9 E151.2", None), ("South 33.9, 151.2", None), ("33.9 degrees S, 151.2 E", None),
     ("", None), ("Paris", None), ("48.86", None), ("48.86, 2.35, 3", None), ("2.35 E, 48.86 N", None), ("48.86 E, 2.35", None),
     ("90.1, 0", None), ("0, 180.1", None), ("9" * 400 + ", 1", None), ("nan, nan", None), ("48°51'24\", 2°21'3\"", None)])
 def test_a_position_is_two_numbers_on_earth(answer, position):

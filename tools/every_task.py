@@ -23,7 +23,7 @@ RECIPES = {  # task -> further flags of SFT and of GRPO, where the default ones 
     "ovd": ("--steps 200", f"--steps 120 {LONG}"),
     "seg": ("--steps 200", f"--steps 120 {LONG}"),
     "pair": ("--steps 600", "--steps 200"),
-    "count": ("--steps 100", "--steps 120"),  # tiny was not trained on these two
+    "count": ("--steps 100", "--steps 120"),
     "geo": ("--steps 200", "--steps 120"),
 }
 
