@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from tools.trial import Trial, add_trial_flags, gain, minutes, run_trials
 
 SFT = "--batch 16 --lr 3e-4 --heldout 0"
-GRPO = "--heldout 128"
+GRPO = "--heldout 64"
 
 
 class Variant(NamedTuple):
@@ -78,7 +78,7 @@ def to_trial(variant: Variant, steps: int, completions: int) -> Trial:
     group = int(re.search(r"(?<=--group )\d+|$", flags)[0] or 8)
     steps //= len(task.split(","))
     return Trial(name, task, sft and f"{SFT} {sft}",
-                 f"{GRPO} --steps {steps} --eval-every {ceil(steps / 6)} "
+                 f"{GRPO} --steps {steps} --eval-every {ceil(steps / 4)} "
                  f"--prompts {completions // group} {flags}")
 
 
