@@ -1,7 +1,7 @@
 """What each part of the method does: variants of one GRPO run, one change each, on tiny.
 
     python tools/ablate.py --list
-    python tools/ablate.py --jobs 16               # all variants, 3 seeds each: many hours of CPU
+    python tools/ablate.py --jobs 16               # all variants, 2 seeds each: two hours of CPU
     python tools/ablate.py beta group-4 --seeds 0  # a question and a variant
 
 Writes OUT/VARIANT/SEED/ (the runs), OUT/table.md and OUT/curves.png. The same command continues
@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="questions and variants (default: all)")
     parser.add_argument("--list", action="store_true", help="print the variants and end")
     parser.add_argument("--steps", type=int, default=60, help="rollouts of each run")
-    parser.add_argument("--completions", type=int, default=128, help="of each step")
-    add_trial_flags(parser, "runs/ablate", seeds=(0, 1, 2))
+    parser.add_argument("--completions", type=int, default=64, help="of each step")
+    add_trial_flags(parser, "runs/ablate", seeds=(0, 1))
     args = parser.parse_args()
     unknown = set(args.names).difference(*({v.name, *v.questions.split()} for v in VARIANTS))
     if unknown:
