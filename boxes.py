@@ -1,6 +1,6 @@
 """Boxes: read them from text, write them as text, convert and compare them.
 
-A box is (x1, y1, x2, y2), axis-aligned (HBB), or (x1, y1, x2, y2, theta), oriented (OBB): the
+A box is (x1, y1, x2, y2), horizontal (HBB), or (x1, y1, x2, y2, theta), oriented (OBB): the
 rectangle turned by theta degrees about its centre, clockwise on the screen. Boxes that are read
 come from a model under optimisation, so no text makes anything here raise, and bounds on its
 numbers and boxes keep it fast.
@@ -27,7 +27,7 @@ def parse_boxes(answer: str, oriented: bool = False) -> np.ndarray | None:
     (n, 5), theta as well.
 
     None if the answer is neither boxes nor `none`/`[]`. Every innermost bracket `[...]` is one
-    prediction: 4 numbers, or 5 with the angle of an oriented box, which becomes its upright
+    prediction: 4 numbers, or 5 with the angle of an oriented box, which becomes its horizontal
     envelope unless `oriented`. A bracket that is no box (3 numbers, words, x2 <= x1) counts as an
     empty box that overlaps nothing: dropping it would make a malformed guess free. Text around the
     brackets, such as Qwen's JSON, is ignored.
@@ -47,7 +47,7 @@ def says_none(answer: str) -> bool:
 
 
 def parse_box(text: str) -> tuple[float, float, float, float, float]:
-    """x1, y1, x2, y2, theta of the inside of a bracket. Four numbers are an upright box; what is
+    """x1, y1, x2, y2, theta of the inside of a bracket. Four numbers are a horizontal box; what is
     no box, or has no area, becomes an empty one."""
     values = parse_numbers(text)
     is_box = len(values) in (4, 5) and values[2] > values[0] and values[3] > values[1]
@@ -67,8 +67,8 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 # Write
 
 def clip_and_round(box: Sequence[float], image_size: int) -> list[int]:
-    """A box as a model writes it: the upright envelope, clipped to the image, in whole pixels, at
-    least one pixel wide and high."""
+    """A box as a model writes it: the horizontal envelope, clipped to the image, in whole pixels,
+    at least one pixel wide and high."""
     x1, y1, x2, y2 = map(round, obb_to_hbb(box))
     x1, y1 = min(max(x1, 0), image_size - 1), min(max(y1, 0), image_size - 1)
     return [x1, y1, max(min(x2, image_size), x1 + 1), max(min(y2, image_size), y1 + 1)]
@@ -98,7 +98,7 @@ def format_json(objects: dict | list[dict]) -> str:
 # Convert
 
 def obb_to_hbb(box: Sequence[float]) -> tuple[float, float, float, float]:
-    """Oriented to horizontal: the smallest upright box around `(x1, y1, x2, y2[, theta])`.
+    """OBB to HBB: the smallest horizontal box around `(x1, y1, x2, y2[, theta])`.
 
     Any unit. The envelope is the same for both senses of rotation, so theta needs no convention.
     """
@@ -128,7 +128,7 @@ def convert_box(box: Sequence[float], from_size: tuple[float, float],
     """(x1, y1, x2, y2[, theta]) from a space of (width, height) units to another, five numbers.
 
     A turned rectangle stays a rectangle only if both axes scale by the same factor; otherwise its
-    upright envelope is converted.
+    horizontal envelope is converted.
     """
     sx, sy = to_size[0] / from_size[0], to_size[1] / from_size[1]
     theta = box[4] if len(box) > 4 else 0
@@ -171,7 +171,7 @@ def oriented_iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def matched_ious(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """IoU of each pair of the one-to-one assignment with the largest sum (Hungarian method):
-    (min(n, m),). Upright boxes (n, 4) and (m, 4), or oriented ones (n, 5) and (m, 5)."""
+    (min(n, m),). Horizontal boxes (n, 4) and (m, 4), or oriented ones (n, 5) and (m, 5)."""
     iou = oriented_iou_matrix if predicted.shape[1] == 5 else iou_matrix
     ious = iou(predicted, target)
     return ious[linear_sum_assignment(ious, maximize=True)]

@@ -246,7 +246,7 @@ def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
         return replace(samples, oriented=True)
     if not any(box[4] for sample in samples for box in sample.gt_boxes):
         warn(f"{source}: no target box is turned, so every theta is 0 ([x1,y1,x2,y2,theta] in "
-             "pixels is read as its upright envelope)")
+             "pixels is read as its horizontal envelope)")
     return [to_oriented(sample) for sample in samples]
 
 

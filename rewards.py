@@ -141,7 +141,7 @@ def box_reward(answer: str, sample: Sample,
 
 
 def detection_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = sum of matched IoU / max(n_pred, n_gt) (ours), pixels of the resized image, upright
+    """R = sum of matched IoU / max(n_pred, n_gt) (ours), pixels of the resized image, horizontal
     boxes; oriented ones if the sample asks for theta.
 
     Matching is one to one. Dividing by the larger count penalises spurious and duplicate boxes

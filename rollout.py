@@ -49,6 +49,7 @@ from model import (
 from runtime.distributed import autocast, device, to_compute_dtype
 from runtime.errors import first_line
 
+DROP_ROWS_EVERY = 8    # eager decode steps between two looks for stopped rows
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
 MAX_STATIC_DECODE_STEPS = 3  # each holds a cache of keys and values
 BLOCK = 512  # tokens; inverse_cdf first finds the block
@@ -285,7 +286,7 @@ def uniforms(seed: tuple[int, ...], prompt_ids: Sequence[int], G: int, C: int) -
 
 
 # --------------------------------------------------------------------------------------------------
-# The three functions
+# Prefill, sample, decode
 
 def prefill(model: Qwen, prompts: Prompts, C: int, G: int,
             random_numbers: Tensor | None) -> tuple[DecodeState, Tensor]:
@@ -393,7 +394,7 @@ def decode_eager(model: Qwen, state: DecodeState, params: SamplingParams) -> Dec
     for t in range(1, C):
         if not state.active.any():
             break
-        selection = active_rows(state) if t % 8 == 0 else None
+        selection = active_rows(state) if t % DROP_ROWS_EVERY == 0 else None
         if selection is not None:
             scatter_back(full, state, kept_rows)
             prompt_indices, row_indices = selection

@@ -198,7 +198,7 @@ def header_size(path: Path) -> tuple[int, int]:
 # The ground truth in the form that rewards and scores compare with
 
 def gt_hbbs(sample: Sample) -> np.ndarray:
-    """The sample's boxes as upright boxes (m, 4), pixels of the resized image."""
+    """The sample's boxes as horizontal boxes (m, 4), pixels of the resized image."""
     return np.array([obb_to_hbb(box) for box in sample.gt_boxes]).reshape(-1, 4)
 
 

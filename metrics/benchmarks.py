@@ -176,7 +176,7 @@ def think_agreement(completions: Sequence[str], samples: Samples) -> Scores:
 # published, not clipped to the image, but for box_accuracy, which is the reward's IoU.
 
 def parse_oriented_boxes(answer: str | None) -> np.ndarray:
-    """The boxes of an answer, (n, 5); four numbers are an upright box. A bracket that is no box, or
+    """The boxes of an answer, (n, 5); four numbers are a horizontal box. A bracket that is no box, or
     has no area, was predicted, so it counts: as an empty box that overlaps nothing. Not parse_boxes
     of the rewards: published scorers want no `none`, and know no largest number of boxes."""
     brackets = re.findall(r"\[([^\[\]]*)\]", answer or "")
@@ -185,7 +185,7 @@ def parse_oriented_boxes(answer: str | None) -> np.ndarray:
 
 def box_ious(answer: str | None, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """IoU of each box of the answer with each target box, twice (n, m): of the oriented boxes, and
-    of their upright envelopes."""
+    of their horizontal envelopes."""
     predicted = parse_oriented_boxes(answer)
     envelopes = np.array([obb_to_hbb(box) for box in predicted]).reshape(-1, 4)
     return (oriented_iou_matrix(predicted, gt_obbs(sample)),
@@ -197,7 +197,7 @@ def box_precision(answers: Answers, samples: Samples, **_: object) -> Scores:
     an IoU of t or more. Two boxes on one object are two hits, and a missed object costs nothing.
 
     At 0.5 also by object size and by one or several targets (no target counts as several, as in
-    EarthDial's scorer). `upright_precision`: the same for the envelopes.
+    EarthDial's scorer). `hbb_precision`: the same for the envelopes.
     """
     hits, boxes = Counter(), Counter()
     for answer, sample in zip(answers, samples):
@@ -205,7 +205,7 @@ def box_precision(answers: Answers, samples: Samples, **_: object) -> Scores:
         if sample.subset:
             suffixes.append(f"_{sample.subset}")
         thresholds = {f"@0.5{suffix}": 0.5 for suffix in suffixes} | {"@0.25": 0.25}
-        for name, ious in zip(("box_precision", "upright_precision"), box_ious(answer, sample)):
+        for name, ious in zip(("box_precision", "hbb_precision"), box_ious(answer, sample)):
             best = ious.max(1, initial=0)
             for key, threshold in thresholds.items():
                 hits[name + key] += int((best >= threshold).sum())
@@ -216,7 +216,7 @@ def box_precision(answers: Answers, samples: Samples, **_: object) -> Scores:
 def matched_boxes(answers: Answers, samples: Samples, **_: object) -> Scores:
     """Precision, recall and F1 over all boxes of the set. Hits are the largest number of pairs with
     an IoU of 0.5 or more that one-to-one matching can make."""
-    counts = {"matched": np.zeros(3, int), "upright_matched": np.zeros(3, int)}
+    counts = {"matched": np.zeros(3, int), "hbb_matched": np.zeros(3, int)}
     for answer, sample in zip(answers, samples):
         for name, ious in zip(counts, box_ious(answer, sample)):
             is_close = ious >= 0.5
@@ -227,7 +227,7 @@ def matched_boxes(answers: Answers, samples: Samples, **_: object) -> Scores:
 
 
 def coco_ap(answers: Answers, samples: Samples, **_: object) -> Scores:
-    """COCO's AP (IoU 0.5 to 0.95) and AP50 of the upright boxes, by pycocotools.
+    """COCO's AP (IoU 0.5 to 0.95) and AP50 of the horizontal boxes, by pycocotools.
 
     A sample is an image, its category the class asked for. All boxes have the same confidence, so
     they rank in the order of the set. Where there is no target every box is false. A category
@@ -247,7 +247,7 @@ def coco_ap(answers: Answers, samples: Samples, **_: object) -> Scores:
 
 
 def coco_index(boxes_of_samples: Sequence[np.ndarray], samples: Samples) -> object:
-    """pycocotools' index of the upright boxes (n, 4) of each sample."""
+    """pycocotools' index of the horizontal boxes (n, 4) of each sample."""
     categories = sorted({sample.category for sample in samples})
     category_ids = {name: i for i, name in enumerate(categories, 1)}
     annotations = []

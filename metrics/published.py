@@ -207,7 +207,7 @@ def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = 
     found = {"this run": scores}
     envelopes = envelope_scores(samples)
     if envelopes.keys() & set(names):
-        found["perfect upright answers"] = envelopes
+        found["perfect horizontal answers"] = envelopes
     ours = {row: tuple(in_percent(name, values[name]) if name in values else None
                        for name in names)
             for row, values in found.items()}
@@ -220,10 +220,10 @@ def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = 
 
 
 def envelope_scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """box_precision of answers that are the upright envelopes of oriented targets, in whole pixels
+    """box_precision of answers that are the horizontal envelopes of oriented targets, in whole pixels
     of the paper's 448 x 448. {} if no target is turned.
 
-    A box at 45 degrees fills half of its envelope or less. So a model whose upright answers are
+    A box at 45 degrees fills half of its envelope or less. So a model whose horizontal answers are
     perfect scores this, not 1, in the columns that count oriented IoU (a box that is smaller than
     the envelope can score more).
     """

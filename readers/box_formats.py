@@ -5,7 +5,7 @@
     [x1, y1, x2, y2]             pixels of the original image (2U1, VLM-R1)
     four corners                 of an oriented box (DOTA, GeoChat-Bench, VRSBench)
 
-An oriented box (OBB) is a rectangle with an angle, (x1, y1, x2, y2, theta). An axis-aligned box
+An oriented box (OBB) is a rectangle with an angle, (x1, y1, x2, y2, theta). A horizontal box
 (HBB) has theta 0; the envelope of an OBB is the smallest HBB around it. Every box becomes pixels of
 the resized image, also in a question or within a description. Every target earns its own reward, up
 to rounding to whole pixels. What a user has to fix raises UserError.
@@ -129,7 +129,7 @@ def min_area_rect(corners: np.ndarray) -> tuple:
 
 
 def bounding_box(points: np.ndarray) -> tuple:
-    """The axis-aligned box around points (n, 2)."""
+    """The horizontal box around points (n, 2)."""
     return (*map(float, points.min(0)), *map(float, points.max(0)), 0)
 
 
@@ -169,7 +169,7 @@ def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
             wrong = ("is malformed or has no area, as x2 <= x1 or y2 <= y1; if it is x, y, width, "
                      "height, write x1, y1, x2, y2 in pixels")
         else:
-            lies = "its axis-aligned envelope lies" if bracket.count(",") == 4 else "lies"
+            lies = "its horizontal envelope lies" if bracket.count(",") == 4 else "lies"
             wrong = f"{lies} outside its image of {size[0]} x {size[1]} pixels"
         raise UserError(f"{source}: box {bracket[:60]!r} {wrong}")
     return [box_from_pixels(box, size, request) for box in boxes.tolist()]

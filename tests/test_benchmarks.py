@@ -97,9 +97,9 @@ def wordnet(tmp_path_factory):
     ("rs_detection_results_GeoChat", "det", box_precision, {
         "box_precision@0.5_small": 11.43, "box_precision@0.5_medium": 31.73, "box_precision@0.5_large": 39.07,
         "box_precision@0.5_single": 34.27, "box_precision@0.5_multiple": 13.41,
-        "upright_precision@0.5_small": 15.48, "upright_precision@0.5_medium": 35.72,
-        "upright_precision@0.5_large": 43.82,
-        "upright_precision@0.5_single": 40.22, "upright_precision@0.5_multiple": 15.33}),
+        "hbb_precision@0.5_small": 15.48, "hbb_precision@0.5_medium": 35.72,
+        "hbb_precision@0.5_large": 43.82,
+        "hbb_precision@0.5_single": 40.22, "hbb_precision@0.5_multiple": 15.33}),
     ("rs_image_caption_results_RSICD_Captions", "cap", rouge, {"rouge1": 33.77, "rougeL": 27.61}),
     ("rs_region_captioning_results_GeoChat", "rcap", rouge, {"rouge1": 73.35, "rougeL": 73.31}),
     ("rs_classification_results_WHU_19", "cls", accuracy, {"accuracy": 96.42, "token_recall": 96.42}),
@@ -200,10 +200,10 @@ def test_box_precision_counts_each_box_and_matching_each_object_once():
     shares = {"0.5": 3 / 5, "0.5_multiple": 3 / 3, "0.5_single": 0 / 2, "0.5_small": 3 / 3, "0.5_large": 0 / 2,
               "0.25": 4 / 5}
     assert box_precision(answers, samples) == pytest.approx(
-        {f"{kind}_precision@{key}": share for kind in ("box", "upright") for key, share in shares.items()})
+        {f"{kind}_precision@{key}": share for kind in ("box", "hbb") for key, share in shares.items()})
     shares = {"precision": 1 / 5, "recall": 1 / 4, "f1": 2 / 9}
     assert matched_boxes(answers, samples) == pytest.approx(
-        {f"{kind}_{key}": share for kind in ("matched", "upright_matched") for key, share in shares.items()})
+        {f"{kind}_{key}": share for kind in ("matched", "hbb_matched") for key, share in shares.items()})
 
 
 def test_one_right_box_of_three_objects_has_full_box_precision():
@@ -221,7 +221,7 @@ def test_matching_makes_as_many_pairs_as_it_can():
     "[10,10,50]", "[a,b,c,d]", "[50,10,10,50]", "[10,10,10,50]", "[1,2,3,4,5,6]", "[1e3,0,2e3,9]"])
 def test_malformed_box_counts_and_overlaps_nothing(junk):
     found = box_precision([f"{text(A)},{junk}"], [det(A)]) | matched_boxes([f"{text(A)},{junk}"], [det(A)])
-    assert found["box_precision@0.5"] == found["upright_precision@0.5"] == found["matched_precision"] == .5
+    assert found["box_precision@0.5"] == found["hbb_precision@0.5"] == found["matched_precision"] == .5
 
 
 def test_sample_without_objects_counts_as_several_and_its_boxes_are_false():
@@ -231,8 +231,8 @@ def test_sample_without_objects_counts_as_several_and_its_boxes_are_false():
 
 def test_turned_boxes_overlap_as_polygons():
     """A square and itself turned by 45 degrees share a regular octagon: 8 (sqrt 2 - 1) of 4, so IoU = 1 / sqrt 2."""
-    oriented, upright = box_ious("[0,0,20,20,45][0,0,20,20]", det((0, 0, 20, 20, 0)))
-    assert oriented[:, 0] == pytest.approx([1 / math.sqrt(2), 1]) and upright[:, 0] == pytest.approx([1 / 2, 1])
+    oriented, horizontal = box_ious("[0,0,20,20,45][0,0,20,20]", det((0, 0, 20, 20, 0)))
+    assert oriented[:, 0] == pytest.approx([1 / math.sqrt(2), 1]) and horizontal[:, 0] == pytest.approx([1 / 2, 1])
     oriented, _ = box_ious("[0,40,100,60,90]", det((40, 0, 60, 100, 0)))
     assert oriented == pytest.approx(1)
 
@@ -496,7 +496,7 @@ def test_table_shows_every_published_row_and_this_run(benchmark):
 
 
 @real
-def test_perfect_upright_answers_score_78_in_the_oriented_column():
+def test_perfect_horizontal_answers_score_78_in_the_oriented_column():
     """The published rows count oriented IoU: without this row, 78 would look like a bad detector."""
     samples, _ = read_earthdial_results(released("rs_detection_results_GeoChat"), "det")
     envelopes = envelope_scores(samples)
@@ -509,9 +509,9 @@ def test_envelopes_of_turned_targets_are_a_row():
     boxes = [(25, 25, 50, 50, 0), (25, 25, 50, 50, 30), (25, 25, 50, 50, 60), (25, 25, 75, 30, 45)]
     turned = [det(box, subset="small") for box in boxes]
     envelopes = envelope_scores(turned)
-    assert envelopes["box_precision@0.5"] == 3 / 4 and envelopes["upright_precision@0.5"] == 1
-    assert table("geochat-det", {}, turned).split("\n")[-1].split()[:6] == ["perfect", "upright", "answers", "75.00", "-", "-"]
-    assert envelope_scores([det(A)]) == {}  # upright targets: no row
+    assert envelopes["box_precision@0.5"] == 3 / 4 and envelopes["hbb_precision@0.5"] == 1
+    assert table("geochat-det", {}, turned).split("\n")[-1].split()[:6] == ["perfect", "horizontal", "answers", "75.00", "-", "-"]
+    assert envelope_scores([det(A)]) == {}  # horizontal targets: no row
     region = sample("rcap", "a", ((10, 10, 50, 50, 45),))
     for name, samples in (("geochat-det", [det(A)]), ("geochat-rcap", [region])):
         assert table(name, {}, samples).split("\n")[-1].startswith("this run")

@@ -94,7 +94,7 @@ def test_turned_box_stays_turned_only_where_both_axes_scale_alike():
     assert convert_box(box, (100, 100), (200, 100)) == pytest.approx((30, 5, 50, 25, 0))  # the envelope (15, 5, 25, 25)
 
 
-def test_answer_holds_whole_pixels_of_the_upright_boxes():
+def test_answer_holds_whole_pixels_of_the_horizontal_boxes():
     assert format_boxes([(10.4, 10.6, 30, 20, 0), (10, 10, 30, 20, 90)], 112) == "[10,11,30,20],[15,5,25,25]"
     assert format_boxes([], 112) == "none"
 
@@ -203,8 +203,8 @@ def test_box_noise_moves_the_edges_and_not_theta():
     sample = Sample("x", "det", (), "q", "", 448, ((100, 120, 200, 180, 0), (100, 100, 200, 150, 30)))
     noisy = parse_boxes(jitter_boxes(to_oriented(sample), 4, (0,)).gt_answer, oriented=True)
     assert noisy[:, 4].tolist() == [0, 30] and 2 < np.abs(noisy - sample.gt_boxes)[:, :4].mean() < 6
-    upright = parse_boxes(jitter_boxes(sample, 4, (0,)).gt_answer)
-    assert upright[0].tolist() == noisy[0, :4].tolist()
+    horizontal = parse_boxes(jitter_boxes(sample, 4, (0,)).gt_answer)
+    assert horizontal[0].tolist() == noisy[0, :4].tolist()
 
 
 @pytest.mark.parametrize("source", ["synthetic", "file"])
@@ -270,7 +270,7 @@ def painted(view, **drawing):
 
 @pytest.mark.parametrize("image_size, n", [(112, 60), (252, 15)])
 def test_reference_box_is_where_the_thing_was_painted(image_size, n):
-    """All paint lies in the upright box; it reaches all four sides where the outline does (upright, or a rectangle)."""
+    """All paint lies in the horizontal box; it reaches all four sides where the outline does (horizontal, or a rectangle)."""
     for i in range(n):
         view = make_scene(1, i, image_size)
         for thing in view.objects:
@@ -661,7 +661,7 @@ def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     scene = Scenes("det", F, seed=3)[5]
     for expected in (sample, to_oriented(sample), to_oriented(scene), replace(sample, thinking=False), replace(scene, thinking=False)):
         assert sample_from_row(json.loads(json.dumps(sample_to_row(expected)))) == expected
-    assert not {"oriented", "thinking"} & sample_to_row(scene).keys()  # upright rows are what they were
+    assert not {"oriented", "thinking"} & sample_to_row(scene).keys()  # horizontal rows are what they were
 
 
 def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):

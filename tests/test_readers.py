@@ -114,7 +114,7 @@ def test_box_of_a_square_on_its_corner():
     assert box == pytest.approx((5 - half, 5 - half, 5 + half, 5 + half, 45))
 
 
-def test_upright_box_has_no_angle_whatever_its_first_corner():
+def test_horizontal_box_has_no_angle_whatever_its_first_corner():
     for start in range(4):
         corners = np.roll(np.array([(2., 3), (9, 3), (9, 5), (2, 5)]), start, axis=0)
         assert min_area_rect(corners) == min_area_rect(corners[::-1]) == (2, 3, 9, 5, 0)
@@ -1431,7 +1431,7 @@ A = {"image": "a.png"}
     ("seg", A | {"mask": "bad.jsonl", "problem": "?"}, "bad.jsonl.*cannot be read"),
     ("det", {"picture": "a.png"}, "no known format has the keys picture; docs/data.md"),
     ("rec", chat("?", "Farm"), r"the target 'Farm' has no box \[x1, y1, x2, y2\]; --task rec needs a box"),
-    ("det", chat("?", "[1,2, 30,40],[5,10,190,50,30]"), r"box '\[5,10,190,50,30\]'.*its axis-aligned envelope lies outside"),
+    ("det", chat("?", "[1,2, 30,40],[5,10,190,50,30]"), r"box '\[5,10,190,50,30\]'.*its horizontal envelope lies outside"),
     ("ground", chat("?", "A ship " + "[1,2,3,4]," * 1001), "too many boxes"),
     ("det", A | {"conversations": [{"role": "user", "content": "?"}]}, "expected `from` and `value`"),
 ])

@@ -318,12 +318,12 @@ def test_turned_reference_counts_as_its_envelope():
     ("[0,10,20,20,30]", (0, 10, 20, 20, 30), 1),
     ("[5,5,15,25,120]", (0, 10, 20, 20, 30), 1),                       # sides swapped and a quarter turn: the same rectangle
     ("[0,10,20,20,210]", (0, 10, 20, 20, 30), 1),
-    ("[0,0,20,20]", (0, 0, 20, 20, 45), 1 / 2**.5),                    # four numbers are an upright box: they share an octagon
+    ("[0,0,20,20]", (0, 0, 20, 20, 45), 1 / 2**.5),                    # four numbers are a horizontal box: they share an octagon
     ("[0,0,20,20,0]", (0, 0, 20, 20, 45), 1 / 2**.5),
     ("[-5,-5,25,25,0]", (0, 0, 20, 20, 45), 400 / 900),                # around it: an envelope is twice its square
     ("[0,40,100,60,90]", (40, 0, 60, 100, 0), 1),
     ("[0,40,100,60,0]", (0, 40, 100, 60, 90), 400 / 3600),
-    ("[0,10,20,20,30],[60,60,80,80,0]", (0, 10, 20, 20, 30), 1 / 2),   # an extra box costs what it costs upright
+    ("[0,10,20,20,30],[60,60,80,80,0]", (0, 10, 20, 20, 30), 1 / 2),   # an extra box costs what it costs without theta
     ("[0,10,20,20,30],[1,2,3]", (0, 10, 20, 20, 30), 1 / 2),
     ("none", (0, 10, 20, 20, 30), 0), ("a ship", (0, 10, 20, 20, 30), 0),
     ("[-10,-5,10,5,90]", (-10, -5, 10, 5, 90), 1),                     # not clipped: the target is as it is written
