@@ -164,11 +164,13 @@ def apply_fsdp(policy: Module, mesh: DeviceMesh | None, reshard: bool | None = N
 
 @torch.no_grad()
 def sync_sampling_model(sampling_model: Module, policy: Module) -> None:
-    """Copy the policy's weights into the sampling model in place, one tensor at a time."""
+    """Copy the weights that learn from the policy into the sampling model in place, one tensor at a
+    time. Those that are frozen have been the same from the start, and are not gathered."""
     if sampling_model is policy.model:
         return
     for weight, shard in zip(sampling_model.parameters(), policy.model.parameters(), strict=True):
-        weight.copy_(full_tensor(shard.to(weight.dtype)))
+        if shard.requires_grad:
+            weight.copy_(full_tensor(shard.to(weight.dtype)))
 
 
 # --------------------------------------------------------------------------------------------------

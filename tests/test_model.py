@@ -26,6 +26,7 @@ from attention import flash_attn_for
 from conftest import GRPO, rows
 from model import (
     STOP_TOKENS,
+    Policy,
     collate,
     compute_image_embeds,
     encode_chat,
@@ -35,6 +36,7 @@ from model import (
     token_logprobs,
 )
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
+from runtime.distributed import sync_sampling_model
 from runtime.errors import UserError
 from runtime.layers import FusedRMSNorm
 from runtime.optimisation import linear_warmup_decay
@@ -760,6 +762,17 @@ def test_unreadable_model_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=str(tmp_path / "m")) as error:
         load_model(str(tmp_path / "m"))
     assert "\n" not in str(error.value)
+
+
+def test_only_weights_that_learn_are_copied_to_the_sampling_model(tiny):
+    """Under FSDP each copy is an all-gather, and a frozen weight cannot have changed."""
+    policy, sampling_model = Policy(copy.deepcopy(tiny[0])), copy.deepcopy(tiny[0])
+    policy.model.model.visual.requires_grad_(False)
+    for weight in policy.parameters():
+        weight.data += 1
+    sync_sampling_model(sampling_model, policy)
+    pairs = zip(policy.model.parameters(), sampling_model.parameters(), strict=True)
+    assert all(torch.equal(learns, copied) == learns.requires_grad for learns, copied in pairs)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
