@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,20 @@ def test_flags_in_the_text_exist(page):
 
 def test_readme_is_short():
     assert len(README.read_text().split()) <= 1800
+
+
+def test_code_of_the_readme_is_the_loss():
+    logprobs, old_logprobs, ref_logprobs, weights = torch.rand(4, 2, 3, 5)
+    settings = {"clip_low": .1, "clip_high": .2, "beta": .3}
+    rollout = SimpleNamespace(tokens=None)
+    sampler = SimpleNamespace(generate=lambda *_, **__: rollout, decode_texts=lambda _: None)
+    names = {"torch": torch, "sampler": sampler, "score": lambda *_: torch.rand(2, 3), "policy": lambda *_: logprobs,
+             "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "weights": weights, "eps_low": .1, "eps_high": .2,
+             "beta": .3} | dict.fromkeys(("prompts", "samples", "C", "G"))
+    exec(python_blocks(README.read_text())[0], names)  # noqa: S102
+    loss, _ = policy_loss(logprobs, old_logprobs, ref_logprobs, names["A"][:, :, None], torch.ones(2, 3, 5, dtype=torch.bool),
+                          weights, loss="grpo", **settings)
+    torch.testing.assert_close(names["loss"], loss)
 
 
 def test_every_file_folder_and_task_is_in_the_readme():
