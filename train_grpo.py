@@ -213,7 +213,7 @@ def main() -> None:
     part_weights["overlong"] = 1.0
 
     config = run_config(args, (fingerprint(split.train) for split in splits.values()),
-                        map(fingerprint, held_out.values()))
+                        map(fingerprint, held_out.values()), model)
     run = Run(args, config, {"stage": 0, "step": 0, "before": {}, "skipped": 0})
     progress = run.progress
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)

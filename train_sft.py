@@ -155,7 +155,7 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = run_config(args, (fingerprint(split.train) for split in splits.values()),
-                        map(fingerprint, held_out.values()))
+                        map(fingerprint, held_out.values()), model)
     run = Run(args, config, {"step": 0, "skipped": 0})
     first_step = run.progress["step"]
     metrics_log = MetricsLog(args.out, first_step, args.tensorboard)

@@ -1,8 +1,9 @@
 """One training run's folder: its lock, its settings, its checkpoints, and why the run ended.
 
-    out/checkpoint/           the tensors of all ranks, written by torch.distributed.checkpoint
-    out/checkpoint/run.json   settings, progress, and a checksum of each of those files
-    out/ended.txt             why the run ended before it was complete: an entry from each rank
+    out/checkpoint/            the tensors of all ranks, written by torch.distributed.checkpoint
+    out/checkpoint/reference/  the reference model's, which later checkpoints of its stage link
+    out/checkpoint/run.json    settings, progress, and a checksum of each of those files
+    out/ended.txt              why the run ended before it was complete: an entry from each rank
 """
 
 import fcntl
@@ -46,13 +47,21 @@ ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "adapter.partial", "
 START_AGAIN = "start again without --resume, which moves this run aside"
 
 
-def run_config(args: Namespace, train: Iterable[str], held_out: Iterable[str]) -> dict[str, str]:
-    """What makes a run what it is: its flags by name, and the fingerprints of its data."""
+def run_config(args: Namespace, train: Iterable[str], held_out: Iterable[str],
+               model: Module) -> dict[str, str]:
+    """What makes a run what it is: its flags by name, and the fingerprints of its data and of the
+    weights that no checkpoint holds, of a model on the CPU."""
     config = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    texts = (", ".join(train), ", ".join(held_out)) if rank() == 0 else None
-    train_text, held_out_text = all_gather_object(texts)[0]  # one rank reads all samples for them
-    return flag_texts(config) | {"data (as read)": train_text,
-                                 "held-out data (as read)": held_out_text}
+    texts = {}
+    if rank() == 0:  # one rank reads all samples for them
+        texts = {"data (as read)": ", ".join(train), "held-out data (as read)": ", ".join(held_out)}
+        saved = saved_names(model)
+        # A page of each mapped tensor; in bf16, as a GPU holds what is float32 on a CPU.
+        starts = [weight.flatten()[:64].bfloat16().tolist()
+                  for name, weight in model.named_parameters() if name not in saved]
+        if starts:
+            texts["frozen weights (as read)"] = f"#{zlib.crc32(repr(starts).encode()):08x}"
+    return flag_texts(config) | all_gather_object(texts)[0]
 
 
 def flag_texts(flags: dict[str, object]) -> dict[str, str]:
@@ -80,6 +89,7 @@ class Run(Stoppable):
         self.out = args.out
         self.config = config
         self.progress = fresh_progress
+        self.files = {}  # checksums of the last checkpoint's files
         self.steps_per_stage = args.steps
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
         model, out = Path(args.model).resolve(), self.out.resolve()
@@ -157,8 +167,12 @@ class Run(Stoppable):
             if rank() == 0:
                 remove(partial)
             barrier()
-            dcp.save(state_dict(policy, optimizer, ref_model), checkpoint_id=partial)
-            files = checksums(partial)
+            dcp.save(state_dict(policy, optimizer), checkpoint_id=partial)
+            linked = self.link_reference(partial, progress) if rank() == 0 else {}
+            linked = all_gather_object(linked)[0]
+            if ref_model is not None and not linked:
+                dcp.save(saved_weights(ref_model, policy), checkpoint_id=partial / "reference")
+            files = checksums(partial, linked)
             if rank() == 0:
                 saved = {"settings": self.config, "progress": progress, "files": files,
                          "checksum": zlib.crc32(repr(progress).encode())}
@@ -179,7 +193,23 @@ class Run(Stoppable):
             raise UserError(f"{partial} cannot be written ({reason(error)}); is the disk full? The "
                             "last checkpoint, if any, is intact; --resume continues from it")
         barrier()
-        self.progress = progress
+        self.progress, self.files = progress, files
+
+    def link_reference(self, partial: Path, progress: dict) -> dict[str, int]:
+        """Link the reference model's files from the last checkpoint, if it is of the same stage ->
+        their checksums; {} if they have to be written."""
+        last, before = last_checkpoint(self.out), self.progress
+        files = {name: value for name, value in self.files.items() if "reference/" in name}
+        if not (last and files and progress.get("stage") == before.get("stage")):
+            return {}
+        try:
+            (partial / "reference").mkdir()
+            for name in files:
+                os.link(last / name, partial / name)
+        except OSError:  # some file systems have no links
+            remove(partial / "reference")  # writing into a link would spoil the last checkpoint
+            return {}
+        return files
 
     def load_checkpoint(self, policy: Module, optimizer: Optimizer,
                         ref_model: Module | None = None) -> None:
@@ -188,13 +218,16 @@ class Run(Stoppable):
         checkpoints only: torch.distributed.checkpoint describes them in a pickle."""
         folder = last_checkpoint(self.out)
         written = read_run_json(folder)["files"]
-        found = checksums(folder)
+        found = checksums(folder, {})
         for name in found | written:
             if written.get(name) != found.get(name):
                 raise UserError(f"--resume: {folder / name} is damaged or missing; {START_AGAIN}")
-        state = state_dict(policy, optimizer, ref_model)
+        self.files = written
+        state = state_dict(policy, optimizer)
         try:
             dcp.load(state, checkpoint_id=folder)
+            if ref_model is not None:
+                dcp.load(saved_weights(ref_model, policy), checkpoint_id=folder / "reference")
         except CheckpointException as error:
             raise UserError(f"--resume: {folder} is not of this model ({reason(error)})") from error
         groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
@@ -307,37 +340,43 @@ def read_progress(folder: Path, config: dict[str, str], defaults: dict[str, str]
     return progress
 
 
-def checksums(folder: Path) -> dict[str, int]:
-    """{name: CRC-32} of each file with tensors. Each rank reads some of them."""
-    files = [path for path in (folder / ".metadata", *sorted(folder.glob("*.distcp")))
-             if path.is_file()]
-    files = all_gather_object(files)[0]  # as the first rank sees it
+def checksums(folder: Path, known: dict[str, int]) -> dict[str, int]:
+    """{name: CRC-32} of each file with tensors. Each rank reads some that are not `known`."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))
+             if (path.name == ".metadata" or path.suffix == ".distcp") and path.is_file()]
+    names = [name for name in all_gather_object(names)[0] if name not in known]  # as rank 0 sees it
     sums = {}
-    for path in files[rank() :: world_size()]:
-        sums[path.name] = 0
-        with open(path, "rb") as file:
+    for name in names[rank() :: world_size()]:
+        sums[name] = 0
+        with open(folder / name, "rb") as file:
             while block := file.read(2**24):
-                sums[path.name] = zlib.crc32(block, sums[path.name])
-    return {name: value for part in all_gather_object(sums) for name, value in part.items()}
+                sums[name] = zlib.crc32(block, sums[name])
+    return known | {name: value for part in all_gather_object(sums) for name, value in part.items()}
 
 
-def state_dict(policy: Module, optimizer: Optimizer, ref_model: Module | None) -> dict:
-    """All weights and moments by name, in their shards. Moments go by the parameter's name, so the
-    number of ranks may change."""
+def state_dict(policy: Module, optimizer: Optimizer) -> dict:
+    """The weights to save, and all moments, by name, in their shards. Moments go by the parameter's
+    name, so the number of ranks may change."""
     has_no_moments = not optimizer.state
     moments = get_optimizer_state_dict(policy, optimizer)["state"]
     if has_no_moments:  # torch made them by a step that must not count in Adam's bias correction
         for moment in optimizer.state.values():
             moment["step"].zero_()
-    reference = {} if ref_model is None else weights_by_name(ref_model)
-    return {"policy": weights_by_name(policy), "moments": moments, "reference": reference}
+    return {"policy": saved_weights(policy, policy), "moments": moments}
 
 
-def weights_by_name(module: Module) -> dict:
-    """The weights themselves, so what is read into the dict is read into the module. Tied ones are
-    there once."""
-    once = {name for name, _ in module.named_parameters()}
-    return {name: weight for name, weight in get_model_state_dict(module).items() if name in once}
+def saved_weights(module: Module, policy: Module) -> dict:
+    """The weights, of the policy or its reference model, that a checkpoint holds: themselves, so
+    what is read into the dict is read into the module."""
+    names = saved_names(policy)
+    return {name: w for name, w in get_model_state_dict(module).items() if name in names}
+
+
+def saved_names(policy: Module) -> set[str]:
+    """Names of the weights that --model cannot give back: those that learn (tied ones once) and
+    LoRA's reference, which each stage sets."""
+    return {name for name, weight in policy.named_parameters()
+            if weight.requires_grad or ".reference." in name}
 
 
 def reason(error: BaseException) -> str:

@@ -194,10 +194,25 @@ def test_resume_may_change_flags_of_neither_data_nor_loss(
 def test_flags_that_do_not_change_the_run_are_not_compared():
     args = SimpleNamespace(out="a", resume=True, overwrite=True, defaults={}, tensorboard=True,
                            lr=1.0, save_every=7)
-    config = run_config(args, ["3 samples #1", "4 samples #2"], ["2 samples #3"])
+    config = run_config(args, ["3 samples #1", "4 samples #2"], ["2 samples #3"], torch.nn.Linear(2, 1))
     assert config == {"tensorboard": "True", "lr": "1.0", "save-every": "7",
                       "data (as read)": "3 samples #1, 4 samples #2",
                       "held-out data (as read)": "2 samples #3"}
+
+
+def test_frozen_weights_are_settings_because_no_checkpoint_holds_them():
+    """Whatever a device keeps them in: a run may move from a GPU to a CPU."""
+    def settings():
+        return run_config(SimpleNamespace(), [], [], model)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.Linear(9, 1))
+    assert "frozen weights (as read)" not in settings()
+    model[0].requires_grad_(False)
+    before = settings()
+    model[1].weight.data += 1
+    model[0].weight.data = model[0].weight.data.bfloat16()
+    assert "frozen weights (as read)" in before and settings() == before
+    model[0].bias.data[8] += 1
+    assert settings() != before
 
 
 def test_flag_that_an_older_checkpoint_does_not_know_had_its_default(tmp_path, capsys):
@@ -257,7 +272,7 @@ def test_resume_with_other_data_is_refused(staged, dataset, tmp_path):
     fewer = [load_samples(str(tmp_path / "data/data.json"), task, 112, None, "train", 0)
              for task in ("cls", "det")]
     args = run_args(tmp_path / "out", resume=True)
-    config = run_config(SimpleNamespace(), map(fingerprint, fewer), [])
+    config = run_config(SimpleNamespace(), map(fingerprint, fewer), [], torch.nn.Linear(2, 1))
     assert list(config) == ["data (as read)", "held-out data (as read)"]
     message = r"data \(as read\) was (\d+ samples #\w+, )?\d+ samples #\w+ and is now"
     with pytest.raises(UserError, match=message):
@@ -278,7 +293,7 @@ def trained(save_first=False):
     torch.nn.init.ones_(weight.weight)
     optimizer = torch.optim.AdamW(weight.parameters(), lr=0.1, weight_decay=0.1)
     if save_first:
-        state_dict(weight, optimizer, None)
+        state_dict(weight, optimizer)
     for _ in range(2):
         weight.weight.grad = torch.tensor([[1.0, -3.0]])
         optimizer.step()

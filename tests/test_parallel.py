@@ -141,15 +141,16 @@ def test_frozen_vision_does_not_change(alone, sft, name):
             assert torch.equal(start[key], end[key]) == ("visual" in key)
 
 
-@pytest.mark.parametrize("ranks, number", [(3, signal.SIGTERM), (1, signal.SIGKILL)])
-def test_a_checkpoint_of_two_processes_is_resumed_by_another_number(
-        alone, tmp_path, dataset, sft, ranks, number):
+@pytest.mark.parametrize("name, before, ranks, number", [
+    ("grpo", 2, 3, signal.SIGTERM), ("grpo", 2, 1, signal.SIGKILL), ("lora", 1, 2, signal.SIGKILL)])
+def test_a_checkpoint_is_resumed_by_another_number_of_processes(
+        alone, tmp_path, dataset, sft, name, before, ranks, number):
     """A signal reaches one of two processes. SIGTERM: both finish the step, save, and print how to
-    continue; SIGKILL: the other ends too, instead of waiting forever. One or three processes
-    continue from the last checkpoint, and end as one alone does."""
+    continue; SIGKILL: the other ends too, instead of waiting forever. Another number of processes
+    continues from the last checkpoint, and ends as one alone does."""
     flags = ["--model", sft / "model", "--data", dataset, "--out", tmp_path,
-             *RUNS["grpo"][1].split(), "--save-every", 1]
-    launcher = subprocess.Popen(command(2, ROOT / "train_grpo.py", *flags), stdout=subprocess.PIPE,
+             *RUNS[name][1].split(), "--save-every", 1]
+    launcher = subprocess.Popen(command(before, ROOT / "train_grpo.py", *flags), stdout=subprocess.PIPE,
                                 text=True, env=ENVIRONMENT)
     for line in launcher.stdout:
         if line.startswith("step    2"):
@@ -162,13 +163,14 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_another_number(
     else:
         assert code != 0
     progress = json.loads((tmp_path / "checkpoint/run.json").read_text())["progress"]
-    assert 0 < progress["step"] < 8 == len(rows(alone / "grpo/metrics.jsonl"))
+    done = {"grpo": 8, "lora": 2}[name] * progress["stage"] + progress["step"]
+    assert 0 < done < len(rows(alone / name / "metrics.jsonl"))
     if ranks == 1:
         subprocess.run([sys.executable, ROOT / "train_grpo.py", *map(str, flags), "--resume"],
                        check=True, env=ENVIRONMENT)
     else:
         torchrun(ranks, ROOT / "train_grpo.py", *flags, "--resume")
-    assert_close(alone / "grpo", tmp_path)
+    assert_close(alone / name, tmp_path)
 
 
 def test_workers_end_with_a_launcher_that_is_killed(tmp_path):

@@ -30,9 +30,9 @@ PROGRESS = {"stage": 1, "step": 2, "before": {"sampled": 0.5}, "skipped": 0}
 STEPS_DONE, LINES_PER_STEP = 12, 2  # run_args has 10 steps a stage
 
 
-def module_and_optimizer():
+def modules_and_optimizer():
     module = torch.nn.Linear(2, 1)
-    return module, torch.optim.AdamW(module.parameters())
+    return module, torch.optim.AdamW(module.parameters()), torch.nn.Linear(2, 1)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def out(tmp_path):
         for step in range(1, STEPS_DONE + 2):
             for _ in range(lines_per_step):
                 log.write({"step": step})
-    run.save_checkpoint(PROGRESS, *module_and_optimizer())
+    run.save_checkpoint(PROGRESS, *modules_and_optimizer())
     run.close()
     return folder
 
@@ -56,7 +56,7 @@ def resume(out):
     try:
         JsonlLog(out / "metrics.jsonl", run.steps_done)
         JsonlLog(out / "samples.jsonl", run.steps_done, LINES_PER_STEP)
-        run.load_checkpoint(*module_and_optimizer())
+        run.load_checkpoint(*modules_and_optimizer())
     finally:
         run.close()
     return run
@@ -200,7 +200,7 @@ DAMAGES = {
     **{f"{part} {value}": edit_json(*part.split(), value=value) for part, value in [
         ("settings", None), ("settings", []), ("settings", "lr"), ("settings lr", 1), ("files", None),
         ("files", {}), ("files", []), ("files .metadata", None), ("files .metadata", "x"),
-        ("files __0_0.distcp", 7), ("progress", None), ("progress", [1, 2]), ("progress step", None),
+        ("files __0_0.distcp", 7), ("files reference/.metadata", None), ("progress", None), ("progress", [1, 2]), ("progress step", None),
         ("progress step", -1), ("progress step", "2"), ("progress step", 1.5), ("progress step", 999),
         ("progress step", 1), ("progress step", True), ("progress stage", 5), ("progress stage", 0),
         ("progress skipped", "x"), ("progress before", 7), ("progress before", {}),
@@ -219,12 +219,14 @@ DAMAGES = {
     "metrics Latin-1": edit_file("metrics.jsonl", line(5, b'{"step": 5, "task": "\xe9"}\n')),
     "samples cut": edit_file("samples.jsonl", lambda old: b"".join(old.splitlines(True)[:23])),
     **{f"{name} {by}": replace(name, by)
-       for name in ("checkpoint", "checkpoint/run.json", "checkpoint/.metadata", "metrics.jsonl")
+       for name in ("checkpoint", "checkpoint/run.json", "checkpoint/.metadata", "metrics.jsonl",
+                    "checkpoint/reference", "checkpoint/reference/__0_0.distcp")
        for by in ("a folder", "a file", "a dead link")},
     **{f"{name} a pipe": replace(name, "a pipe")  # which a reader would wait for
        for name in ("checkpoint/run.json", "checkpoint/__0_0.distcp", "samples.jsonl")},
     "logs swapped": swap("metrics.jsonl", "samples.jsonl"),
     "tensors swapped": swap("checkpoint/.metadata", "checkpoint/__0_0.distcp"),
+    "models swapped": swap("checkpoint/__0_0.distcp", "checkpoint/reference/__0_0.distcp"),
 }
 
 
@@ -262,13 +264,89 @@ def test_what_is_no_damage_does_not_stop_a_run(out, damage):
     damage(out)
     run = resume(out)
     assert run.progress == PROGRESS
-    run.save_checkpoint(PROGRESS | {"step": 3}, *module_and_optimizer())
+    run.save_checkpoint(PROGRESS | {"step": 3}, *modules_and_optimizer())
     log = JsonlLog(out / "metrics.jsonl", STEPS_DONE)
     log.write({"step": 13})
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(1, 14))
     run = Run(run_args(out, resume=True), {"lr": "1.0"}, FRESH)
     assert run.steps_done == 13
     run.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# The reference model's files, which the checkpoints of a stage share
+
+def reopened(out):
+    run = Run(run_args(out, resume=True), {"lr": "1.0"}, FRESH)
+    run.close()
+    run.load_checkpoint(*modules_and_optimizer())
+    return run
+
+
+def save(run, step, stage=1):
+    run.save_checkpoint(PROGRESS | {"stage": stage, "step": step}, *modules_and_optimizer())
+
+
+def inodes(out):
+    files = (out / "checkpoint/reference").iterdir()
+    return {file.name: file.stat().st_ino for file in files}
+
+
+@pytest.mark.parametrize("last", ["checkpoint", "checkpoint.old"])
+def test_reference_is_written_once_a_stage(out, last):
+    """Also where the run was killed between the renames; the last checkpoint goes, its files stay."""
+    first = inodes(out)
+    assert first.keys() == {".metadata", "__0_0.distcp"}
+    (out / "checkpoint").rename(out / last)
+    run = reopened(out)
+    for step in (3, 4):
+        save(run, step)
+        assert inodes(out) == first and not (out / "checkpoint.old").exists()
+    reopened(out)
+    kept = os.open(out / "checkpoint/reference/__0_0.distcp", os.O_RDONLY)  # so no inode is used again
+    save(run, 1, stage=2)
+    assert not set(inodes(out).values()) & set(first.values())
+    os.close(kept)
+
+
+@pytest.mark.parametrize("links", [0, 1])
+def test_where_no_links_can_be_made_the_reference_is_written_again(out, monkeypatch, links):
+    """A link that was made before is not written into: it is the last checkpoint's file."""
+    run, link, calls = reopened(out), os.link, itertools.count()
+    for name in inodes(out):
+        link(out / "checkpoint/reference" / name, out / name)
+
+    def refused(source, target):
+        if next(calls) == links:
+            raise PermissionError(1, "Operation not permitted")
+        link(source, target)
+    monkeypatch.setattr(os, "link", refused)
+    first, before = inodes(out), [(out / name).read_bytes() for name in inodes(out)]
+    save(run, 3)
+    assert not set(inodes(out).values()) & set(first.values())
+    assert [(out / name).read_bytes() for name in first] == before
+    reopened(out)
+
+
+@pytest.mark.parametrize("stage, module, name, call", [
+    (1, checkpoint.dcp, "save", 1), (1, os, "link", 1), (1, os, "link", 2), (1, checkpoint, "checksums", 1),
+    (2, checkpoint.dcp, "save", 1), (2, checkpoint.dcp, "save", 2), (2, checkpoint, "checksums", 1)])
+def test_killed_in_a_save_the_last_checkpoint_is_left_with_its_reference(
+        out, monkeypatch, stage, module, name, call):
+    run, function, calls = reopened(out), getattr(module, name), itertools.count(1)
+
+    def killed(*args, **options):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, 3, stage)
+    run = reopened(out)
+    assert run.progress == PROGRESS
+    save(run, 4, stage)
+    assert reopened(out).progress == PROGRESS | {"stage": stage, "step": 4}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 import evaluate
 import train_grpo
@@ -241,7 +242,8 @@ def here(monkeypatch, main, *args, die_at_save=None):
     saves, save, lock, locks = [], checkpoint.dcp.save, checkpoint.lock, []
 
     def torn(tensors, checkpoint_id, **options):
-        saves.append(checkpoint_id)
+        if checkpoint_id.name == "checkpoint.partial":  # not the reference's folder in it
+            saves.append(checkpoint_id)
         if len(saves) == die_at_save:
             checkpoint_id.mkdir()
             (checkpoint_id / "__0_0.distcp").write_bytes(b"half a checkpoint")
@@ -300,6 +302,41 @@ def test_resumed_sft_is_the_unbroken_run_bit_for_bit(dataset, tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl")
 
 
+def tensors(out):
+    """Names in a checkpoint."""
+    return FileSystemReader(out / "checkpoint").read_metadata().state_dict_metadata
+
+
+def test_checkpoint_of_all_weights_holds_all(staged):
+    names = {name.removeprefix("policy.model.") for name in tensors(staged) if name.startswith("policy.")}
+    assert names == {name for name, _ in load_model(str(staged / "model"))[0].named_parameters()}
+
+
+def test_resumed_run_with_a_frozen_tower_has_it_from_the_model_which_must_be_the_same(
+        sft, tmp_path, monkeypatch, grpo_flags):
+    """Of a --model that was written again, the tower would not fit to the rest."""
+    model, changed = tmp_path / "model", tmp_path / "changed"
+    shutil.copytree(sft / "model", changed)
+    weights = load_file(changed / "model.safetensors")
+    weights[next(name for name in weights if "visual" in name)] *= 1.1
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    flags = [*grpo_flags, tmp_path / "whole", "--freeze", "vision", "--model", model]
+    broken = [*flags, "--out", tmp_path / "broken"]
+    model.symlink_to(sft / "model")
+    here(monkeypatch, train_grpo.main, *flags)
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, *broken, die_at_save=4)
+    assert tensors(tmp_path / "broken") and not any("visual" in name for name in tensors(tmp_path / "broken"))
+    model.unlink()
+    model.symlink_to(changed)
+    with pytest.raises(UserError, match=r"frozen weights \(as read\) was #\w+ and is now #\w+: that would be another run"):
+        here(monkeypatch, train_grpo.main, *broken, "--resume")
+    model.unlink()
+    model.symlink_to(sft / "model")
+    here(monkeypatch, train_grpo.main, *broken, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")
+
+
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"bias": "all"}])
 def test_adapters_that_cannot_be_saved_again_are_not_continued(tmp_path, more):
     """DoRA's magnitudes were left out of model/ without a word."""
@@ -328,6 +365,7 @@ def test_resumed_stages_of_lora_are_the_unbroken_run_bit_for_bit(tmp_path, monke
     broken = [tmp_path / "broken" if flag == tmp_path / "whole" else flag for flag in flags]
     with pytest.raises(Killed):
         here(monkeypatch, train_grpo.main, *broken, die_at_save=4)
+    assert all("lora_" in name for name in tensors(tmp_path / "broken"))
     here(monkeypatch, train_grpo.main, *broken, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")
     files = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "broken")]
