@@ -19,6 +19,7 @@ from several import RUNS
 from tools import sizing
 from tools.random_checkpoint import save_random_checkpoint
 
+OF_THREE = ("sft", "grpo", "mixed", "lora", "sft lora", "bf16", "eval")  # runs of 3 processes
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
                             "OMP_NUM_THREADS": "1"}
 
@@ -46,7 +47,8 @@ def alone(tmp_path_factory, dataset, sft):
 @pytest.fixture(scope="module", params=[2, 3])
 def together(request, tmp_path_factory, dataset, sft):
     out = tmp_path_factory.mktemp("together")
-    torchrun(request.param, ROOT / "tests/several.py", sft / "model", dataset, out)
+    names = OF_THREE if request.param == 3 else RUNS
+    torchrun(request.param, ROOT / "tests/several.py", sft / "model", dataset, out, *names)
     return out
 
 
@@ -62,7 +64,9 @@ def assert_close(one, many):
         assert numbers(a) == pytest.approx(numbers(b), abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(RUNS.keys() - {"bf16", "eval"}))
+@pytest.mark.parametrize("together, name", [
+    (ranks, name) for ranks, names in ((2, RUNS), (3, OF_THREE)) for name in names
+    if name not in ("bf16", "eval")], indirect=["together"])
 def test_several_processes_train_the_model_that_one_trains(alone, together, name):
     one, many = alone / name, together / name
     assert_close(one, many)
