@@ -79,7 +79,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold metrics.jsonl")
-    parser.add_argument("--figures", nargs="+", default=METRICS, dest="metrics", metavar="METRIC",
+    parser.add_argument("--metrics", nargs="+", default=METRICS, metavar="METRIC",
                         help="fields of metrics.jsonl, or parts of the reward")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
