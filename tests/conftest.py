@@ -42,7 +42,7 @@ def tiny():
 # Short runs of the scripts, made once for all tests that look at them
 
 SFT = shlex.split("--batch 8 --warmup 3 --lr 3e-3 --max-new-tokens 32")
-GRPO = shlex.split("--steps 2 --prompts 4 --group 4 --max-new-tokens 32 --warmup 0 --lr 5e-4 --eval-every 100")
+GRPO = shlex.split("--steps 2 --prompts 4 --group 4 --max-new-tokens 32 --warmup 0 --lr 5e-4 --eval-every 100 --heldout 1")
 
 
 def script(name, *args):

@@ -829,7 +829,12 @@ def test_image_that_one_source_has_on_both_sides_is_counted(folder, capsys, spli
 
 def test_scenes_have_no_files_to_share(folder):
     eval_sources = parse_sources([scenes_of(folder, "a.json", ["sea"] * 3)])
-    assert load_splits(parse_sources(["synthetic"]), eval_sources, ["cls"], F, shots=3)["cls"].train
+    assert load_splits(parse_sources(["synthetic"]), eval_sources, ["cls"], F)["cls"].train
+
+
+def test_shots_are_taken_of_scenes_too():
+    shots = Counter(sample.category for sample in data.few_shots(Scenes("cls", 28, 0, n=60), 2))
+    assert len(shots) > 5 and set(shots.values()) == {2}
 
 
 def test_source_of_a_task_that_is_not_asked_for_is_not_read(folder, capsys):

@@ -70,7 +70,7 @@ def test_skipped_steps_are_null_in_the_log(sft, dataset, tmp_path, monkeypatch):
         return (loss * NAN if len(steps) == 1 else loss), sums
     monkeypatch.setattr(train_grpo.grpo, "policy_loss", poisoned)
     here(monkeypatch, train_grpo.main, "--task", "cls", "--model", sft / "model", "--data", dataset,
-         *GRPO, "--out", tmp_path)
+         *GRPO, "--heldout", 0, "--out", tmp_path)
     first, second = rows(tmp_path / "metrics.jsonl")
     assert first["loss"] is None and first["grad_norm"] is None
     assert first["skipped"] == second["skipped"] == 1
@@ -148,7 +148,7 @@ def test_model_that_does_not_fit_on_the_disk_is_not_half_there(staged, tmp_path)
 
 def test_image_that_vanishes_during_a_run_is_named(sft, dataset, tmp_path, monkeypatch):
     flags = ["--task", "cls", "--model", sft / "model", "--data", dataset, *GRPO,
-             "--out", tmp_path, "--save-every", 1]
+             "--heldout", 0, "--out", tmp_path, "--save-every", 1]
     encode = train_grpo.encode
     second_step = get_batch(load_samples(str(dataset), "cls", 112, split="train"), 1, 4, (0,))
 
@@ -421,7 +421,7 @@ def test_tensorboard_gets_what_a_run_logs(sft, dataset, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     here(monkeypatch, train_grpo.main, "--task", "cls", "--model", sft / "model", "--data", dataset,
-         *GRPO, "--out", tmp_path, "--tensorboard")
+         *GRPO, "--heldout", 0, "--out", tmp_path, "--tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     for name in ("reward", "kl", "parts/format"):
@@ -478,5 +478,5 @@ def test_a_stage_frees_the_reference_of_the_stage_before(sft, dataset, tmp_path,
 
     monkeypatch.setattr(train_grpo, "make_ref_model", recorded)
     here(monkeypatch, train_grpo.main, "--task", "cls,det", "--model", sft / "model", "--data", dataset,
-         *GRPO, "--out", tmp_path)
+         *GRPO, "--heldout", 0, "--out", tmp_path)
     assert len(made) == 2

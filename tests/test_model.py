@@ -361,7 +361,8 @@ def test_steps_of_a_model_gone_nan_are_skipped_and_counted(sft, dataset, tmp_pat
     save_model(model, processor, tmp_path / "nan")
     numbers = itertools.count()
     monkeypatch.setattr(train_grpo, "score_completion", lambda *args, **more: {"format": 0.0, "accuracy": next(numbers) % 2})
-    here(monkeypatch, train_grpo.main, "--task", "cls", "--model", tmp_path / "nan", "--data", dataset, *GRPO, "--out", tmp_path / "run")
+    here(monkeypatch, train_grpo.main, "--task", "cls", "--model", tmp_path / "nan", "--data", dataset, *GRPO,
+         "--heldout", 0, "--out", tmp_path / "run")
     assert [(row["skipped"], row["loss"], row["entropy"]) for row in rows(tmp_path / "run/metrics.jsonl")] == [
         (1, None, None), (2, None, None)]
 

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
+import train_grpo
 from conftest import ROOT, rows
 from model import load_model
 from several import RUNS
 from tools import sizing
 from tools.random_checkpoint import save_random_checkpoint
 
-OF_THREE = ("sft", "grpo", "mixed", "lora", "sft lora", "bf16", "eval")  # runs of 3 processes
+OF_TWO = [name for name in RUNS if name != "bf16"]              # runs of one process and of two
+OF_THREE = ["sft", "grpo", "mixed", "lora", "bf16", "eval"]     # and of three
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
                             "OMP_NUM_THREADS": "1"}
 
@@ -39,17 +41,28 @@ def torchrun(ranks, *args, check=True):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, dataset, sft):
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, ROOT / "tests/several.py", sft / "model", dataset, out],
+    subprocess.run([sys.executable, ROOT / "tests/several.py", sft / "model", dataset, out, *OF_TWO],
                    check=True, env=ENVIRONMENT)
     return out
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request, tmp_path_factory, dataset, sft):
-    out = tmp_path_factory.mktemp("together")
-    names = OF_THREE if request.param == 3 else RUNS
-    torchrun(request.param, ROOT / "tests/several.py", sft / "model", dataset, out, *names)
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, dataset, sft):
+    out = tmp_path_factory.mktemp("of_two")
+    torchrun(2, ROOT / "tests/several.py", sft / "model", dataset, out, *OF_TWO)
     return out
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory, dataset, sft):
+    out = tmp_path_factory.mktemp("of_three")
+    torchrun(3, ROOT / "tests/several.py", sft / "model", dataset, out, *OF_THREE)
+    return out
+
+
+@pytest.fixture(params=["of_two", "of_three"])
+def together(request):
+    return request.getfixturevalue(request.param)
 
 
 def numbers(row):
@@ -87,18 +100,18 @@ def test_several_processes_predict_what_one_predicts(alone, together):
     assert len({row["completion"] for row in rows(alone / "eval/predictions.jsonl")}) > 10
 
 
-def test_lora_trains_only_its_adapters_and_is_saved_both_ways(together, sft):
+def test_lora_trains_only_its_adapters_and_is_saved_both_ways(of_two, sft):
     """Trained by several processes: the merged model differs from the start in the adapted layers
     only, and in plain transformers and peft it computes what the start with the adapters does."""
     from peft import PeftModel
     from transformers import Qwen2_5_VLForConditionalGeneration
-    folders = (together / "lora/model", sft / "model")
+    folders = (of_two / "lora/model", sft / "model")
     merged, start = (load_file(folder / "model.safetensors") for folder in folders)
     changed = {key for key in start if not torch.equal(start[key], merged[key])}
     assert changed
     assert all("layers" in key and "_proj" in key and "visual" not in key for key in changed)
     models = [Qwen2_5_VLForConditionalGeneration.from_pretrained(folder) for folder in folders]
-    adapted = PeftModel.from_pretrained(copy.deepcopy(models[1]), together / "lora/adapter")
+    adapted = PeftModel.from_pretrained(copy.deepcopy(models[1]), of_two / "lora/adapter")
     input_ids = torch.arange(20, 60)[None]
     merged, start, adapted = (m(input_ids=input_ids).logits for m in (*models, adapted))
     assert torch.allclose(merged, adapted, atol=1e-5)
@@ -106,11 +119,11 @@ def test_lora_trains_only_its_adapters_and_is_saved_both_ways(together, sft):
 
 
 @pytest.mark.parametrize("name", ["lora", "sft lora"])
-def test_a_folder_of_adapters_is_the_model_that_they_are_merged_into(together, name):
+def test_a_folder_of_adapters_is_the_model_that_they_are_merged_into(of_two, name):
     """load_model merges them into their base, as was done for model/, and as peft does."""
     from peft import PeftModel
     from transformers import Qwen2_5_VLForConditionalGeneration
-    adapter, model = together / name / "adapter", together / name / "model"
+    adapter, model = of_two / name / "adapter", of_two / name / "model"
     loaded = load_model(str(adapter))[0].state_dict()
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     peft_model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
@@ -126,19 +139,44 @@ def test_each_stage_of_lora_is_held_near_its_own_start(alone):
     assert kl[0] == kl[2] == 0 and kl[1] > 1e-6 and kl[3] > 1e-6
 
 
-def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(together):
+def test_clipping_begins_with_the_second_inner_step(alone):
+    """rho is pi over the pi of the rollout: recomputed at each inner step it would always be 1."""
+    assert all(row["clip_frac"] > 0 for row in rows(alone / "gspo/metrics.jsonl"))
+
+
+def test_grpo_raises_the_reward(alone):
+    reward = [row["reward"] for row in rows(alone / "grpo/metrics.jsonl")]
+    assert reward[-1] > reward[0]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in OF_TWO if RUNS[name][0] is train_grpo))
+def test_float32_log_probs_are_those_of_sampling(alone, name):
+    """Also at another temperature, packed, and of adapters."""
+    gaps = [row["sampling_gap"] for row in rows(alone / name / "metrics.jsonl")]
+    assert all(gap < 1e-4 for gap in gaps)
+
+
+def test_reward_is_the_weighted_sum_of_its_parts(alone):
+    """With --format-weight 0.5, on the mean and on each completion."""
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        for row in rows(alone / "stages" / file):
+            assert row["reward"] == pytest.approx(0.5 * row["parts"]["format"] + row["parts"]["accuracy"])
+    assert any(row["parts"]["format"] > 0 for row in rows(alone / "stages/metrics.jsonl"))
+
+
+def test_bf16_compute_keeps_float32_weights_and_a_reference_that_starts_equal(of_three):
     """The whole model is gathered in float32. Once the other ranks' copies were still bf16, and
     ranks gathered shards of different sizes."""
-    weights = load_file(together / "bf16/model/model.safetensors")
+    weights = load_file(of_three / "bf16/model/model.safetensors")
     assert all(w.dtype == torch.float32 for w in weights.values())
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
-    first, second = rows(together / "bf16/metrics.jsonl")
+    first, second = rows(of_three / "bf16/metrics.jsonl")
     assert first["kl"] == 0 < second["kl"] and first["sampling_gap"] < 0.02
 
 
-@pytest.mark.parametrize("name", ["frozen", "sft frozen"])
-def test_frozen_vision_does_not_change(alone, sft, name):
-    folders = (sft, alone / name)
+@pytest.mark.parametrize("name", ["dapo", "sft"])
+def test_frozen_vision_does_not_change(of_two, sft, name):
+    folders = (sft, of_two / name)
     start, end = (load_file(folder / "model/model.safetensors") for folder in folders)
     for key in start:
         if "visual" in key or "self_attn" in key:
@@ -167,7 +205,7 @@ def test_a_checkpoint_is_resumed_by_another_number_of_processes(
     else:
         assert code != 0
     progress = json.loads((tmp_path / "checkpoint/run.json").read_text())["progress"]
-    done = {"grpo": 8, "lora": 2}[name] * progress["stage"] + progress["step"]
+    done = {"grpo": 5, "lora": 2}[name] * progress["stage"] + progress["step"]
     assert 0 < done < len(rows(alone / name / "metrics.jsonl"))
     if ranks == 1:
         subprocess.run([sys.executable, ROOT / "train_grpo.py", *map(str, flags), "--resume"],

@@ -867,7 +867,7 @@ def test_folder_of_a_split_as_source_carries_the_split_of_its_name(tmp_path, mon
                 load_samples(str(tmp_path / name), task, F, split="train")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("lists", [("train", "val", "test"), ("train", "val")])
 def test_no_image_of_a_held_out_object_of_dior_rsvg_is_trained_on(tmp_path, lists, seed):
     """The published lists give the objects of one image to several splits. The first two images here are whole."""
@@ -1033,7 +1033,7 @@ def test_flags_of_candidates_that_change_nothing_are_refused(folder, flags):
             load_splits(parse_sources([source], **flags), [], [task], F)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_places_that_share_images_are_on_one_side(tmp_path, seed):
     """The side was once drawn by the name of the ground image alone. Two ground images of one satellite image could be
     on either side, and training showed, as the right answer, the image that held-out questions ask for."""
@@ -1339,12 +1339,11 @@ LAYOUTS = {  # format -> (maker, tasks, the splits that its images have; "" wher
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_format_holds_out_by_its_rule_and_never_trains_on_what_it_holds_out(tmp_path, layout, seed):
+def test_each_format_holds_out_by_its_rule_and_never_trains_on_what_it_holds_out(tmp_path, layout):
     """Cross-view pairs once showed the satellite image of a held-out place as a wrong candidate in training."""
     make, tasks, splits = LAYOUTS[layout]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     names = [f"{number:08d}" for number in rng.choice(10**8, 12, replace=False)]
     split_of = dict(zip(names, map(str, [*splits, *rng.choice(splits, 12 - len(splits))])))
     source, images, firsts = make(tmp_path, split_of, rng)

@@ -94,11 +94,11 @@ def test_saved_model_is_one_of_plain_transformers(staged):
 
 
 def test_evaluation_writes_predictions_that_score_the_same_again(staged, tmp_path, monkeypatch):
-    shown = succeed("evaluate.py", "--task", "det", "--model", staged / "model", "--data", "synthetic", "--max-new-tokens", 12,
-                    "--out", tmp_path / "first")
+    shown = succeed("evaluate.py", "--task", "det", "--model", staged / "model", "--data", "synthetic", "--limit", 48,
+                    "--max-new-tokens", 12, "--out", tmp_path / "first")
     predictions = rows(tmp_path / "first" / "predictions.jsonl")
     scores = json.loads((tmp_path / "first" / "scores.json").read_text())
-    assert len(predictions) == scores["n"] == 256 and scores["task"] == "det"
+    assert len(predictions) == scores["n"] == 48 and scores["task"] == "det"
     assert all(0 <= value <= 1 for name, value in scores.items() if name not in ("n", "task", "words"))
     assert all(name in shown for name in ("box_precision@0.5", "recall", "f1"))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--out", str(tmp_path / "again"),
@@ -149,20 +149,27 @@ def written(out):
     return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
-@pytest.fixture
-def suite(sft, dataset, tmp_path):
+@pytest.fixture(scope="module")
+def suite(sft, dataset, tmp_path_factory):
     """Flags of a suite: two sets of the test's own and one with published rows; 4 batches of 6 samples each."""
     lines = [("aid", "cls"), ("my-boxes", "det"), ("my-classes", "cls")]
-    (tmp_path / "suite.jsonl").write_text("".join(
-        json.dumps({"benchmark": name, "task": task, "data": str(dataset)}) + "\n" for name, task in lines))
-    return ["--suite", tmp_path / "suite.jsonl", "--model", sft / "model", "--limit", 24, "--batch", 6, "--max-new-tokens", 16,
-            "--out"]
+    file = tmp_path_factory.mktemp("suite") / "suite.jsonl"
+    file.write_text("".join(json.dumps({"benchmark": name, "task": task, "data": str(dataset)}) + "\n" for name, task in lines))
+    return ["--suite", file, "--model", sft / "model", "--limit", 24, "--batch", 6, "--max-new-tokens", 16, "--out"]
 
 
-def test_suite_is_its_evaluations_and_a_table_beside_the_published_rows(suite, sft, dataset, tmp_path, monkeypatch):
-    evaluate_here(monkeypatch, *suite, tmp_path / "suite")
+@pytest.fixture(scope="module")
+def whole(suite, tmp_path_factory):
+    """What the suite writes when nothing interrupts it."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate_here(patch, *suite, out)
+    return written(out)
+
+
+def test_suite_is_its_evaluations_and_a_table_beside_the_published_rows(suite, whole, dataset, tmp_path, monkeypatch):
     evaluate_here(monkeypatch, "--task", "det", "--data", dataset, *suite[2:], tmp_path / "alone")
-    files = written(tmp_path / "suite")
+    files = whole
     for name, content in written(tmp_path / "alone").items():
         assert files[f"my-boxes/{name}"] == content
     head, _, *table = ([cell.strip() for cell in line.split("|")[1:-1]] for line in files["suite.md"].decode().splitlines())
@@ -177,9 +184,8 @@ def test_suite_is_its_evaluations_and_a_table_beside_the_published_rows(suite, s
 
 
 @pytest.mark.parametrize("batches", [2, 5, 11])
-def test_killed_suite_continues_and_ends_as_an_unbroken_one(suite, tmp_path, monkeypatch, batches):
+def test_killed_suite_continues_and_ends_as_an_unbroken_one(suite, whole, tmp_path, monkeypatch, batches):
     """Killed inside each benchmark, with half a line and with the zeros that a power cut leaves."""
-    evaluate_here(monkeypatch, *suite, tmp_path / "whole")
     count = itertools.count()
 
     def killed(*args):
@@ -194,7 +200,7 @@ def test_killed_suite_continues_and_ends_as_an_unbroken_one(suite, tmp_path, mon
     count = itertools.count(-100)
     evaluate_here(monkeypatch, *suite, tmp_path / "broken", predict=killed)
     assert next(count) + 100 == 12 - batches
-    assert written(tmp_path / "broken") == written(tmp_path / "whole")
+    assert written(tmp_path / "broken") == whole
 
 
 def test_signal_ends_an_evaluation_after_its_batch(suite, tmp_path, monkeypatch, capfd):
@@ -258,6 +264,7 @@ def here(monkeypatch, main, *args, die_at_save=None):
         patch.setattr(checkpoint.dcp, "save", torn)
         patch.setattr(checkpoint, "lock", recorded)
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, out, **_: out.touch())  # drawing takes longer than a step
         patch.setattr(sys, "argv", ["script", *map(str, args)])
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         try:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import load_samples
 from metrics.held_out import held_out_rewards
-from model import load_model
-from rewards import REWARD_PARTS, TASKS, RewardPart
-from rollout import Sampler
+from model import encode, load_model
+from rewards import REWARD_PARTS, TASKS, RewardPart, score_completion
+from rollout import Sampler, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,23 +30,28 @@ def test_it_is_small():
 
 @pytest.mark.parametrize("task, greedy", [("det", (0.3, 0.6)), ("cls", (0.95, 1.0))])
 def test_it_answers_in_format_and_leaves_detection_room(shipped, task, greedy):
-    """Over the first 64 held-out scenes: the card's 256 take longer."""
-    scores = held_out_rewards(shipped, held_out(shipped, task, 64), max_new_tokens=96)
+    """Over the first 32 held-out scenes: the card's 256 take longer."""
+    scores = held_out_rewards(shipped, held_out(shipped, task, 32), max_new_tokens=96)
     assert scores["format"] > 0.95 and greedy[0] <= scores["greedy"] <= greedy[1]
     assert scores["sampled"] <= scores["greedy"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+def assert_answers(sampler, samples):
+    """In the format, and now and then right, in four sampled completions each."""
+    prompts = [encode(sampler.processor, sample) for sample in samples]
+    texts = predict(sampler, prompts, 160, 4, 1.0, range(len(samples)))
+    parts = [score_completion(text, sample) for sample, group in zip(samples, texts) for text in group]
+    assert np.mean([p["format"] for p in parts]) > 0.9 and np.mean([p["accuracy"] for p in parts]) > 0.05
+
+
+@pytest.mark.parametrize("task", sorted(TASKS.keys() - {"det", "cls"}))
 def test_it_answers_every_task_in_its_format(shipped, task):
-    scores = held_out_rewards(shipped, held_out(shipped, task, 16), max_new_tokens=160)
-    assert scores["format"] > 0.9 and scores["sampled"] > 0.05
+    assert_answers(shipped, held_out(shipped, task, 8))
 
 
 @pytest.mark.parametrize("task", ["det", "count"])
 def test_it_answers_without_reasoning_where_it_is_asked_to(shipped, task):
-    samples = [replace(sample, thinking=False) for sample in held_out(shipped, task, 16)]
-    scores = held_out_rewards(shipped, samples, max_new_tokens=96)
-    assert scores["format"] > 0.9 and scores["sampled"] > 0.05
+    assert_answers(shipped, [replace(sample, thinking=False) for sample in held_out(shipped, task, 8)])
 
 
 def test_a_new_reward_part_is_a_held_out_reward_of_its_tasks(shipped, monkeypatch):
