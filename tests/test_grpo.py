@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import grpo
+from metrics.training import step_metrics
 from model import collate, encode_chat, token_logprobs
-from rollout import Sampler
+from rollout import Rollout, Sampler
 from runtime.optimisation import pack_groups
 
 B, G, C, C_MAX = 4, 3, 6, 10
@@ -375,3 +376,27 @@ def test_passes_hold_every_group_once_and_no_more_than_fits(max_tokens, passes):
         padded = len(groups) * (max(sizes[g][0] for g in groups) + max(sizes[g][1] for g in groups))
         assert len(groups) == 1 or padded <= max_tokens
     assert len(packed) == passes and pack_groups({}, max_tokens) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+def test_metrics_of_a_step_are_those_of_numpy():
+    """Two groups of two; the second one has no signal, so it is not in the loss. Two inner steps of two micro-batches."""
+    rng, lengths = np.random.default_rng(0), np.array([[3, 1], [2, 3]])
+    mask = np.arange(3) < lengths[:, :, None]
+    loss_mask = mask & np.array([True, False])[:, None, None]
+    entropy, stopped = rng.random((2, 2, 3)) * mask, np.array([[True, True], [True, False]])
+    rewards, accuracy = np.array([[2.0, 0.5], [1.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 0.5]])
+    kl, clipped, gaps = rng.random(4), np.array([0.0, 0.0, 1.0, 2.0]), rng.random(2)
+    losses, grad_norms = rng.random(2), rng.random(2)
+    rollout = Rollout(torch.zeros(2, 2, 3), *map(torch.from_numpy, (mask, np.zeros((2, 2, 3)), entropy, stopped)))
+    stats = [{"kl": torch.tensor(k), "clipped": torch.tensor(c)} for k, c in zip(kl, clipped)]
+    row = step_metrics(rollout, torch.from_numpy(rewards), {"accuracy": torch.from_numpy(accuracy)}, 3, torch.from_numpy(loss_mask),
+                       stats, list(torch.from_numpy(gaps)), list(torch.from_numpy(losses)), list(torch.from_numpy(grad_norms)))
+    expected = {"reward": rewards.mean(), "reward_std": rewards.std(1, ddof=1).mean(), "kl": kl.sum() / (2 * 4),
+                "entropy": entropy[mask].mean(), "clip_frac": 3 / (2 * 4), "sampling_gap": gaps.sum() / 4,
+                "len_mean": lengths.mean(), "truncated_frac": 1 / 4, "zero_std_frac": 1 / 2, "loss": losses.mean(),
+                "grad_norm": grad_norms.mean()}
+    assert row.pop("parts") == pytest.approx({"accuracy": accuracy.mean()}) and row.pop("resampled") == 3
+    assert row == pytest.approx(expected)

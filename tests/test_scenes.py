@@ -63,12 +63,12 @@ def test_sample_is_a_function_of_seed_and_index(task):
 
 @tasks
 def test_target_earns_everything(task):
-    """Up to the whole pixels in which turned boxes are written; for seg once SAM finds the object in its box."""
+    """The end of the turn is part of it. Up to the whole pixels in which turned boxes are written; for seg once SAM finds the object in its box."""
     for sample, _ in samples(task):
-        parts = score_completion(format_target(sample).removesuffix("<|im_end|>"), sample,
-                                 sam=lambda sample, box, points: load_gt_mask(sample))
+        completion, end, rest = format_target(sample).partition("<|im_end|>")
+        parts = score_completion(completion, sample, sam=lambda sample, box, points: load_gt_mask(sample))
         turned = any(box[4] for box in sample.gt_boxes)
-        assert parts["format"] == 1
+        assert end and not rest and parts["format"] == 1
         assert parts["accuracy"] >= (0.8 if turned or task == "seg" else 1 - 1e-9)
 
 
@@ -103,6 +103,7 @@ def test_prompt_and_target_are_complete(task):
 # Questions and their right answers
 
 def test_choices_are_in_their_question():
+    assert {make_scene(SEED, i, SIZE).land for i in range(200)} == {*LAND}
     for sample, scene in samples("cls"):
         assert all(land in sample.question for land in LAND) and sample.gt_answer == scene.land
     for sample, scene in samples("mlc"):
@@ -116,6 +117,8 @@ def test_box_tasks_name_a_kind_of_object_and_find_all_of_it():
         colour, kind = re.fullmatch(r"Locate every (?:(\w+) )?(\w+)\.", sample.question).groups()
         found = [obj for obj in scene.objects if obj.kind == kind and colour in (None, obj.colour)]
         assert sample.gt_boxes == tuple(obj.box for obj in found)
+        assert [box[0] for box in sample.gt_boxes] == sorted(box[0] for box in sample.gt_boxes)
+    assert 0 < sum(not sample.gt_boxes for sample, _ in samples("det")) < 15
     for sample, scene in samples("ovd"):
         kind = re.fullmatch(r"Detect every (\w+)\.", sample.question)[1]
         assert sample.gt_boxes == tuple(obj.box for obj in scene.objects if obj.kind == kind)
