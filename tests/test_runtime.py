@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train_grpo
 from conftest import GRPO, ROOT, rows
 from metrics import held_out, training
@@ -200,11 +201,13 @@ DAMAGES = {
     **{f"{part} {value}": edit_json(*part.split(), value=value) for part, value in [
         ("settings", None), ("settings", []), ("settings", "lr"), ("settings lr", 1), ("files", None),
         ("files", {}), ("files", []), ("files .metadata", None), ("files .metadata", "x"),
-        ("files __0_0.distcp", 7), ("files reference/.metadata", None), ("progress", None), ("progress", [1, 2]), ("progress step", None),
-        ("progress step", -1), ("progress step", "2"), ("progress step", 1.5), ("progress step", 999),
-        ("progress step", 1), ("progress step", True), ("progress stage", 5), ("progress stage", 0),
-        ("progress skipped", "x"), ("progress before", 7), ("progress before", {}),
-        ("progress more", 1)]},
+        ("files __0_0.distcp", 7), ("files reference/.metadata", None), ("progress", None), ("progress", [1, 2]), ("progress step", 1),
+        ("progress before", {})]},
+    **{f"{name} {how}": edit_file(f"checkpoint/{name}", change)
+       for name in ("__0_0.distcp", ".metadata", "run.json")
+       for how, change in [("empty", lambda old: b""), ("cut off", lambda old: old[: len(old) // 2]),
+                           ("something else", lambda old: b"no checkpoint"),
+                           ("a bit", lambda old: old[:50] + bytes([old[50] ^ 0x80]) + old[51:])]},
     "run.json null": edit_file("checkpoint/run.json", lambda old: b"null"),
     "run.json nested": edit_file("checkpoint/run.json", lambda old: b"[" * 10**5),
     "run.json UTF-16": edit_file("checkpoint/run.json", lambda old: old.decode().encode("utf-16")),
@@ -362,10 +365,10 @@ def python(code, **environment):
 
 def test_second_signal_ends_the_process_and_is_named_by_resume(out, capsys):
     done = python(f"""
-from pathlib import Path
+from pathlib import Path, PosixPath
+from types import SimpleNamespace as namespace
 from runtime.checkpoint import Run
-from test_guards import run_args
-run = Run(run_args(Path({str(out)!r}), resume=True), {{"lr": "1.0"}}, {FRESH})
+run = Run({run_args(out, resume=True)}, {{"lr": "1.0"}}, {FRESH})
 run.install_signal_handlers()
 run.doing = "finishing step 13"
 os.kill(os.getpid(), signal.SIGINT)
@@ -433,23 +436,19 @@ def test_signal_stops_held_out_scoring_after_its_batch_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("script, module, kept", [
-    ("train_grpo", "held_out", "there is no checkpoint yet"),
-    ("evaluate", "evaluate", "finished batches are kept, and the same command continues")])
+    (train_grpo, held_out, "there is no checkpoint yet"),
+    (evaluate, evaluate, "finished batches are kept, and the same command continues")])
 def test_second_signal_ends_held_out_scoring_and_evaluation_at_once(
-        sft, dataset, tmp_path, script, module, kept):
-    done = python(f"""
-import evaluate, train_grpo
-from metrics import held_out
-def predict(*_, **__):
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGTERM)
-{module}.predict = predict
-sys.argv = ["script", "--task", "cls", "--model", {str(sft / "model")!r}, "--data",
-            {str(dataset)!r}, "--out", {str(tmp_path)!r}]
-run_main({script}.main)
-""", HF_HUB_OFFLINE="1")
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr.endswith(f"\nSIGTERM again: the process ends now; {kept}\n")
+        sft, dataset, tmp_path, monkeypatch, capfd, script, module, kept):
+    def predict(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(module, "predict", predict)
+    monkeypatch.setattr(signals.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        here(monkeypatch, script.main, "--task", "cls", "--model", sft / "model", "--data", dataset, "--out", tmp_path)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert f"\nSIGTERM again: the process ends now; {kept}\n" in capfd.readouterr().err
 
 
 def failing(out, error):
