@@ -23,6 +23,7 @@ SFT = ("--task det,cls --steps 5 --batch 6 --micro-batch 2 --warmup 0 --lr 1e-4 
 GRPO = ("--task det --steps 5 --prompts 6 --group 4 --max-new-tokens 32 --warmup 0 --lr 1e-3 "
         "--beta 0.1 --eval-every 100 --heldout 0")
 DAPO = "--inner-steps 2 --steps 2 --mask-truncated --lr 1e-4 --freeze vision --shard-size 1"
+STAGES = "--heldout 8 --format-weight 0.5"
 MIXED = "--resample 2 --overlong-buffer 24 --loss geovlm --temperature 0.8"
 GSPO = ("--clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")
@@ -30,7 +31,7 @@ RUNS = {
     "sft": (train_sft, f"{SFT} --freeze vision"),
     "grpo": (train_grpo, GRPO),
     "dapo": (train_grpo, f"{GRPO} --loss dapo {DAPO}"),
-    "stages": (train_grpo, f"{GRPO} --task cls,det --steps 2 --lr 1e-4 --heldout 8 --format-weight 0.5"),
+    "stages": (train_grpo, f"{GRPO} --task cls,det --steps 2 --lr 1e-4 {STAGES}"),
     "mixed": (train_grpo, f"{GRPO} --task cls+det --steps 2 --lr 1e-5 {MIXED}"),
     "gspo": (train_grpo, f"{GRPO} --loss gspo {GSPO}"),
     # as on a GPU: float32 weights, bf16 compute, a bf16 copy that generates

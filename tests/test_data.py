@@ -43,7 +43,7 @@ from sample import (
     load_images,
     to_oriented,
 )
-from tiny.scenes import LAND, Scenes, draw_scene, make_scene
+from tiny.scenes import Scenes, draw_scene, make_scene
 
 F = 112
 SIZE = (200, 50)  # of the images in `folder`: far from square, so that swapped axes show
@@ -137,15 +137,6 @@ def test_prompt_names_the_frame_and_never_the_answer(task):
         assert (f"{F}x{F}" in text) == (task == "det")
 
 
-@pytest.mark.parametrize("task", ["det", "cls"])
-def test_what_sft_imitates_earns_the_full_reward(task):
-    """Prompt, target, parser and reward speak of the same pixels, and the end of the turn is part of the target."""
-    for sample in Scenes(task, F, seed=4)[:60]:
-        completion, end, rest = format_target(sample).partition("<|im_end|>")
-        parts = score_completion(completion, sample)
-        assert end and not rest and parts["format"] == 1 and parts["accuracy"] > .85  # boxes are rounded to pixels
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_without_reasoning_prompt_target_and_reward_speak_of_the_answer_alone(task):
     for sample in Scenes(task, F, seed=4, thinking=False)[:5]:
@@ -224,14 +215,6 @@ def test_only_det_has_an_oriented_form(folder, source, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic scenes
 
-def test_scene_is_a_pure_function_of_seed_and_index():
-    for task in ("det", "cls"):
-        first, again = Scenes(task, F, seed=5)[7], Scenes(task, F, seed=5, n=8)[7]
-        assert np.array_equal(first.images[0], again.images[0]) and replace(first, images=()) == replace(again, images=())
-        others = [Scenes(task, F, seed=5)[8], Scenes(task, F, seed=6)[7]]
-        assert not any(np.array_equal(first.images[0], other.images[0]) for other in others)
-
-
 def test_heldout_scenes_are_the_same_for_every_seed_and_never_those_of_training():
     heldout = load_samples("synthetic", "det", F, split="heldout", seed=1)
     assert heldout == load_samples("synthetic", "det", F, split="heldout", seed=2)
@@ -280,39 +263,6 @@ def test_reference_box_is_where_the_thing_was_painted(image_size, n):
             assert (edges >= -1).all()                                 # a turned corner is painted in the nearest pixel
             if thing.box[4] == 0 or thing.kind == "court":
                 assert (edges <= 2).all()
-
-
-def test_earlier_image_differs_only_where_something_appeared():
-    seen = Counter()
-    for i in range(60):
-        view = make_scene(2, i, F)
-        changed = (np.asarray(draw_scene(view)) != np.asarray(draw_scene(view, before=True))).any(-1)
-        for thing in view.objects:
-            x1, y1, x2, y2 = map(round, obb_to_hbb(thing.box))
-            part = changed[max(0, y1 - 1) : y2 + 2, max(0, x1 - 1) : x2 + 2]
-            assert part.any() == thing.appeared
-            seen[thing.appeared] += 1
-            if thing.appeared:
-                part[:] = False
-        assert not changed.any()
-    assert seen[True] and seen[False]
-
-
-def test_question_asks_for_all_things_of_a_name_and_the_reference_lists_them_from_left_to_right():
-    nothing = 0
-    for i, sample in enumerate(Scenes("det", F, seed=8)[:150]):
-        name = re.fullmatch(r"Locate every (.+)\.", sample.question)[1]
-        things = [t for t in make_scene(8, i, F).objects if name in (t.kind, f"{t.colour} {t.kind}")]
-        assert sorted(sample.gt_boxes) == sorted(t.box for t in things)
-        assert [b[0] for b in sample.gt_boxes] == sorted(b[0] for b in sample.gt_boxes)
-        assert sample.gt_answer == format_boxes(sample.gt_boxes, sample.image_size)
-        nothing += not things
-    assert 0 < nothing < 50
-
-
-def test_classes_are_all_met_and_named_in_the_question():
-    samples = list(Scenes("cls", F, seed=0)[:200])
-    assert {s.gt_answer for s in samples} == set(LAND) and all(name in samples[0].question for name in LAND)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,13 +357,9 @@ GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}
            "Classify the image. Classes: sea, forest", "sea"]
 
 
-@pytest.mark.parametrize("records", [
-    [GEOCHAT], [GEOCHAT[:2], GEOCHAT[2:]],
-    [GEOCHAT + ["Is it a rural area? Answer with one word.", "no"]],                # untagged, as in GeoChat_Instruct
-    [GEOCHAT, ["<image>\nIs it a rural area? Answer with one word.", "no"]],
-], ids=["one record", "two records", "untagged question in the record", "untagged question in another record"])
 @pytest.mark.parametrize("task, answer", [("det", "[11,22,34,45]"), ("cls", "sea")])
-def test_geochat_mixes_tasks_and_each_takes_its_own(folder, records, task, answer):
+def test_records_of_geochat_mix_tasks_and_each_takes_its_own(folder, task, answer):
+    records = GEOCHAT[:2], GEOCHAT[2:], ["<image>\nIs it a rural area? Answer with one word.", "no"]  # no tag, as published
     assert [s.gt_answer for s in load_samples(write(folder, *(chat(*turns) for turns in records)), task, F)] == [answer]
 
 
@@ -474,13 +420,6 @@ def test_real_referring_boxes_lie_on_their_objects():
         assert not re.search(r"[\[\]<>\\\n]|image|hr_rgb|refer", sample.question)
         assert sample.subset in ("small", "medium", "large")
     assert load_images(samples[0])[0].size == (448, 448)
-
-
-@real
-def test_real_class_folders():
-    samples = load_samples(str(Path(os.environ["EO_DATA"]) / "eurosat_rgb"), "cls", F)
-    assert len(samples) == 600 and len({s.gt_answer for s in samples}) == 10
-    assert all(Path(s.images[0]).name.startswith(s.gt_answer + "_") for s in samples)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -682,13 +621,16 @@ def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):
 
 
 def test_prefetch_keeps_the_order_and_is_one_step_ahead():
-    began = []
+    taken, began = [], []
     def plan(step):
         return [(step, i) for i in range(3)]
-    steps = ((step, plan(step)) for step in range(2, 5))
-    for step, samples, encoded in prefetch(steps, lambda sample: began.append(sample) or sample):
+    def steps():
+        for step in range(2, 5):
+            taken.append(step)
+            yield step, plan(step)
+    for step, samples, encoded in prefetch(steps(), lambda sample: began.append(sample) or sample):
         assert samples == encoded == plan(step)
-        assert len(began) >= 3 * (step - 1)
+        assert taken == list(range(2, min(step + 1, 4) + 1))
     assert sorted(began) == [(step, i) for step in (2, 3, 4) for i in range(3)]
     assert list(prefetch([], str)) == []
 

@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLConfig
 import train_grpo
 from conftest import ROOT, rows
 from model import load_model
+from runtime.errors import UserError
 from several import RUNS
 from tools import sizing
 from tools.random_checkpoint import save_random_checkpoint
@@ -31,10 +32,10 @@ def command(ranks, *args):
     return [*launcher, f"--nproc-per-node={ranks}", *map(str, args)]
 
 
-def torchrun(ranks, *args, check=True):
+def torchrun(ranks, *args):
     done = subprocess.run(command(ranks, *args), capture_output=True, text=True, check=False,
                           env=ENVIRONMENT)
-    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
@@ -144,11 +145,6 @@ def test_clipping_begins_with_the_second_inner_step(alone):
     assert all(row["clip_frac"] > 0 for row in rows(alone / "gspo/metrics.jsonl"))
 
 
-def test_grpo_raises_the_reward(alone):
-    reward = [row["reward"] for row in rows(alone / "grpo/metrics.jsonl")]
-    assert reward[-1] > reward[0]
-
-
 @pytest.mark.parametrize("name", sorted(name for name in OF_TWO if RUNS[name][0] is train_grpo))
 def test_float32_log_probs_are_those_of_sampling(alone, name):
     """Also at another temperature, packed, and of adapters."""
@@ -235,11 +231,11 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
     assert launcher.communicate(timeout=60)[0] == ""  # ends when no worker holds the pipe
 
 
-def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(tmp_path):
-    done = torchrun(2, ROOT / "train_grpo.py", "--prompts", 3, "--out", tmp_path / "out",
-                    check=False)
-    message = "--prompts 3 cannot be divided evenly among 2 processes"
-    assert done.returncode and message in done.stderr
+def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--prompts", "3"])
+    with pytest.raises(UserError, match="--prompts 3 cannot be divided evenly among 2 processes"):
+        train_grpo.check_args(train_grpo.parse_args(), [["det"]])
 
 
 @pytest.mark.parametrize("size, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
