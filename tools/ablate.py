@@ -113,7 +113,8 @@ def plot(variants: Sequence[Variant], done: dict[str, list[dict]], out: Path) ->
     for i, (question, compared) in enumerate(questions.items()):
         axis = fig.add_subplot(rows, columns, i + 1, title=question, xlabel="step")
         for name in [variant.name for variant in compared if variant.name in done]:
-            curves = np.array([read_curve(run) for run in (out / name).glob("*/grpo")])
+            done_runs = (scores.parent / "grpo" for scores in (out / name).glob("*/scores.json"))
+            curves = np.array([read_curve(run) for run in done_runs])
             steps, mean = curves.mean(0)                                    # of (seeds, 2, scores)
             error = curves[:, 1].std(0) / max(1, len(curves) - 1) ** 0.5
             axis.plot(steps, mean, label=name)
