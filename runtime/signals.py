@@ -1,8 +1,10 @@
 """How SIGTERM and Ctrl-C end long work: the first one at the next pause, a second one at once."""
 
 import os
+import select
 import signal
 import time
+from collections.abc import Sequence
 from typing import Self
 
 from runtime.distributed import all_reduce_max, rank
@@ -55,6 +57,7 @@ class Stoppable:
         self.received_signals.append(number)
         if len(self.received_signals) == 1:
             time.sleep(SAME_SIGNAL_SECONDS)
+            replace_broken_pipes()
             self.say(f"{name}: {self.doing}; a second signal ends the process")
             self.is_acknowledged = True
 
@@ -65,3 +68,13 @@ class Stoppable:
     def should_stop(self) -> int:
         """Not 0 on all ranks if a signal has reached one of them: its number."""
         return all_reduce_max(max(self.received_signals, default=0))
+
+
+def replace_broken_pipes(fds: Sequence[int] = (1, 2)) -> None:
+    """Send stdout and stderr nowhere if their reader is gone: Ctrl-C also ends the `tee` of a
+    pipeline, and the next print would end the run before it has saved."""
+    for fd in fds:
+        poll = select.poll()
+        poll.register(fd, 0)  # errors alone
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)

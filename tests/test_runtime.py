@@ -23,6 +23,7 @@ from runtime.checkpoint import Run
 from runtime.command_line import run_main
 from runtime.errors import UserError
 from runtime.logging import JsonlLog
+from runtime.signals import replace_broken_pipes
 from test_guards import run_args
 from test_scripts import assert_same_run, here
 
@@ -528,8 +529,20 @@ def test_steps_are_counted_with_the_time_that_is_left_and_a_completion_now_and_t
         assert len(shown) == 160
 
 
+def test_a_pipe_without_a_reader_does_not_end_the_run_before_it_has_saved():
+    """Ctrl-C of `train_grpo.py .. | tee log` ended tee first, and the run at its next print."""
+    read, write = os.pipe()
+    replace_broken_pipes([write])
+    os.write(write, b"a")
+    assert os.read(read, 1) == b"a"  # a pipe with a reader stays
+    os.close(read)
+    replace_broken_pipes([write])
+    os.write(write, b"b")
+    os.close(write)
+
+
 @pytest.mark.parametrize("metrics, advice", [({"zero_std_frac": 1.0}, "raise --temperature"),
-                                             ({"truncated_frac": 1.0}, "--max-new-tokens; raise it")])
+                                             ({"zero_std_frac": 1.0, "truncated_frac": 1.0}, "--max-new-tokens; raise it")])
 def test_one_warning_when_nothing_can_be_learned(capsys, metrics, advice):
     console = Console(total_steps=20)
     nothing = [row(step, **metrics) for step in range(1, 5)]
