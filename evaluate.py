@@ -88,7 +88,9 @@ def parse_args() -> Namespace:
                        help="`heldout`: the source's test split, else its val split, else the "
                             "tenth of the images that training leaves out (default: heldout for "
                             "synthetic and where the source has such a split, else all)")
-    flags.add_argument("--limit", type=positive_int, help="score only the first samples")
+    flags.add_argument("--limit", type=positive_int,
+                       help="score only the first samples; with --split all they are in the order "
+                            "of the file, in which the first may all be of one class")
     flags.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and "
                                        "change: a folder or hub id")
     flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
