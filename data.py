@@ -251,9 +251,9 @@ def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
 
 
 def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]], whole: str | None = None,
-                  held_out: Sequence[str] = VAL_FIRST) -> tuple[list, list, list[str]]:
+                  order: Sequence[str] = VAL_FIRST) -> tuple[list, list, list[str]]:
     """The train parts, the held-out parts and the rules of several sources (split_samples)."""
-    parts = [split_samples(samples, source.path, whole, held_out) for source, samples in found]
+    parts = [split_samples(samples, source.path, whole, order) for source, samples in found]
     return [p.train for p in parts], [p.held_out for p in parts], [p.summary for p in parts]
 
 
@@ -318,12 +318,12 @@ def num_bytes(image: object) -> int:
 
 
 def split_samples(samples: Sequence[Sample], source: str, whole: str | None = None,
-                  held_out: Sequence[str] = VAL_FIRST) -> Split:
+                  order: Sequence[str] = VAL_FIRST) -> Split:
     """What one source trains on and what it holds out, in the order of a hash, and by which rule.
 
-    Held out is the first of the splits `held_out` that it has, the other is unused; without any, a
-    tenth of the images, chosen by a hash of their file names. `whole`, "train" or "heldout", puts
-    all samples of a source without such splits on that side; one that is named as a few-shot or
+    Held out is the first split of `order` that it has, the other is unused; without any, a tenth
+    of the images, chosen by a hash of their file names. `whole`, "train" or "heldout", puts all
+    samples of a source without such splits on that side; one that is named as a few-shot or
     training split holds nothing out.
     """
     if not whole and NAMED_TRAIN.search(Path(source).stem):
@@ -331,7 +331,7 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
     if isinstance(samples, Scenes):
         scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
         return Split(samples, scenes, "other scenes")
-    published = published_split(samples, held_out)
+    published = published_split(samples, order)
     if published:
         train = [sample for sample in samples if sample.split == "train"]
         held_out = [sample for sample in samples if sample.split == published]

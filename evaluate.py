@@ -52,12 +52,7 @@ from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
 from runtime.command_line import run_main
-from runtime.distributed import (
-    all_gather_object,
-    barrier,
-    init_distributed,
-    rank,
-)
+from runtime.distributed import all_gather_object, barrier, init_distributed, rank
 from runtime.errors import UserError, errors_as_warnings
 from runtime.flags import HelpFormatter, add_data_flags, check_oriented, positive_int
 from runtime.logging import print0

@@ -32,12 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.vision_utils import get_vision_position_ids
 
 from attention import SharedPrompt, make_completion_attention_mask
-from runtime.distributed import (
-    autocast,
-    compute_dtype,
-    device,
-    rank,
-)
+from runtime.distributed import autocast, compute_dtype, device, rank
 from runtime.errors import UserError, first_line
 from runtime.layers import use_fused_layers
 from runtime.logging import print0

@@ -218,12 +218,11 @@ def count_penalised_ap_reward(answer: str, sample: Sample, **_: object) -> float
     """R = min(1, sqrt(n_gt / n_pred)) AP (Geo-R1 few-shot, OVD). All predictions have the same
     confidence, so AP alone would forgive every box that follows the right ones. The question names
     one class, so labels are not compared."""
-    predicted = parse_boxes(answer)
-    if predicted is None:
-        return 0.0
-    target = gt_hbbs(sample).clip(0, sample.image_size)
-    penalty = min(1.0, math.sqrt(max(len(target), 1) / max(len(predicted), 1)))
-    return penalty * average_precision(predicted, target)
+    def score(predicted: np.ndarray, target: np.ndarray) -> float:
+        penalty = min(1.0, math.sqrt(len(target) / len(predicted)))
+        return penalty * average_precision(predicted, target)
+
+    return box_reward(answer, sample, score)
 
 
 def mask_reward(answer: str, sample: Sample, sam: Sam | None = None, **_: object) -> float:

@@ -95,8 +95,8 @@ def parse_count(text: str) -> int | None:
 
 
 def parse_position(text: str) -> tuple[float, float] | None:
-    """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° East`. None for fewer
-    or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
+    """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° East`. None for
+    fewer or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
     if len(text) > MAX_TEXT:
         return None
     hemisphere = r"(north|south|east|west|[nsew])\b"

@@ -176,9 +176,9 @@ def think_agreement(completions: Sequence[str], samples: Samples) -> Scores:
 # published, not clipped to the image, but for box_accuracy, which is the reward's IoU.
 
 def parse_oriented_boxes(answer: str | None) -> np.ndarray:
-    """The boxes of an answer, (n, 5); four numbers are a horizontal box. A bracket that is no box, or
-    has no area, was predicted, so it counts: as an empty box that overlaps nothing. Not parse_boxes
-    of the rewards: published scorers want no `none`, and know no largest number of boxes."""
+    """The boxes of an answer, (n, 5); four numbers are a horizontal box. A bracket that is no box,
+    or has no area, was predicted, so it counts: as an empty box that overlaps nothing. Not
+    parse_boxes of the rewards: published scorers want no `none`, and no largest number of boxes."""
     brackets = re.findall(r"\[([^\[\]]*)\]", answer or "")
     return np.array([parse_box(text) for text in brackets if text.strip()]).reshape(-1, 5)
 

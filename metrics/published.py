@@ -220,8 +220,8 @@ def table(benchmark: str, scores: dict[str, float], samples: Sequence[Sample] = 
 
 
 def envelope_scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """box_precision of answers that are the horizontal envelopes of oriented targets, in whole pixels
-    of the paper's 448 x 448. {} if no target is turned.
+    """box_precision of answers that are the horizontal envelopes of oriented targets, in whole
+    pixels of the paper's 448 x 448. {} if no target is turned.
 
     A box at 45 degrees fills half of its envelope or less. So a model whose horizontal answers are
     perfect scores this, not 1, in the columns that count oriented IoU (a box that is smaller than

@@ -49,8 +49,9 @@ def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tens
                  resampled: int, loss_mask: Tensor, stats: list[dict[str, Tensor]],
                  logprob_diffs: list[Tensor], losses: list[Tensor],
                  grad_norms: list[Tensor]) -> dict:
-    """The step's metrics, means over all ranks; NaN where nothing was measured. `stats` and `logprob_diffs` hold sums over the
-    tokens of each micro-batch; `losses` and `grad_norms` have an entry for each inner step."""
+    """The step's metrics, means over all ranks; NaN where nothing was measured. `stats` and
+    `logprob_diffs` hold sums over the tokens of each micro-batch; `losses` and `grad_norms` have an
+    entry for each inner step."""
     num_completions = rewards.numel()
     num_tokens = rollout.mask.sum()
     num_loss_tokens = loss_mask.sum() * len(losses)             # of all inner steps

@@ -42,26 +42,26 @@ class JsonlLog:
                                 "is damaged or missing; restore the file, or start again without "
                                 "--resume, which moves this run aside") from error
 
-    def write(self, row: dict) -> None:
-        """Append a row, whose NaN and infinities become null. Raises UserError if it cannot."""
+    def write(self, row: dict, replaces_last: bool = False) -> None:
+        """Append a row, whose NaN and infinities become null; or, before any other is written, put
+        it in place of the last kept line. Raises UserError if it cannot."""
         if rank() != 0:
             return
-        row = finite_or_null(row)
+        line = json.dumps(finite_or_null(row))
+        if replaces_last:
+            self.kept_lines[-1] = line.encode()
         try:
             if not self.is_cut_back:
-                self.cut_back()
-            with open(self.path, "a") as file:
-                print(json.dumps(row), file=file)
+                partial = self.path.with_suffix(".partial")
+                partial.write_bytes(b"".join(line + b"\n" for line in self.kept_lines))
+                partial.replace(self.path)
+                self.is_cut_back = True
+            if not replaces_last:
+                with open(self.path, "a") as file:
+                    print(line, file=file)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); --resume continues from the "
                             "last checkpoint") from error
-
-    def cut_back(self) -> None:
-        """Leave nothing but the kept lines."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_bytes(b"".join(line + b"\n" for line in self.kept_lines))
-        partial.replace(self.path)
-        self.is_cut_back = True
 
 
 def check_tensorboard() -> None:
@@ -90,11 +90,9 @@ class MetricsLog:
             self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=steps_done + 1)
 
     def complete_last_row(self, fields: dict) -> None:
-        """Write last_row again, with more fields."""
-        row = finite_or_null(self.last_row | fields)
-        if rank() == 0:  # in one move: without this row, the checkpoint would be ahead of the log
-            self.jsonl.kept_lines[-1] = json.dumps(row).encode()
-            self.jsonl.cut_back()
+        """Write last_row again, with more fields: in one move, as without this row the checkpoint
+        would be ahead of the log."""
+        self.jsonl.write(self.last_row | fields, replaces_last=True)
         self.write_scalars(fields, self.last_row["step"])
 
     def write(self, row: dict) -> None:
