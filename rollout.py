@@ -32,20 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import SharedPrompt
-from model import (
-    STOP_TOKENS,
-    Processor,
-    Prompts,
-    Qwen,
-    collate,
-    embed_prompts,
-    embed_tokens,
-    load_model,
-    max_position_ids,
-    next_token_logits,
-    pad_prompts,
-    run_decoder,
-)
+from model import STOP_TOKENS, Qwen, embed_prompts, embed_tokens, next_token_logits, run_decoder
+from pretrained import load_model
+from processing import Processor, Prompts, collate, max_position_ids, pad_prompts
 from runtime.distributed import autocast, device, to_compute_dtype
 from runtime.errors import first_line
 

@@ -82,7 +82,7 @@ TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 
 def format_prompt(sample: Sample) -> str:
     """The chat up to where the model continues, with one `<|image_pad|>` for each image
-    (model.encode repeats it once per image token)."""
+    (processing.encode repeats it once per image token)."""
     images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.images)
     instruction = ORIENTED_DET if sample.oriented else INSTRUCTIONS[sample.task]
     instruction = instruction.replace("{image_size}", str(sample.image_size))

@@ -49,14 +49,9 @@ from metrics.training import (
     step_speed,
     write_pages,
 )
-from model import (
-    Policy,
-    collate,
-    encode,
-    load_model,
-    save_model,
-    with_image_embeds,
-)
+from model import Policy, with_image_embeds
+from pretrained import load_model, save_model
+from processing import collate, encode
 from rewards import REWARD_PARTS, score_completion
 from rollout import Sampler, replace_groups, uniforms
 from runtime.checkpoint import Run, run_config

@@ -40,7 +40,9 @@ from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.reward_choices import add_reward_flag, parse_rewards
 from metrics.training import Console
-from model import Policy, Processor, collate, encode, load_model, save_model
+from model import Policy
+from pretrained import load_model, save_model
+from processing import Processor, collate, encode
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import run_main

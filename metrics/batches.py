@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from data import prefetch
-from model import Processor, Prompts, encode
+from processing import Processor, Prompts, encode
 from runtime.distributed import rank, world_size
 from sample import Sample, format_prompt
 

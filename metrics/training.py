@@ -16,7 +16,8 @@ from grpo import groups_with_signal
 from metrics.plots import METRICS, plot_curves
 from metrics.report import read_entries, write_report
 from metrics.rows import sample_to_row
-from model import Prompts, Qwen
+from model import Qwen
+from processing import Prompts
 from rewards import REWARD_PARTS
 from rollout import Rollout
 from runtime.distributed import (

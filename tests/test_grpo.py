@@ -10,7 +10,8 @@ from PIL import Image
 
 import grpo
 from metrics.training import step_metrics
-from model import collate, encode_chat, token_logprobs
+from model import token_logprobs
+from processing import collate, encode_chat
 from rollout import Rollout, Sampler
 from runtime.optimisation import pack_groups
 

@@ -22,7 +22,9 @@ import rewards
 import train_grpo
 from conftest import GRPO, rows
 from data import fingerprint, get_batch, load_samples
-from model import encode, load_model, save_model, token_logprobs
+from model import token_logprobs
+from pretrained import load_model, save_model
+from processing import encode
 from rewards import TASKS, score_completion
 from runtime import checkpoint
 from runtime.checkpoint import Run, last_checkpoint, run_config, state_dict

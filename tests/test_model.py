@@ -26,17 +26,9 @@ import rollout
 import train_grpo
 from attention import flash_attn_for
 from conftest import GRPO, rows
-from model import (
-    STOP_TOKENS,
-    Policy,
-    collate,
-    compute_image_embeds,
-    encode_chat,
-    load_model,
-    max_position_ids,
-    save_model,
-    token_logprobs,
-)
+from model import STOP_TOKENS, Policy, compute_image_embeds, token_logprobs
+from pretrained import load_model, save_model
+from processing import collate, encode_chat, max_position_ids
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
 from runtime.distributed import sync_sampling_model
 from runtime.errors import UserError

@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig
 
 import train_grpo
 from conftest import ROOT, rows
-from model import load_model
+from pretrained import load_model
 from runtime.errors import UserError
 from several import RUNS
 from tools import sizing
@@ -249,7 +249,8 @@ MEMORY = f"""if True:
     from pathlib import Path
     sys.path.insert(0, {str(ROOT)!r})
     import torch
-    from model import Policy, load_model, save_model
+    from model import Policy
+    from pretrained import load_model, save_model
     from runtime import distributed
     from tests.several import users_of_compute_dtype
 

@@ -18,7 +18,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import is_torchvision_available
 
 from metrics.report import PREDICTED_COLOUR
-from model import STOP_TOKENS, encode, load_model, save_model
+from model import STOP_TOKENS
+from pretrained import load_model, save_model
+from processing import encode
 from rollout import Sampler, predict
 from runtime.errors import UserError
 from sample import INSTRUCTIONS, Sample, chat_template, format_prompt, load_images

@@ -28,7 +28,8 @@ from data import get_mixed_batch, load_samples
 from metrics.plots import plot_curves
 from metrics.suite import read_suite
 from metrics.training import stack_parts
-from model import encode, load_model
+from pretrained import load_model
+from processing import encode
 from rollout import predict
 from runtime import checkpoint
 from runtime.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 
 from data import load_samples
 from metrics.held_out import held_out_rewards
-from model import encode, load_model
+from pretrained import load_model
+from processing import encode
 from rewards import REWARD_PARTS, TASKS, RewardPart, score_completion
 from rollout import Sampler, predict
 

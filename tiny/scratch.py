@@ -5,7 +5,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import ATTENTION, STOP_TOKENS, Processor, Qwen
+from model import ATTENTION, STOP_TOKENS, Qwen
+from processing import Processor
 from rewards import TAGS
 from runtime.layers import use_fused_layers
 

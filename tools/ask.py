@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from boxes import obb_corners, parse_boxes
 from metrics.report import PREDICTED_COLOUR
-from model import encode
+from processing import encode
 from rewards import TASKS, extract_answer
 from rollout import load_sampler, predict
 from runtime.command_line import run_main

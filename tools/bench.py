@@ -38,7 +38,8 @@ import sizing
 from data import load_samples
 from grpo import compute_advantages, policy_loss, token_weights
 from metrics.training import forward_flops, update_passes
-from model import ATTENTION, Policy, Qwen, collate, encode, token_logprobs
+from model import ATTENTION, Policy, Qwen, token_logprobs
+from processing import collate, encode
 from rewards import score_completion
 from rollout import Rollout, Sampler
 from runtime.distributed import (

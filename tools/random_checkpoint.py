@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from model import Qwen, load_model, save_processor
+from model import Qwen
+from pretrained import load_model, save_processor
 from tools import sizing
 
 

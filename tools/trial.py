@@ -27,7 +27,7 @@ import torch
 
 from data import HELD_OUT_SEED
 from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
-from model import encode
+from processing import encode
 from rewards import score_completion
 from rollout import load_sampler, predict
 from tiny.scenes import Scenes
