@@ -9,7 +9,8 @@
 
 Writes predictions.jsonl (a record per sample, boxes in pixels of the resized image), scores.json
 and report.html. Prints the scores, beside the published ones where --benchmark names a table. After
-an interruption the same command continues where it stopped.
+an interruption the same command continues where it stopped; any other evaluation in --out moves to
+OUT.1.
 
 With torchrun each process answers its share of the questions, with a model of its own; the scores
 are those of one process. A suite is a file with a line of JSON for each benchmark, such as
@@ -42,7 +43,7 @@ from data import (
     split_sources,
 )
 from metrics import benchmarks, published
-from metrics.batches import batches_by_length, local_batches, read_partial
+from metrics.batches import batches_by_length, is_partial, local_batches, read_partial
 from metrics.report import write_report
 from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
@@ -51,6 +52,7 @@ from metrics.suite import read_suite, suite_table
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
+from runtime.checkpoint import TRAINED, clear, move_aside
 from runtime.command_line import run_main
 from runtime.distributed import all_gather_object, barrier, init_distributed, rank
 from runtime.errors import UserError, errors_as_warnings
@@ -67,7 +69,10 @@ def parse_args() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)}; not with --suite")
     parser.add_argument("--out", type=Path, required=True,
-                        help="folder for predictions.jsonl, scores.json, report.html")
+                        help="folder for predictions.jsonl, scores.json, report.html; an "
+                             "evaluation in it moves to OUT.1")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace an evaluation that is in --out, instead of moving it")
     parser.add_argument("--suite", type=Path,
                         help="file of several benchmarks, one after the other, in place of --task, "
                              "--benchmark, --data and --images; all other flags count for each")
@@ -125,6 +130,21 @@ def check_args(args: Namespace) -> None:
                         "of them out")
 
 
+def check_out(runs: Sequence[Namespace]) -> None:
+    """Raises UserError if a folder to write to holds a training run: its report.html would go."""
+    for out in (run.out for run in runs):
+        if any((out / name).exists() for name in TRAINED):
+            raise UserError(f"--out {out} holds a training run; choose another --out")
+
+
+def clear_suite(args: Namespace, runs: Sequence[Namespace]) -> None:
+    """Leave no older table beside new scores: a suite that is complete moves aside as a whole."""
+    table = args.out / "suite.md"
+    if table.exists() and not args.overwrite:
+        move_aside(args.out, [table, *(run.out for run in runs if run.out.exists())])
+    table.unlink(missing_ok=True)
+
+
 def suite_runs(args: Namespace) -> list[Namespace]:
     """The flags of an evaluation for each benchmark of --suite."""
     runs = []
@@ -143,16 +163,18 @@ def main() -> None:
     runs = suite_runs(args) if args.suite else [args]
     tasks = list(dict.fromkeys(run.task for run in runs))
     check_oriented(args.oriented, tasks)
+    check_out(runs)
     scorers = {task: [getattr(benchmarks, name) for name in TASKS[task].scores] for task in tasks}
     init_distributed(timeout=SCORING_TIMEOUT)
     reward_models = {}
     if rank() == 0:
+        reward_models = load_reward_models(tasks, args.sbert, args.sam, args.reward)
+    sampler = None if args.predictions else load_sampler(args.model, args.image_size)
+    if rank() == 0:
+        if args.suite:
+            clear_suite(args, runs)
         for run in runs:
             run.out.mkdir(parents=True, exist_ok=True)
-        reward_models = load_reward_models(tasks, args.sbert, args.sam, args.reward)
-    if args.suite and rank() == 0:
-        (args.out / "suite.md").unlink(missing_ok=True)  # no older table beside new scores
-    sampler = None if args.predictions else load_sampler(args.model, args.image_size)
 
     all_scores = {}
     for i, run in enumerate(runs, 1):
@@ -160,6 +182,8 @@ def main() -> None:
             print0(f"\n{run.out.name}, benchmark {i} of {len(runs)}")
         if args.predictions:
             samples, completions = read_predictions(args.predictions, args.task)
+            if rank() == 0:
+                clear(args.out, keep_run=not args.overwrite)
         else:
             samples, completions = run_model(run, sampler)
         if rank() == 0:
@@ -216,7 +240,11 @@ def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str
     """
     samples = load_evaluation(args, sampler.processor.image_size)
     file, settings = args.out / "predictions.partial", prediction_settings(args, samples)
-    kept = read_partial(file, settings) if rank() == 0 else None
+    kept = None
+    if rank() == 0:
+        if not is_partial(file, settings):
+            clear(args.out, keep_run=not args.overwrite)
+        kept = read_partial(file, settings)
     done = all_gather_object(kept)[0]
     batches = [[i for i in batch if i not in done]
                for batch in batches_by_length(samples, args.batch)]
@@ -264,7 +292,8 @@ def load_evaluation(args: Namespace, image_size: int) -> list[Sample]:
 
 def prediction_settings(args: Namespace, samples: Sequence[Sample]) -> str:
     """All that the completions depend on, as a line of JSON."""
-    other = ("out", "batch", "suite", "benchmark", "sbert", "sam", "reward", "predictions")
+    other = ("out", "overwrite", "batch", "suite", "benchmark", "sbert", "sam", "reward",
+             "predictions")
     flags = {name: str(value) for name, value in vars(args).items() if name not in other}
     files = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, which cannot change
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

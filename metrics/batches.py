@@ -30,12 +30,17 @@ def local_batches(processor: Processor, samples: Sequence[Sample],
         yield indices, prompts
 
 
+def is_partial(file: Path, settings: str) -> bool:
+    """Whether an interrupted evaluation with these settings has left the file."""
+    return file.exists() and file.read_text(errors="replace").startswith(settings + "\n")
+
+
 def read_partial(file: Path, settings: str) -> dict[int, str]:
     """{index of a sample: completion} as an interrupted evaluation with these settings left them.
     From the first damaged line on, such as a torn last one, the file is cut."""
-    lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
-    if lines[:1] != [settings]:
-        lines = [settings]
+    lines = [settings]
+    if is_partial(file, settings):
+        lines = file.read_text(errors="replace").split("\n")[:-1]
     done = {}
     for n, line in enumerate(lines[1:], 1):
         try:

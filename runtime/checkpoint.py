@@ -40,9 +40,11 @@ from runtime.signals import Stoppable
 MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens",
                         "gradient-checkpointing", "compile", "tensorboard")
 NO_SETTINGS = ("out", "resume", "overwrite", "defaults")
-RESULTS = ("checkpoint", "checkpoint.old", "model", "adapter")  # what makes a folder hold a run
+# What makes a folder hold a training run, and what a run of any kind
+TRAINED = ("checkpoint", "checkpoint.old", "model", "adapter", "metrics.jsonl")
+RESULTS = (*TRAINED, "predictions.jsonl", "predictions.partial")
 ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "adapter.partial", "tensorboard",
-           "metrics.jsonl", "metrics.partial", "samples.jsonl", "samples.partial", "curves.png",
+           "metrics.partial", "samples.jsonl", "samples.partial", "scores.json", "curves.png",
            "report.html", "ended.txt")
 START_AGAIN = "start again without --resume, which moves this run aside"
 
@@ -263,18 +265,23 @@ def print_last_end(out: Path) -> None:
 
 
 def clear(out: Path, keep_run: bool) -> None:
-    """Leave nothing of an earlier run in a folder. A finished or resumable one moves to the next
-    free OUT.1, OUT.2, .. if it is to be kept. Raises UserError if it cannot."""
+    """Leave nothing of an earlier run or evaluation in a folder. If it is to be kept, it moves
+    aside."""
     entries = [out / name for name in ENTRIES if os.path.lexists(out / name)]
-    if not (keep_run and entries and entries[0].name in RESULTS):
+    if keep_run and entries and entries[0].name in RESULTS:
+        move_aside(out, entries)
+    else:
         for entry in entries:
             remove(entry)
-        return
+
+
+def move_aside(out: Path, entries: list[Path]) -> None:
+    """Move what a folder holds to the next free OUT.1, OUT.2, .. Raises UserError if it cannot."""
     try:
         folders = (Path(f"{out.resolve()}.{n}") for n in count(1))
         folder = next(folder for folder in folders if not os.path.lexists(folder))
         folder.mkdir()
-        for entry in reversed(entries):  # RESULTS last: if this is killed, the rest follows later
+        for entry in reversed(entries):  # results last: if this is killed, the rest follows later
             entry.rename(folder / entry.name)
     except OSError as error:
         raise UserError(f"--out {out} holds a run, which cannot be moved aside ({error}); choose "

@@ -90,10 +90,14 @@ def test_overwrite_replaces_the_run(out):
     assert not contents(out) and not Path(f"{out}.1").exists()
 
 
-def test_logs_without_a_checkpoint_are_no_run(out):
+@pytest.mark.parametrize("resume", [False, True])
+def test_logs_without_a_checkpoint_move_aside(out, resume, capsys):
+    """Of a run that was killed before its first checkpoint; --resume once dropped them without a word."""
     shutil.rmtree(out / "checkpoint")
-    Run(run_args(out), {}, FRESH).close()
-    assert not contents(out) and not Path(f"{out}.1").exists()
+    before = contents(out)
+    Run(run_args(out, resume=resume), {}, FRESH).close()
+    assert not contents(out) and contents(Path(f"{out}.1")) == before
+    assert f"held a run, which is now in {out}.1" in capsys.readouterr().out
 
 
 def test_logs_that_were_being_cut_back_go_with_their_run(out):

@@ -245,6 +245,38 @@ def test_killed_suite_continues_and_ends_as_an_unbroken_one(suite, whole, tmp_pa
     assert written(tmp_path / "broken") == whole
 
 
+def test_new_evaluation_moves_the_old_one_aside(suite, whole, dataset, tmp_path, monkeypatch):
+    """It was once replaced without a word. Also an unfinished one, and one that is scored again where it lies."""
+    out, flags = tmp_path / "out", ["--task", "det", "--data", dataset, *suite[2:]]
+    for _ in range(2):
+        evaluate_here(monkeypatch, *flags, out)
+    (out / "predictions.partial").write_text("of other flags\n")
+    evaluate_here(monkeypatch, "--task", "det", "--predictions", out / "predictions.jsonl", "--out", out)
+    evaluate_here(monkeypatch, *flags, out, "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.1", "out.2"]
+    alone = {name.removeprefix("my-boxes/"): content for name, content in whole.items() if name.startswith("my-boxes/")}
+    assert written(out) == written(tmp_path / "out.1") == alone
+    assert written(tmp_path / "out.2") == alone | {"predictions.partial": b"of other flags\n"}
+
+
+def test_complete_suite_moves_aside_as_a_whole(suite, whole, tmp_path, monkeypatch):
+    for name, content in whole.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(content)
+    evaluate_here(monkeypatch, *suite, tmp_path / "out")
+    evaluate_here(monkeypatch, *suite, tmp_path / "out", "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.1"]
+    assert written(tmp_path / "out") == written(tmp_path / "out.1") == whole
+
+
+def test_evaluation_does_not_write_into_a_training_run(staged, monkeypatch):
+    """Its report.html once replaced the run's."""
+    before = written(staged)
+    with pytest.raises(UserError, match="holds a training run; choose another --out"):
+        evaluate_here(monkeypatch, "--task", "det", "--out", staged)
+    assert written(staged) == before
+
+
 def test_signal_ends_an_evaluation_after_its_batch(suite, tmp_path, monkeypatch, capfd):
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
