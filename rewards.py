@@ -40,6 +40,7 @@ from boxes import (
     parse_boxes,
     parse_numbers,
 )
+from runtime.errors import UserError, first_line
 from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
 from texts import (
     MAX_TEXT,
@@ -308,8 +309,7 @@ def accuracy_reward(answer: str | None, sample: Sample,
     if answer is None:
         return 0.0
     reward = (task_rewards or {}).get(sample.task, TASKS[sample.task].reward)
-    value = reward(answer=answer, sample=sample, **context)
-    return finite(value, f"{reward.__name__} of task {sample.task}", answer, sample)
+    return reward(answer=answer, sample=sample, **context)
 
 
 def length_reward(parts: Mapping[str, float], length_fraction: float, **_: object) -> float:
@@ -338,24 +338,34 @@ def score_completion(text: str, sample: Sample, length_fraction: float | None = 
 
     length_fraction  known in training only; without it the parts that are train_only are left out
     reward_models    what load_reward_models returned: sbert, sam and task_rewards
-    Raises ValueError for a reward function that returns no finite number.
+    Raises ValueError for a reward function that raises, or that returns no finite number.
     """
     answer, think = extract_answer(text), extract_think(text)
     parts = {}
     for name, part in REWARD_PARTS.items():
         is_used = not part.train_only or length_fraction is not None
         if is_used and (part.tasks is None or sample.task in part.tasks):
-            value = part.compute(answer=answer, sample=sample, text=text, think=think,
-                                 length_fraction=length_fraction, parts=parts, **reward_models)
-            parts[name] = finite(value, f"the reward part {name}", answer, sample)
+            parts[name] = finite_reward(name, part.compute, answer=answer, sample=sample, text=text,
+                                        think=think, length_fraction=length_fraction, parts=parts,
+                                        **reward_models)
     return parts
 
 
-def finite(value: object, name: str, answer: str | None, sample: Sample) -> float:
-    """The value. Raises ValueError if it is no finite number: one NaN would reach all weights."""
+def finite_reward(name: str, compute: Callable[..., float], *, answer: str | None, sample: Sample,
+                  **context: object) -> float:
+    """One part of a reward. Raises ValueError, which names part and sample, if its function raises
+    or returns no finite number: one NaN would reach all weights."""
+    part = f"the reward part {name} of task {sample.task}"
+    where = f"for sample {sample.id} and the answer {str(answer)[:100]!r}"
+    try:
+        value = compute(answer=answer, sample=sample, **context)
+    except UserError:  # of the sample's files
+        raise
+    except Exception as error:
+        raise ValueError(f"{part} raised {first_line(error)}, {where}") from error
     if not (isinstance(value, Real) and math.isfinite(value)):
-        raise ValueError(f"{name} returned {value!r}, expected a finite Python number, for sample "
-                         f"{sample.id} and the answer {str(answer)[:100]!r}; return float(..)")
+        raise ValueError(f"{part} returned {value!r}, expected a finite Python number, {where}; "
+                         "return float(..)")
     return float(value)
 
 

@@ -88,8 +88,19 @@ def test_reward_that_is_no_number_is_an_error_with_its_name(monkeypatch, value):
         return value
     monkeypatch.setitem(rewards.TASKS, "cls", TASKS["cls"]._replace(reward=my_reward))
     sample = Sample("tile 7", "cls", [], "What?", "port", 112)
-    with pytest.raises(ValueError, match="my_reward of task cls returned .* for sample tile 7"):
+    with pytest.raises(ValueError, match="reward part accuracy of task cls returned .* for sample tile 7"):
         score_completion("<think>a</think> <answer>port</answer>", sample)
+
+
+def test_reward_that_raises_is_an_error_that_names_part_and_sample(monkeypatch):
+    def my_reward(answer, sample, **_):
+        return 1 / (sample.gt_answer != answer)
+    monkeypatch.setitem(rewards.TASKS, "cls", TASKS["cls"]._replace(reward=my_reward))
+    sample = Sample("tile 7", "cls", [], "What?", "port", 112)
+    says = "part accuracy of task cls raised ZeroDivisionError: division by zero, for sample tile 7 and the answer 'port'"
+    with pytest.raises(ValueError, match=says) as error:
+        score_completion("<think>a</think> <answer>port</answer>", sample)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)  # its traceback names the line
 
 
 # --------------------------------------------------------------------------------------------------
