@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from model import ATTENTION, STOP_TOKENS, Qwen, vision_token_ids
 from processing import Processor
 from runtime.distributed import rank
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, why_not_loaded
 from runtime.layers import use_fused_layers
 from runtime.logging import print0
 from runtime.lora import has_adapters, merged_weight, read_adapters, save_adapters
@@ -63,7 +63,7 @@ def load_model(name: str, image_size: int | None = None,
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except Exception as error:  # transformers raises a dozen types for an unusable checkpoint
         raise UserError(f"--model {name}: no readable Qwen2.5-VL checkpoint "
-                        f"({first_line(error)})") from error
+                        f"{why_not_loaded(str(base), error)}") from error
     missing = report["missing_keys"]
     if missing:  # transformers only warns, and fills them with random weights
         raise UserError(f"--model {name}: not a whole Qwen2.5-VL: no weights for {min(missing)} "

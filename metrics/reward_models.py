@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from metrics.reward_choices import parse_rewards
 from rewards import TASKS, Sam, Sbert, hybrid_reward, mask_reward
 from runtime.distributed import device, rank
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, why_not_loaded
 from sample import Sample, load_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SAM's images are normalised with these
@@ -40,7 +40,7 @@ def load_reward_models(tasks: Sequence[str], sbert: str | None, sam: str | None,
             models[name] = load(model) if model else None
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise UserError(f"--{name} {model}: no such model can be loaded "
-                            f"({first_line(error)})") from error
+                            f"{why_not_loaded(model, error)}") from error
         users = [task for task in tasks
                  if task_rewards.get(task, TASKS[task].reward) is reward]
         if users and not model and rank() == 0:

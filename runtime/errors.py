@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 LOST_PEER = "another process has ended"
 # Takes what record_end is given. A run adds a file to it.
@@ -46,6 +47,14 @@ def errors_as_warnings(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  whatever fails in drawing, the model is worth more
         warn(f"warning: {what} cannot be made ({first_line(error)})")
+
+
+def why_not_loaded(name: str, error: BaseException) -> str:
+    """Why a model cannot be loaded, a folder or a hub id; of a hub id also what to do."""
+    if Path(name).exists():
+        return f"({first_line(error)})"
+    return (f"({first_line(error)}); if there is no network here, run `hf download {name}` where "
+            "there is one, and set HF_HUB_OFFLINE=1 here")
 
 
 def first_line(error: BaseException) -> str:

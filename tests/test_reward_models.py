@@ -21,6 +21,7 @@ from metrics.reward_models import (
     load_sam,
     load_sbert,
 )
+from pretrained import load_model
 from rewards import hybrid_reward, predicted_mask, score_completion
 from runtime.errors import UserError
 from sample import format_target, load_images
@@ -127,3 +128,10 @@ def test_what_goes_without_is_said_once(capsys):
 def test_a_missing_model_is_one_line(name, tmp_path):
     with pytest.raises(UserError, match=f"--{name} {tmp_path}: no such model"):
         load_reward_models(["seg"], **{"sbert": None, "sam": None, name: str(tmp_path)})
+
+
+@pytest.mark.parametrize("load", [load_model, lambda name: load_reward_models(["rcap"], name, None)])
+def test_hub_id_that_cannot_be_reached_says_what_to_do(load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"couldn't find them.*; if .* `hf download nobody/nothing` .*HF_HUB_OFFLINE=1"):
+        load("nobody/nothing")
