@@ -86,19 +86,20 @@ def parse_sources(values: Sequence[str], images: str | None = None, choices: int
 
 class Split(NamedTuple):
     train: Sequence[Sample]
-    held_out: Sequence[Sample]
+    held_out: Sequence[Sample]  # those that the run is scored on
     summary: str  # how many of each, from where, by which rule
 
 
 def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks: Sequence[str],
                 image_size: int, seed: int = 0, shots: int | None = None,
-                oriented: bool = False, thinking: bool = True,
-                system: str | None = None) -> dict[str, Split]:
+                oriented: bool = False, thinking: bool = True, system: str | None = None,
+                heldout: int | None = None) -> dict[str, Split]:
     """What a run trains on and what it is scored on, of each task, joined from all its sources.
 
     Each source holds out samples of its own. With eval_sources, these give what is held out: their
-    val or test split, or all samples of one without. Raises UserError, in one line, for what a user
-    has to fix in a source, and if several sources put an image on both sides, of whichever tasks.
+    val or test split, or all samples of one without. The run is scored on the first `heldout` of a
+    task, None: on all. Raises UserError, in one line, for what a user has to fix in a source, and
+    if several sources put an image on both sides, of whichever tasks.
     """
     read = partial(read_sources, tasks=tasks, image_size=image_size, oriented=oriented,
                    thinking=thinking, system=system)
@@ -119,8 +120,11 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
         train, held_out = join(train), join(held_out)
         if shots:
             train = few_shots(train, shots)
-        summary = f"{task}: {len(train):,} train, {len(held_out):,} held out ({'; '.join(rules)})"
-        splits[task] = Split(train, held_out, summary)
+        scored = held_out[:heldout]
+        of_them = f", {len(scored)} of them scored" if len(scored) < len(held_out) else ""
+        summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "
+                   f"({'; '.join(rules)})")
+        splits[task] = Split(train, scored, summary)
     if is_first_process():  # it compares images for all
         check_shared_images(trained, held)
     return splits

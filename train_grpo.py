@@ -199,9 +199,9 @@ def main() -> None:
     sources = parse_sources(args.data, args.images, args.choices, args.negatives)
     eval_sources = parse_sources(args.eval_data, args.images, args.choices, args.negatives)
     splits = load_splits(sources, eval_sources, list(chain(*stages)), image_size, args.seed,
-                         args.shots, args.oriented, not args.no_think, args.system)
+                         args.shots, args.oriented, not args.no_think, args.system, args.heldout)
     data = [[splits[task].train for task in tasks] for tasks in stages]
-    held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
+    held_out = {task: split.held_out for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
     reward_models = load_reward_models(list(splits), args.sbert, args.sam, args.reward)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}

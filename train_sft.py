@@ -135,7 +135,8 @@ def main() -> None:
     sources = parse_sources(args.data, args.images, args.choices, args.negatives)
     eval_sources = parse_sources(args.eval_data, args.images, args.choices, args.negatives)
     load = partial(load_splits, sources, eval_sources, tasks, seed=args.seed, shots=args.shots,
-                   oriented=args.oriented, thinking=not args.no_think, system=args.system)
+                   oriented=args.oriented, thinking=not args.no_think, system=args.system,
+                   heldout=args.heldout)
     if args.model == "scratch":  # tiny's architecture, a tokenizer learned from the data
         image_size = args.image_size or 112
         splits = load(image_size=image_size)
@@ -152,7 +153,7 @@ def main() -> None:
     console = Console(args.steps)
     console.print_model(args.model, model, image_size)
     data = [splits[task].train for task in tasks]
-    held_out = {task: split.held_out[:args.heldout] for task, split in splits.items()}
+    held_out = {task: split.held_out for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

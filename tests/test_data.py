@@ -670,6 +670,13 @@ def test_sources_are_parsed(value, source):
     assert parse_sources([value], "default")[0].images == (source[1] or "default")
 
 
+@pytest.mark.parametrize("heldout, says", [(16, "256 held out, 16 of them scored ("), (300, "256 held out (")])
+def test_start_of_a_run_says_how_many_samples_are_scored(heldout, says):
+    """It once said 256 whatever --heldout was."""
+    split = load_splits(parse_sources(["synthetic"]), [], ["det"], F, heldout=heldout)["det"]
+    assert len(split.held_out) == min(heldout, 256) and says in split.summary
+
+
 def test_a_name_may_contain_an_at_sign(tmp_path):
     (tmp_path / "a@b.json").write_text("[]")
     for images, value in ((None, ""), ("img", "@img")):
