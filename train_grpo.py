@@ -373,6 +373,8 @@ def main() -> None:
                    "rollout_s": t1 - t0, "update_s": t2 - t1,
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
                                 metrics["len_mean"], t2 - t0)}
+            if step == 0 and before:
+                row["heldout_before"] = held_out_row(before, tasks, part_weights)["heldout"]
             if (step + 1) % args.eval_every == 0 or is_last:
                 after = score_held_out(tasks_so_far if is_last else tasks)
                 row |= held_out_row(after, tasks, part_weights)

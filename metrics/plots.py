@@ -55,18 +55,28 @@ def plot_curves(runs: Sequence[Path], metrics: Sequence[str], out: Path) -> None
 
 def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> None:
     """One metric of one run; with the accuracy reward the held-out ones, as dots."""
+    steps = range(1, len(rows) + 1)
     values = np.array([row.get(name) for row in rows], float)  # null, not finite, becomes NaN
-    lines = {"each step": values, "mean of the last 10": smooth(values)}
-    held_out = [row.get("heldout") or {} for row in rows]
-    if name == "accuracy" and any(held_out):
+    lines = {"each step": (steps, values), "mean of the last 10": (steps, smooth(values))}
+    if name == "accuracy":
         for kind in ("sampled", "greedy"):
-            lines[f"held out, {kind}"] = np.array([means.get(kind) for means in held_out], float)
+            scored = held_out_scores(rows, kind)
+            if scored:
+                lines[f"held out, {kind}"] = tuple(zip(*scored))
     for label, line in lines.items():
-        axis.plot(range(1, len(rows) + 1), line, label=label, **{"color": colour} | STYLES[label])
+        axis.plot(*line, label=label, **{"color": colour} | STYLES[label])
     for i in range(1, len(rows)):
         if rows[i].get("stage") != rows[i - 1].get("stage"):
             axis.axvline(i + .5, label="next task", **STYLES["next task"])
     axis.set(xlabel="step", ylabel=LABELS.get(name, name))
+
+
+def held_out_scores(rows: Sequence[dict], kind: str) -> list[tuple[float, float]]:
+    """(step, score) of each time that held-out samples were scored; before a stage, the step is
+    half a step before its first one. Older logs lack these."""
+    scores = [(i + at, row.get(name)) for i, row in enumerate(rows)
+              for at, name in ((.5, "heldout_before"), (1, "heldout"))]
+    return [(step, means[kind]) for step, means in scores if means]
 
 
 def smooth(values: np.ndarray, window: int = 10) -> list[float]:

@@ -35,9 +35,18 @@ def test_held_out_scores_are_dots_beside_the_accuracy_reward():
     _, lines = drawn(rows, "accuracy")
     for kind in ("sampled", "greedy"):
         line = lines[f"held out, {kind}"]
-        assert np.array_equal(line.get_ydata(), [np.nan, scores[kind], np.nan], equal_nan=True)
+        assert line.get_xydata().tolist() == [[2, scores[kind]]]
         assert line.get_marker() == "o" and line.get_linestyle() == "None"
     assert set(drawn(rows, "kl")[1]) == {"each step", "mean of the last 10"}
+
+
+def test_held_out_scores_before_a_stage_are_dots_where_it_begins():
+    """With one dot at the end a reader could not see what a run had gained."""
+    first, last, other = ({"sampled": value, "greedy": value} for value in (.25, .5, .75))
+    rows = [row(1, 0, heldout_before=first), row(2, 0, heldout=last), row(3, 0, 1, heldout_before=other), row(4, 0, 1)]
+    _, lines = drawn(rows, "accuracy")
+    for kind in ("sampled", "greedy"):
+        assert lines[f"held out, {kind}"].get_xydata().tolist() == [[.5, .25], [2, .5], [2.5, .75]]
 
 
 def test_axes_say_what_they_show_in_which_unit_and_where_the_next_task_begins():

@@ -543,6 +543,14 @@ def test_held_out_scoring_shows_the_answer_to_the_same_question_before_and_after
     assert len(set(shown)) == 2
 
 
+def test_first_step_of_a_stage_has_the_held_out_scores_before_it(mixed):
+    log, printed = rows(mixed[0] / "metrics.jsonl"), mixed[1]
+    assert ["heldout_before" in row for row in log] == [True, False, True, False]
+    sampled = [float(before) for before in re.findall(r"sampled +(\S+) +\S+", printed)]  # of cls; of cls, det
+    means = sampled[0], (sampled[1] + sampled[2]) / 2
+    assert [log[i]["heldout_before"]["sampled"] for i in (0, 2)] == pytest.approx(means, abs=1e-3)
+
+
 def test_earlier_stage_is_scored_again_after_a_later_one(staged):
     assert [list(row.get("heldout_tasks", {})) for row in rows(staged / "metrics.jsonl")] == [[], ["cls"], [], ["cls", "det"]]
     last = rows(staged / "metrics.jsonl")[-1]

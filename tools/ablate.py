@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
+from metrics.plots import held_out_scores
 from tools.trial import Trial, add_trial_flags, gain, minutes, run_trials
 
 SFT = "--batch 16 --lr 3e-4 --heldout 0"
@@ -123,13 +123,10 @@ def plot(variants: Sequence[Variant], done: dict[str, list[dict]], out: Path) ->
     fig.savefig(out / "curves.png", dpi=110)
 
 
-def read_curve(run: Path) -> tuple[list[int], list[float]]:
-    """Steps, and the held-out sampled reward after each; of 0, before the last stage."""
-    before = json.loads((run / "checkpoint/run.json").read_text())["progress"]["before"]
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    scored = {row["step"]: row["heldout"]["sampled"] for row in rows if row.get("heldout")}
-    scored = {0: fmean(means["sampled"] for means in before.values())} | scored
-    return list(scored), list(scored.values())
+def read_curve(run: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Steps, and the held-out sampled reward after each and before each stage."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tuple(zip(*held_out_scores(rows, "sampled")))
 
 
 def main() -> None:
