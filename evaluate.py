@@ -21,7 +21,6 @@ are those of one process. A suite is a file with a line of JSON for each benchma
 Each benchmark gets a folder of --out, and suite.md has them all in one table.
 """
 
-import argparse
 import json
 import os
 from argparse import Namespace
@@ -34,7 +33,6 @@ from tqdm import tqdm
 
 from data import (
     TEST_FIRST,
-    check_task,
     fingerprint,
     join,
     parse_sources,
@@ -42,10 +40,10 @@ from data import (
     read_sources,
     split_sources,
 )
+from flags import check_eval_args, check_oriented, parse_eval_args
 from metrics import benchmarks, published
 from metrics.batches import batches_by_length, is_partial, local_batches, read_partial
 from metrics.report import write_report
-from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
 from metrics.rows import sample_from_row, sample_to_row
 from metrics.suite import read_suite, suite_table
@@ -56,78 +54,12 @@ from runtime.checkpoint import TRAINED, clear, move_aside
 from runtime.command_line import run_main
 from runtime.distributed import all_gather_object, barrier, init_distributed, rank
 from runtime.errors import UserError, errors_as_warnings
-from runtime.flags import HelpFormatter, add_data_flags, check_oriented, positive_int
 from runtime.logging import print0
 from runtime.signals import Stoppable
 from sample import Sample
 from tiny.scenes import Scenes
 
 SCORING_TIMEOUT = timedelta(hours=3)  # the first rank scores a benchmark while the others wait
-
-
-def parse_args() -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--task", help=f"one of {', '.join(TASKS)}; not with --suite")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="folder for predictions.jsonl, scores.json, report.html; an "
-                             "evaluation in it moves to OUT.1")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace an evaluation that is in --out, instead of moving it")
-    parser.add_argument("--suite", type=Path,
-                        help="file of several benchmarks, one after the other, in place of --task, "
-                             "--benchmark, --data and --images; all other flags count for each")
-    parser.add_argument("--benchmark", choices=published.BENCHMARKS,
-                        help="print the published rows of this table as well")
-    flags = parser.add_argument_group("what to score")
-    flags.add_argument("--predictions", type=Path,
-                       help="score the answers of this file; no model is run")
-    flags.add_argument("--model", default="tiny",
-                       help="`tiny`, a folder in Hugging Face format, or a hub id")
-    add_data_flags(flags)
-    flags.add_argument("--split", choices=("all", "heldout", "train"),
-                       help="`heldout`: the source's test split, else its val split, else the "
-                            "tenth of the images that training leaves out (default: heldout for "
-                            "synthetic and where the source has such a split, else all)")
-    flags.add_argument("--limit", type=positive_int,
-                       help="score only the first samples; with --split all they are in the order "
-                            "of the file, in which the first may all be of one class")
-    flags.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and "
-                                       "change: a folder or hub id")
-    flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
-    add_reward_flag(flags)
-    flags = parser.add_argument_group("decoding (greedy)")
-    flags.add_argument("--max-new-tokens", type=positive_int, default=96,
-                       help="longest completion (with tiny use 160 for ground, ovd, seg)")
-    flags.add_argument("--batch", type=positive_int, default=32,
-                       help="prompts that a process decodes together: more are faster, and take "
-                            "more memory")
-    return parser.parse_args()
-
-
-def check_args(args: Namespace) -> None:
-    """Raises UserError for flags that cannot work, before anything is loaded."""
-    if (args.task is None) == (args.suite is None):
-        raise UserError("give either --task or --suite")
-    if args.suite:
-        flags = {"--predictions": args.predictions, "--benchmark": args.benchmark,
-                 "--data": args.data != ["synthetic"], "--eval-data": args.eval_data,
-                 "--images": args.images}
-        if any(flags.values()):
-            given = ", ".join(flag for flag, value in flags.items() if value)
-            raise UserError(f"--suite names the data of each benchmark; leave {given} out")
-        return
-    check_task(args.task)
-    asked = [name for name in ("oriented", "no-think", "system")
-             if getattr(args, name.replace("-", "_"))]
-    if asked and args.predictions:
-        raise UserError(f"--{asked[0]} changes what a model is asked, but --predictions has its "
-                        f"answers already; leave --{asked[0]} out")
-    if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
-        raise UserError(f"--benchmark {args.benchmark} is a table of task "
-                        f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")
-    if args.eval_data and args.split in ("all", "train"):
-        raise UserError(f"--split {args.split} scores --data, but --eval-data is given; leave one "
-                        "of them out")
 
 
 def check_out(runs: Sequence[Namespace]) -> None:
@@ -158,8 +90,8 @@ def suite_runs(args: Namespace) -> list[Namespace]:
 
 
 def main() -> None:
-    args = parse_args()
-    check_args(args)
+    args = parse_eval_args(__doc__)
+    check_eval_args(args)
     runs = suite_runs(args) if args.suite else [args]
     tasks = list(dict.fromkeys(run.task for run in runs))
     check_oriented(args.oriented, tasks)

@@ -32,14 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boxes import (
-    average_precision,
-    matched_ious,
-    obb_to_hbb,
-    parse_box,
-    parse_boxes,
-    parse_numbers,
-)
+from boxes import average_precision, matched_ious, obb_to_hbb, parse_box, parse_boxes, parse_numbers
 from runtime.errors import UserError, first_line
 from sample import Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
 from texts import (

@@ -20,26 +20,16 @@ Writes to --out: metrics.jsonl (a line per step), samples.jsonl (completions of 
 and its page report.html, curves.png, model/ and checkpoint/.
 """
 
-import argparse
 import time
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 
 import grpo
-from data import (
-    HELD_OUT_SAMPLES,
-    fingerprint,
-    get_mixed_batch,
-    load_splits,
-    parse_sources,
-    parse_stages,
-    prefetch,
-)
+from data import fingerprint, get_mixed_batch, load_splits, parse_sources, parse_stages, prefetch
+from flags import check_grpo_args, parse_grpo_args
 from metrics.held_out import held_out_by_task, held_out_row
-from metrics.reward_choices import add_reward_flag
 from metrics.reward_models import load_reward_models
 from metrics.training import (
     Console,
@@ -68,17 +58,7 @@ from runtime.distributed import (
     sync_sampling_model,
     world_size,
 )
-from runtime.errors import UserError
-from runtime.flags import (
-    HelpFormatter,
-    add_optimisation_flags,
-    add_run_flags,
-    add_training_data_flags,
-    check_oriented,
-    non_negative_int,
-    positive_int,
-)
-from runtime.logging import JsonlLog, MetricsLog, check_tensorboard, print0
+from runtime.logging import JsonlLog, MetricsLog, print0
 from runtime.lora import add_adapters, has_adapters, reference_adapters, update_reference
 from runtime.optimisation import (
     NonFiniteGuard,
@@ -88,99 +68,10 @@ from runtime.optimisation import (
 )
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--task", default="det",
-                        help="stages, comma-separated, in this order: a task, or several mixed, as "
-                             "in det+rcap; or `all`, a stage for each task")
-    parser.add_argument("--out", type=Path, default=Path("runs/grpo"),
-                        help="folder that the run writes to; a run in it moves to OUT.1")
-    flags = parser.add_argument_group("model and data")
-    flags.add_argument("--model", default="tiny",
-                       help="`tiny`, a folder in Hugging Face format, or a hub id")
-    add_training_data_flags(flags, HELD_OUT_SAMPLES)
-    flags = parser.add_argument_group("rollout")
-    flags.add_argument("--steps", type=positive_int, default=200,
-                       help="rollouts per stage, with --inner-steps optimiser steps on each")
-    flags.add_argument("--prompts", type=positive_int, default=32,
-                       help="B: prompts per step, over all processes")
-    flags.add_argument("--group", type=int, default=8, help="G: completions per prompt, at least 2")
-    flags.add_argument("--max-new-tokens", type=positive_int, default=96,
-                       help="C: longest completion (with tiny use 160 for ground, ovd, seg)")
-    flags.add_argument("--temperature", type=float, default=1.0,
-                       help="of sampling, and of the log-probs that are trained on")
-    flags.add_argument("--resample", type=non_negative_int, default=0,
-                       help="replace groups without signal by those of other prompts, up to this "
-                            "many times a step (DAPO)")
-    flags.add_argument("--seed", type=non_negative_int, default=0,
-                       help="seed of the data order, of sampling and of synthetic scenes")
-    flags.add_argument("--compile", action="store_true",
-                       help="torch.compile a decode step: 15 seconds of warm-up for each shape")
-    flags = parser.add_argument_group("reward")
-    for name, part in REWARD_PARTS.items():
-        only = f" (task {', '.join(part.tasks)})" if part.tasks else ""
-        flags.add_argument(f"--{name}-weight", type=float, default=1.0,
-                           help=f"weight of the {name} reward in the sum{only}")
-    flags.add_argument("--sbert",
-                       help="for rcap and change: a folder, or a hub id such as "
-                            "sentence-transformers/all-MiniLM-L6-v2")
-    flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
-    add_reward_flag(flags)
-    flags.add_argument("--overlong-buffer", type=non_negative_int, default=0,
-                       help="punish completions within this many tokens of --max-new-tokens, by "
-                            "up to -1 (DAPO); 0: do not")
-    flags = parser.add_argument_group("objective")
-    flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo",
-                       help="token weights and ratio, see grpo.py; with one inner step gspo is "
-                            "grpo")
-    flags.add_argument("--divide-by-std", action="store_true",
-                       help="divide advantages by the group's std (GRPO; Dr. GRPO does not)")
-    flags.add_argument("--inner-steps", type=positive_int, default=1,
-                       help="mu: optimiser steps on each rollout")
-    flags.add_argument("--clip-low", type=float, default=0.2,
-                       help="the ratio, which is 1 with one inner step, is clipped at 1 - this "
-                            "(GSPO: 3e-4)")
-    flags.add_argument("--clip-high", type=float, default=0.2,
-                       help="and at 1 + this (DAPO: 0.28, GSPO: 4e-4)")
-    flags.add_argument("--beta", type=float, default=0.001,
-                       help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
-    flags.add_argument("--mask-truncated", action="store_true",
-                       help="no loss on completions that are cut off at --max-new-tokens")
-    flags = add_optimisation_flags(parser, lr=2e-4, real_lr="1e-6", warmup=5, weight_decay=0.0)
-    flags.add_argument("--pack-tokens", type=positive_int,
-                       help="tokens per forward pass of the update: as many groups as fit, at "
-                            "least 1 (default: 2048; with --gradient-checkpointing on a GPU as "
-                            "many for each 10 GiB, at most 16384)")
-    flags = parser.add_argument_group("output")
-    flags.add_argument("--eval-every", type=positive_int, default=50,
-                       help="steps between held-out scores")
-    add_run_flags(flags, save_every=50)
-    return parser.parse_args()
-
-
-def check_args(args: argparse.Namespace, stages: list[list[str]]) -> None:
-    """Raises UserError for flags that cannot work, before anything is loaded."""
-    check_oriented(args.oriented, list(chain(*stages)))
-    if args.group < 2:
-        raise UserError(f"--group {args.group}: an advantage is relative to the group's mean, so a "
-                        "group needs at least 2")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: greedy completions of a group are all "
-                        "the same; it has to be positive")
-    if args.overlong_buffer > args.max_new_tokens:
-        raise UserError(f"--overlong-buffer {args.overlong_buffer} is longer than --max-new-tokens "
-                        f"{args.max_new_tokens}, of which it is the end")
-    if args.prompts % world_size():
-        raise UserError(f"--prompts {args.prompts} cannot be divided evenly among {world_size()} "
-                        "processes; take a multiple")
-    if args.tensorboard:
-        check_tensorboard()
-
-
 def main() -> None:
-    args = parse_args()
+    args = parse_grpo_args(__doc__)
     stages = parse_stages(args.task)
-    check_args(args, stages)
+    check_grpo_args(args, stages)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)
     model, processor = load_model(args.model, args.image_size, merge=not args.lora)
@@ -193,13 +84,13 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     pack_tokens = args.pack_tokens or default_pack_tokens(args.gradient_checkpointing)
-    image_size = processor.image_size
     console = Console(len(stages) * args.steps, args.eval_every)
-    console.print_model(args.model, model, image_size)
+    console.print_model(args.model, model, processor.image_size)
     sources = parse_sources(args.data, args.images, args.choices, args.negatives)
     eval_sources = parse_sources(args.eval_data, args.images, args.choices, args.negatives)
-    splits = load_splits(sources, eval_sources, list(chain(*stages)), image_size, args.seed,
-                         args.shots, args.oriented, not args.no_think, args.system, args.heldout)
+    splits = load_splits(sources, eval_sources, list(chain(*stages)), processor.image_size,
+                         args.seed, args.shots, args.oriented, not args.no_think, args.system,
+                         args.heldout)
     data = [[splits[task].train for task in tasks] for tasks in stages]
     held_out = {task: split.held_out for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
@@ -334,9 +225,7 @@ def main() -> None:
                     max_len = max(max_lens[index] for index in indices)
                     inputs = collate([prompts[index] for index in indices])
                     tokens = rollout.tokens[indices, :, :max_len]               # (b, G, C)
-                    mask = loss_mask[indices, :, :max_len]
-                    if is_dummy:
-                        mask = torch.zeros_like(mask)
+                    mask = loss_mask[indices, :, :max_len] & (not is_dummy)
                     logprobs = policy(inputs, tokens, mask, args.temperature)   # (b, G, C)
                     if inner_step == 0:
                         # pi_old comes from the same function as pi, so rho is exactly 1 here.

@@ -20,14 +20,12 @@ import argparse
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import (
-    HELD_OUT_SAMPLES,
     fingerprint,
     get_batch,
     get_mixed_batch,
@@ -36,9 +34,10 @@ from data import (
     parse_tasks,
     prefetch,
 )
+from flags import check_sft_args, parse_sft_args
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
-from metrics.reward_choices import add_reward_flag, parse_rewards
+from metrics.reward_choices import parse_rewards
 from metrics.training import Console
 from model import Policy
 from pretrained import load_model, save_model
@@ -57,78 +56,18 @@ from runtime.distributed import (
     sync_sampling_model,
     world_size,
 )
-from runtime.errors import UserError, errors_as_warnings
-from runtime.flags import (
-    HelpFormatter,
-    add_optimisation_flags,
-    add_run_flags,
-    add_training_data_flags,
-    check_oriented,
-    non_negative_int,
-    positive_int,
-)
-from runtime.logging import MetricsLog, check_tensorboard, print0
+from runtime.errors import errors_as_warnings
+from runtime.logging import MetricsLog, print0
 from runtime.lora import add_adapters
 from runtime.optimisation import NonFiniteGuard, linear_warmup_decay
 from sample import Sample, format_prompt, format_target, jitter_boxes
 from tiny.scratch import new_tiny_model
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--task", default="all",
-                        help="comma-separated tasks to mix, a repeated one counts again; or `all`")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="folder for model/, checkpoint/, metrics.jsonl, curves.png; a run in "
-                             "it moves to OUT.1")
-    flags = parser.add_argument_group("model and data")
-    flags.add_argument("--model", default="tiny",
-                       help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
-    add_training_data_flags(flags, HELD_OUT_SAMPLES)
-    add_reward_flag(flags)
-    flags.add_argument("--box-noise", type=float, default=0.0,
-                       help="std in pixels of noise on the box edges of det's targets: hasty "
-                            "annotators, whom GRPO can surpass")
-    flags.add_argument("--half-no-think", action="store_true",
-                       help="every other step as with --no-think: the model then answers either "
-                            "way")
-    flags = add_optimisation_flags(parser, lr=1e-3, real_lr="1e-5", warmup=20, weight_decay=0.01)
-    flags.add_argument("--steps", type=positive_int, default=1000, help="optimiser steps")
-    flags.add_argument("--batch", type=positive_int, default=32,
-                       help="samples per optimiser step, over all processes")
-    flags.add_argument("--micro-batch", type=positive_int, default=32,
-                       help="samples per forward pass; lower it to save memory")
-    flags.add_argument("--seed", type=non_negative_int, default=0,
-                       help="seed of the data order and of random weights and noise")
-    flags = parser.add_argument_group("output")
-    flags.add_argument("--max-new-tokens", type=positive_int, default=96,
-                       help="longest completion in the held-out scores")
-    add_run_flags(flags, save_every=500)
-    return parser.parse_args()
-
-
-def check_args(args: argparse.Namespace, tasks: list[str]) -> None:
-    """Raises UserError for flags that cannot work, before anything is loaded."""
-    check_oriented(args.oriented, tasks)
-    if args.box_noise and "det" not in tasks:
-        raise UserError(f"--box-noise {args.box_noise} moves the boxes of det, which is not among "
-                        f"--task {args.task}")
-    if args.half_no_think and args.no_think:
-        raise UserError("--half-no-think wants the reasoning in every other step, --no-think in "
-                        "none; leave one of them out")
-    if args.batch % world_size():
-        raise UserError(f"--batch {args.batch} cannot be divided evenly among {world_size()} "
-                        "processes; take a multiple")
-    if args.lora and args.model == "scratch":
-        raise UserError("--lora adapts a trained model, and --model scratch has random weights")
-    if args.tensorboard:
-        check_tensorboard()
-
-
 def main() -> None:
-    args = parse_args()
+    args = parse_sft_args(__doc__)
     tasks = parse_tasks(args.task)
-    check_args(args, tasks)
+    check_sft_args(args, tasks)
     task_rewards = parse_rewards(args.reward, tasks)
     mesh = init_distributed(args.shard_size)
     torch.manual_seed(args.seed)

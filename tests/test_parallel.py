@@ -235,7 +235,7 @@ def test_prompts_that_cannot_be_divided_among_the_processes_are_refused(monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--prompts", "3"])
     with pytest.raises(UserError, match="--prompts 3 cannot be divided evenly among 2 processes"):
-        train_grpo.check_args(train_grpo.parse_args(), [["det"]])
+        train_grpo.check_grpo_args(train_grpo.parse_grpo_args(None), [["det"]])
 
 
 @pytest.mark.parametrize("size, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])

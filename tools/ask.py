@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from boxes import obb_corners, parse_boxes
+from flags import HelpFormatter, add_prompt_flags, check_oriented, positive_int
 from metrics.report import PREDICTED_COLOUR
 from processing import encode
 from rewards import TASKS, extract_answer
 from rollout import load_sampler, predict
 from runtime.command_line import run_main
-from runtime.flags import HelpFormatter, add_prompt_flags, check_oriented, positive_int
 from sample import Sample
 
 

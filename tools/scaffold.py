@@ -20,10 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import parse_sources, read_sources, split_sources
+from flags import HelpFormatter, add_candidate_flags
 from readers.cross_view import read_places
 from runtime.command_line import run_main
 from runtime.errors import UserError
-from runtime.flags import HelpFormatter, add_candidate_flags
 from sample import Sample
 from texts import great_circle_km
 
