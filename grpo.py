@@ -2,8 +2,7 @@
 
 For each prompt, G completions are sampled. A completion's advantage says how much better its
 reward is than the mean of its group. The policy moves along the advantages; a clipped ratio, as in
-PPO (Schulman et al. 2017), limits each move, and a KL penalty holds it near a frozen reference
-model.
+PPO (Schulman et al. 2017), limits each move; a KL penalty holds it near a frozen reference model.
 
     GRPO       Shao et al. 2024, arXiv 2402.03300
     DAPO       Yu et al. 2025, arXiv 2503.14476: mean over tokens, not completions; wider upper clip
@@ -45,9 +44,8 @@ def compute_advantages(
 
 
 def groups_with_signal(rewards: Tensor) -> Tensor:
-    """(B, G) -> (B,) True where the rewards of a group differ. Where they are equal, all advantages
-    are 0; such a group is left out of the loss, or its KL penalty would still pull at the policy.
-    """
+    """(B, G) -> (B,) True where the rewards of a group differ. A group of equal rewards is left out
+    of the loss: all its advantages are 0, but its KL penalty would still pull at the policy."""
     return rewards.amax(1) - rewards.amin(1) > 1e-6
 
 
@@ -68,9 +66,8 @@ def token_weights(loss_mask: Tensor, loss: str, max_new_tokens: int,
         dr_grpo  1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
 
     N counts every completion of the step; one without loss is a zero. C_max is max_new_tokens.
-
-    Computed before the step is split into micro-batches, and with counts of all ranks. So the
-    losses of micro-batches and ranks simply add up, and their number changes nothing.
+    These are counts of the whole step over all ranks, from before it is split into micro-batches.
+    So the losses of micro-batches and ranks simply add up, and their number changes nothing.
     """
     B, G, _ = loss_mask.shape
     if loss == "dapo":
