@@ -152,6 +152,8 @@ def fuzz(root, layout, seed, n):
     files = sorted(p for p in Path(root).rglob("*") if p.is_file())
     pictures = [file for file in files if file.suffix in (".png", ".jpg", ".tif")]
     annotations = [file for file in files if file not in pictures]
+    for task in tasks:
+        assert check(source, task, images) == "samples"  # before any damage
     ends = []
     for _ in range(n):
         wanted = pictures if pictures and rng.integers(4) == 0 else annotations or pictures
