@@ -132,8 +132,8 @@ def main() -> None:
             sync_sampling_model(sampling_model, policy)
             after = metrics_log.last_row.get("heldout_tasks", {})
             if after is None:                                   # a signal stopped the scoring
-                is_last = progress["step"] == args.steps
-                after = score_held_out(tasks_so_far if is_last else tasks)
+                is_stage_end = progress["step"] == args.steps
+                after = score_held_out(tasks_so_far if is_stage_end else tasks)
                 metrics_log.complete_last_row(held_out_row(after, tasks, part_weights))
         unscored = [task for task in tasks if task not in progress["before"]]
         before = progress["before"] | (score_held_out(unscored) or {})  # as the stage began
@@ -159,7 +159,7 @@ def main() -> None:
             rollout, resampled = None, 0
             for attempt in range(1 + args.resample):
                 # Prompts and random numbers depend on (seed, stage, step, prompt): the same on any
-                # number of ranks. A further attempt takes those of a step after the run's end.
+                # number of ranks. A further attempt takes those of a step after the stage's end.
                 data_step = step + attempt * args.steps
                 if attempt:
                     resampled += len(todo)
@@ -253,7 +253,7 @@ def main() -> None:
             sync_sampling_model(sampling_model, policy)
 
             # --- metrics, log, checkpoint -------------------------------------------------------
-            is_last = step + 1 == args.steps
+            is_stage_end = step + 1 == args.steps
             metrics = step_metrics(rollout, rewards, reward_parts, resampled, loss_mask, stats,
                                    logprob_diffs, losses, grad_norms)
             t2 = time.perf_counter()                            # step_metrics waited for the GPU
@@ -264,21 +264,21 @@ def main() -> None:
                                 metrics["len_mean"], t2 - t0)}
             if step == 0 and before:
                 row["heldout_before"] = held_out_row(before, tasks, part_weights)["heldout"]
-            if (step + 1) % args.eval_every == 0 or is_last:
-                after = score_held_out(tasks_so_far if is_last else tasks)
+            if (step + 1) % args.eval_every == 0 or is_stage_end:
+                after = score_held_out(tasks_so_far if is_stage_end else tasks)
                 row |= held_out_row(after, tasks, part_weights)
             metrics_log.write(row)
             log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages)
             console.print_step(row, t2 - t0, texts[0][0], rewards[0, 0])
             stop = run.should_stop()
-            is_end = is_last and stage + 1 == len(stages)
-            if (step + 1) % args.save_every == 0 or is_last or stop:
+            is_run_end = is_stage_end and stage + 1 == len(stages)
+            if (step + 1) % args.save_every == 0 or is_stage_end or stop:
                 progress = {"stage": stage, "step": step + 1, "before": before,
                             "skipped": guard.skipped}
                 run.save_checkpoint(progress, policy, optimizer, ref_model)
-                if not is_end:
+                if not is_run_end:
                     write_pages(args.out, args.task)
-            if stop and (after is None or not is_end):
+            if stop and (after is None or not is_run_end):
                 run.print_stopped()
                 return
 
