@@ -175,7 +175,7 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="B: prompts per step, over all processes")
     flags.add_argument("--group", type=int, default=8, help="G: completions per prompt, at least 2")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
-                       help="C: longest completion (with tiny use 160 for ground, ovd, seg)")
+                       help="C_max: longest completion (with tiny use 160 for ground, ovd, seg)")
     flags.add_argument("--temperature", type=float, default=1.0,
                        help="of sampling, and of the log-probs that are trained on")
     flags.add_argument("--resample", type=non_negative_int, default=0,

@@ -30,7 +30,7 @@ def compute_advantages(
     divide_by_std: bool,
     all_reduce_sum: Callable[[Tensor], Tensor],  # for statistics over all ranks
 ) -> tuple[Tensor, Tensor]:
-    """A_i = r_i - mean(r) over the group, or divided by std(r) + 1e-4 (GRPO, section 4.1.2).
+    """A_i = r_i - mean(r) over the group; divide_by_std: over std(r) + 1e-4 (GRPO, section 4.1.2).
 
     The division favours prompts that are nearly solved or nearly hopeless, so Dr. GRPO leaves it
     out. The std is unbiased (divisor G - 1), as in TRL.
@@ -59,8 +59,8 @@ def token_weights(loss_mask: Tensor, loss: str, max_new_tokens: int,
                   all_reduce_sum: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
     """The weight w_it of each token in the loss, (B, G, C), over all prompts of a step.
 
-        grpo     1 / (N |o_i|)   mean over N completions of the mean over tokens (GRPO, eq. 3); so
-                                 do gspo and geovlm, of whose ratio it makes 1 / N per completion
+        grpo     1 / (N |o_i|)   mean over N completions of the mean over tokens (GRPO, eq. 3); also
+                                 for gspo and geovlm, whose one ratio then weighs 1 / N
         dapo     1 / sum |o_i|   mean over all tokens of the step that carry loss, as in verl, on
                                  which DAPO's code is built (its eq. 8 prints one for each group)
         dr_grpo  1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
@@ -107,8 +107,8 @@ def policy_loss(
 
     rho is the token's ratio pi / pi_old (GRPO, eq. 3); for gspo the geometric mean of these over
     the completion's tokens (GSPO, eq. 7); for geovlm their product pi(o|q) / pi_old(o|q), which a
-    hundred tokens soon drive out of any clip range, so it is not the default. In the first step on
-    a rollout rho = 1. Also returns sums over the tokens with loss: how many were clipped, and KL.
+    hundred tokens soon drive out of any clip range, so it is not the default. In the first
+    inner step rho = 1. Also returns sums over the tokens with loss: how many were clipped, and KL.
     """
     # where, not a product with the mask: 0 * inf is NaN
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0.0)

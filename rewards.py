@@ -6,7 +6,7 @@ them up, and so do we, with weights as flags. That paper names its rewards but p
 the formulas marked (ours) are reconstructions.
 
 Everything here reads text that a model under optimisation wrote. So no text makes it raise, bounds
-on the text's length keep it fast, and an ambiguous answer earns nothing (but for Jaccard's share).
+on its length keep it fast, and an ambiguous answer earns nothing (vqa pays for common words).
 
 A reward is a function of keywords: it names what it needs and takes the rest as **_. There are
 

@@ -76,7 +76,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, processor = load_model(args.model, args.image_size, merge=not args.lora)
     adapters = None
-    if args.lora:  # new adapters change nothing, so the first stage's reference needs none
+    if args.lora:  # new ones change nothing: the first stage's reference is the bare model
         starts_adapted = len(stages) > 1 or has_adapters(args.model)
         adapters = add_adapters(model, args.lora, args.model, args.beta and starts_adapted)
     if args.freeze:
@@ -105,7 +105,7 @@ def main() -> None:
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)
     completions_log = JsonlLog(args.out / "samples.jsonl", run.steps_done, args.group)
     run.install_signal_handlers()
-    # One model learns, one generates. On one CPU, and with LoRA on one GPU, they are the same.
+    # A copy generates where weights are sharded, or float32 on a GPU: decoding these is slow.
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     sampler = Sampler(sampling_model, processor, args.compile)
     score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
@@ -116,7 +116,7 @@ def main() -> None:
         tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
         ref_model = None                                        # frees the previous stage's memory
         optimizer = None
-        if adapters:                    # the reference is the policy with those that it has now
+        if adapters:                    # the reference is the policy with its present adapters
             update_reference(policy)
         elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
@@ -131,7 +131,7 @@ def main() -> None:
             run.load_checkpoint(policy, optimizer, ref_model)
             sync_sampling_model(sampling_model, policy)
             after = metrics_log.last_row.get("heldout_tasks", {})
-            if after is None:                                   # a signal stopped the scoring
+            if after is None:                                   # null: a signal stopped the scoring
                 is_stage_end = progress["step"] == args.steps
                 after = score_held_out(tasks_so_far if is_stage_end else tasks)
                 metrics_log.complete_last_row(held_out_row(after, tasks, part_weights))
@@ -166,7 +166,7 @@ def main() -> None:
                     others = local_batch(data_step)
                     for b in todo:
                         samples[b], prompts[b] = others[b], encode(processor, others[b])
-                if args.freeze or args.lora:
+                if args.freeze or args.lora:                    # then the tower does not learn
                     new_prompts = with_image_embeds(sampling_model, [prompts[b] for b in todo])
                     for b, prompt in zip(todo, new_prompts):
                         prompts[b] = prompt
