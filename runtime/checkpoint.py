@@ -1,4 +1,5 @@
-"""One training run's folder: its lock, its settings, its checkpoints, and why the run ended.
+"""The folder of a run, --out: its lock, and how an earlier run or evaluation in it moves aside. Of a
+training run also its settings, its checkpoints, and why it ended.
 
     out/checkpoint/            the tensors of all ranks, written by torch.distributed.checkpoint
     out/checkpoint/reference/  the reference model's, which later checkpoints of its stage link
@@ -40,12 +41,13 @@ from runtime.signals import Stoppable
 MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens",
                         "gradient-checkpointing", "compile", "tensorboard")
 NO_SETTINGS = ("out", "resume", "overwrite", "defaults")
-# What makes a folder hold a training run, and what a run of any kind
+# What only a training run leaves; what training runs and evaluations leave; what nobody misses
 TRAINED = ("checkpoint", "checkpoint.old", "model", "adapter", "metrics.jsonl")
-RESULTS = (*TRAINED, "predictions.jsonl", "predictions.partial")
-ENTRIES = (*RESULTS, "checkpoint.partial", "model.partial", "adapter.partial", "tensorboard",
-           "metrics.partial", "samples.jsonl", "samples.partial", "scores.json", "curves.png",
-           "report.html", "ended.txt")
+RESULTS = (*TRAINED, "predictions.jsonl", "predictions.partial", "samples.jsonl", "scores.json",
+           "tensorboard", "curves.png", "report.html")
+LITTER = ("checkpoint.partial", "model.partial", "adapter.partial", "metrics.partial",
+          "samples.partial", "ended.txt")
+ENTRIES = (*RESULTS, *LITTER)
 START_AGAIN = "start again without --resume, which moves this run aside"
 
 
@@ -265,8 +267,8 @@ def print_last_end(out: Path) -> None:
 
 
 def clear(out: Path, keep_run: bool) -> None:
-    """Leave nothing of an earlier run or evaluation in a folder. If it is to be kept, it moves
-    aside."""
+    """Leave nothing of an earlier training run or evaluation in a folder. With keep_run its results
+    move aside, and the rest with them."""
     entries = [out / name for name in ENTRIES if os.path.lexists(out / name)]
     if keep_run and entries and entries[0].name in RESULTS:
         move_aside(out, entries)
@@ -276,7 +278,8 @@ def clear(out: Path, keep_run: bool) -> None:
 
 
 def move_aside(out: Path, entries: list[Path]) -> None:
-    """Move what a folder holds to the next free OUT.1, OUT.2, .. Raises UserError if it cannot."""
+    """Move what a training run, an evaluation or a suite has left in a folder to the next free
+    OUT.1, OUT.2, .. Raises UserError if it cannot."""
     try:
         folders = (Path(f"{out.resolve()}.{n}") for n in count(1))
         folder = next(folder for folder in folders if not os.path.lexists(folder))

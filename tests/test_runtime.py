@@ -108,6 +108,18 @@ def test_logs_that_were_being_cut_back_go_with_their_run(out):
     assert not contents(out) and "metrics.partial" in contents(Path(f"{out}.1"))
 
 
+@pytest.mark.parametrize("name", checkpoint.ENTRIES)
+def test_nothing_but_litter_is_removed(tmp_path, name):
+    """A new run with --data OUT/samples.jsonl once removed that file. An entry may be all that is left of a run."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text("results")
+    checkpoint.clear(folder, keep_run=True)
+    assert not contents(folder)
+    is_litter = name == "ended.txt" or name.endswith(".partial") and name != "predictions.partial"
+    assert (tmp_path / "out.1" / name).exists() != is_litter
+
+
 def test_run_that_another_process_writes_is_not_moved(out):
     run = resume(out)
     run.lock_file = checkpoint.lock(out)
