@@ -113,9 +113,11 @@ def main() -> None:
         if args.suite:
             print0(f"\n{run.out.name}, benchmark {i} of {len(runs)}")
         if args.predictions:
-            samples, completions = read_predictions(args.predictions, args.task)
-            if rank() == 0:
-                clear(args.out, keep_run=not args.overwrite)
+            samples, completions = [], []
+            if rank() == 0:  # it alone scores
+                samples, completions = read_predictions(args.predictions, args.task)
+                if not args.overwrite:  # else score replaces the files, which may be what was read
+                    clear(args.out, keep_run=True)
         else:
             samples, completions = run_model(run, sampler)
         if rank() == 0:
@@ -227,7 +229,7 @@ def prediction_settings(args: Namespace, samples: Sequence[Sample]) -> str:
     other = ("out", "overwrite", "batch", "suite", "benchmark", "sbert", "sam", "reward",
              "predictions")
     flags = {name: str(value) for name, value in vars(args).items() if name not in other}
-    files = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id, which cannot change
+    files = sorted(Path(args.model).glob("*.safetensors"))  # none for a hub id: taken as unchanged
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps(flags | {"weights": weights, "samples": fingerprint(samples)})
 

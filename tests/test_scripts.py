@@ -259,6 +259,22 @@ def test_new_evaluation_moves_the_old_one_aside(suite, whole, dataset, tmp_path,
     assert written(tmp_path / "out.2") == alone | {"predictions.partial": b"of other flags\n"}
 
 
+def test_predictions_that_overwrite_themselves_are_never_missing(suite, whole, tmp_path, monkeypatch):
+    """They were removed before they were scored: an error or Ctrl-C in between lost hours of inference."""
+    file = tmp_path / "predictions.jsonl"
+    file.write_bytes(whole["my-boxes/predictions.jsonl"])
+    flags = ("--task", "det", "--predictions", file, "--out", tmp_path, "--overwrite")
+
+    def killed(*_, **__):
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluate, "score_completion", killed)
+        evaluate_here(monkeypatch, *flags)
+    assert file.read_bytes() == whole["my-boxes/predictions.jsonl"]
+    evaluate_here(monkeypatch, *flags)
+    assert (tmp_path / "scores.json").read_bytes() == whole["my-boxes/scores.json"]
+
+
 def test_complete_suite_moves_aside_as_a_whole(suite, whole, tmp_path, monkeypatch):
     for name, content in whole.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
