@@ -50,7 +50,7 @@ from metrics.suite import read_suite, suite_table
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
-from runtime.checkpoint import TRAINED, clear, move_aside
+from runtime.checkpoint import TRAINED, clear, lock, move_aside
 from runtime.command_line import run_main
 from runtime.distributed import all_gather_object, barrier, init_distributed, rank
 from runtime.errors import UserError, errors_as_warnings
@@ -69,11 +69,14 @@ def check_out(runs: Sequence[Namespace]) -> None:
             raise UserError(f"--out {out} holds a training run; choose another --out")
 
 
-def clear_suite(args: Namespace, runs: Sequence[Namespace]) -> None:
+def clear_suite(args: Namespace) -> None:
     """Leave no older table beside new scores: a suite that is complete moves aside as a whole."""
     table = args.out / "suite.md"
     if table.exists() and not args.overwrite:
-        move_aside(args.out, [table, *(run.out for run in runs if run.out.exists())])
+        folders = [file.parent for file in sorted(args.out.glob("*/scores.json"))]
+        for folder in folders:
+            lock(folder).close()  # raises UserError if another run is writing there
+        move_aside(args.out, [table, *folders])
     table.unlink(missing_ok=True)
 
 
@@ -95,18 +98,20 @@ def main() -> None:
     runs = suite_runs(args) if args.suite else [args]
     tasks = list(dict.fromkeys(run.task for run in runs))
     check_oriented(args.oriented, tasks)
-    check_out(runs)
     scorers = {task: [getattr(benchmarks, name) for name in TASKS[task].scores] for task in tasks}
     init_distributed(timeout=SCORING_TIMEOUT)
     reward_models = {}
     if rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        locks = [lock(args.out)]  # held to the end; a run that begins there has no results yet
+        check_out(runs)
         reward_models = load_reward_models(tasks, args.sbert, args.sam, args.reward)
     sampler = None if args.predictions else load_sampler(args.model, args.image_size)
-    if rank() == 0:
-        if args.suite:
-            clear_suite(args, runs)
+    if rank() == 0 and args.suite:
+        clear_suite(args)
         for run in runs:
-            run.out.mkdir(parents=True, exist_ok=True)
+            run.out.mkdir(exist_ok=True)
+            locks.append(lock(run.out))
 
     all_scores = {}
     for i, run in enumerate(runs, 1):

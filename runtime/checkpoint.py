@@ -1,4 +1,4 @@
-"""The folder of a run, --out: its lock, and how an earlier run or evaluation in it moves aside. Of a
+"""A folder --out: its lock, and how an earlier training run or evaluation in it moves aside. Of a
 training run also its settings, its checkpoints, and why it ended.
 
     out/checkpoint/            the tensors of all ranks, written by torch.distributed.checkpoint
