@@ -8,7 +8,8 @@ KEEPS_SHAPE, tasks without boxes, keep their shape.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -140,7 +141,7 @@ def load_images(sample: Sample) -> list[Image.Image]:
     square = (sample.image_size, sample.image_size)
     loaded = []
     for path in sample.images:
-        try:
+        with unreadable_as_user_error(f"{sample.id}: image {path}"):
             image = open_image(path)
             if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
                 raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
@@ -148,10 +149,16 @@ def load_images(sample: Sample) -> list[Image.Image]:
             keeps_shape = sample.task in KEEPS_SHAPE
             size = fit_size(image.size, sample.image_size) if keeps_shape else square
             loaded.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-        except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
-            raise UserError(f"{sample.id}: image {path} cannot be read ({error}); replace it or "
-                            "remove the record")
     return loaded
+
+
+@contextmanager
+def unreadable_as_user_error(image: str) -> Iterator[None]:
+    """A context in which an image is read; one that cannot be read is a UserError."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
+        raise UserError(f"{image} cannot be read ({error}); replace it or remove the record")
 
 
 def fit_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
@@ -213,7 +220,9 @@ def gt_texts_of(sample: Sample) -> Sequence[str]:
 
 
 def load_gt_mask(sample: Sample) -> np.ndarray:
-    """The sample's mask (image_size, image_size), True on the target."""
-    image = open_image(sample.gt_mask)
+    """The sample's mask (image_size, image_size), True on the target. Raises UserError if it cannot
+    be read."""
     width_and_height = (sample.image_size, sample.image_size)
-    return np.asarray(image.convert("L").resize(width_and_height, Image.Resampling.NEAREST)) > 0
+    with unreadable_as_user_error(f"{sample.id}: mask {sample.gt_mask}"):
+        mask = open_image(sample.gt_mask).convert("L")
+    return np.asarray(mask.resize(width_and_height, Image.Resampling.NEAREST)) > 0

@@ -510,6 +510,16 @@ def test_image_cut_off_is_named_with_its_record(folder, suffix, keep):
     refuse(str(error.value), "data.jsonl: line 2", file.name, "cannot be read")
 
 
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_mask_that_cannot_be_read_is_named_with_its_record(tmp_path, content):
+    """evaluate.py --predictions, with masks that had moved, once ended in a traceback."""
+    if content is not None:
+        (tmp_path / "mask.png").write_bytes(content)
+    sample = Sample("data.jsonl: line 2", "seg", (), "Where?", "none", 112, gt_mask=tmp_path / "mask.png")
+    with pytest.raises(UserError, match="^data.jsonl: line 2: mask .*mask.png cannot be read"):
+        score_completion("<think>a</think> <answer>none</answer>", sample)
+
+
 def test_image_too_large_for_pillow_is_named(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] // 3)  # beyond twice this PIL takes it for an attack
     with pytest.raises(UserError) as error:
