@@ -62,7 +62,7 @@ class Source(NamedTuple):
     path: str            # `synthetic`, or a file or folder that readers/ knows
     images: str | None   # folder that its image names are relative to; None: where its format is
     task: str | None     # None: every task that it can serve
-    choices: int | None = None    # --choices and --negatives, see add_data_flags
+    choices: int | None = None    # --choices and --negatives: flags.add_candidate_flags
     negatives: str | None = None
 
 
@@ -360,10 +360,11 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
 
 def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:
     """The error of a source whose split is empty."""
-    hint = ("; it holds nothing out: it has too few images, or the name of a training split; add "
-            "images, or set `split` in each record")
+    hints = {"train": "; all its images are held out; add images, or set `split` in each record",
+             "heldout": "; it holds nothing out: it has too few images, or the name of a training "
+                        "split; add images, or set `split` in each record"}
     return UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
-                     + ("" if published_split(samples) else hint))
+                     + ("" if published_split(samples) else hints[split]))
 
 
 def published_split(samples: Sequence[Sample], order: Sequence[str] = VAL_FIRST) -> str | None:

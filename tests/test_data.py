@@ -744,6 +744,12 @@ def test_one_task_of_a_training_split_is_used_whole_too(folder):
         load_samples(source, "cls", F, split="heldout")
 
 
+def test_file_of_one_image_says_that_it_is_held_out(folder):
+    """It once said that nothing was."""
+    with pytest.raises(UserError, match="no samples of task cls in the train split; all its images are held out; add images"):
+        load_split(parse_sources([scenes_of(folder, "one.json", ["sea"])]), [], "cls", F)
+
+
 @pytest.mark.parametrize("name", ["trains.json", "shots.json", "strained.json", "all.json"])
 def test_other_names_hold_a_tenth_out(folder, name):
     split = load_split(parse_sources([scenes_of(folder, name, ["sea", "land"] * 13)]), [], "cls", F)
