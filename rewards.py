@@ -349,7 +349,8 @@ def finite_reward(name: str, compute: Callable[..., float], *, answer: str | Non
     """One part of a reward. Raises ValueError, which names part and sample, if its function raises
     or returns no finite number: one NaN would reach all weights."""
     part = f"the reward part {name} of task {sample.task}"
-    where = f"for sample {sample.id} and the answer {str(answer)[:100]!r}"
+    said = "no answer" if answer is None else f"the answer {answer[:100]!r}"
+    where = f"for sample {sample.id} and {said}"
     try:
         value = compute(answer=answer, sample=sample, **context)
     except UserError:  # of the sample's files
@@ -357,8 +358,9 @@ def finite_reward(name: str, compute: Callable[..., float], *, answer: str | Non
     except Exception as error:
         raise ValueError(f"{part} raised {first_line(error)}, {where}") from error
     if not (isinstance(value, Real) and math.isfinite(value)):
-        raise ValueError(f"{part} returned {value!r}, expected a finite Python number, {where}; "
-                         "return float(..)")
+        hint = "" if isinstance(value, Real) else "; return float(..)"
+        raise ValueError(f"{part} returned {value!r}, expected a finite Python number, {where}"
+                         f"{hint}")
     return float(value)
 
 

@@ -88,8 +88,16 @@ def test_reward_that_is_no_number_is_an_error_with_its_name(monkeypatch, value):
         return value
     monkeypatch.setitem(rewards.TASKS, "cls", TASKS["cls"]._replace(reward=my_reward))
     sample = Sample("tile 7", "cls", [], "What?", "port", 112)
-    with pytest.raises(ValueError, match="reward part accuracy of task cls returned .* for sample tile 7"):
+    with pytest.raises(ValueError, match="part accuracy of task cls returned .* for sample tile 7 and the answer 'port'") as error:
         score_completion("<think>a</think> <answer>port</answer>", sample)
+    assert str(error.value).endswith("; return float(..)") != isinstance(value, float)
+
+
+@pytest.mark.parametrize("answer, says", [(None, "and no answer$"), ("None", "and the answer 'None'$")])
+def test_missing_answer_is_not_the_answer_none(answer, says):
+    """The error showed the same words for both, and asked for a float where it had a NaN."""
+    with pytest.raises(ValueError, match=says):
+        rewards.finite_reward("mine", lambda **_: NAN, answer=answer, sample=Sample("tile 7", "ovd", [], "What?", "None", 112))
 
 
 def test_reward_that_raises_is_an_error_that_names_part_and_sample(monkeypatch):
