@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,11 +51,14 @@ def errors_as_warnings(what: str) -> Iterator[None]:
 
 
 def why_not_loaded(name: str, error: BaseException) -> str:
-    """Why a model cannot be loaded, a folder or a hub id; of a hub id also what to do."""
+    """Why a model cannot be loaded, a folder or a hub id; of a possible hub id also what to do."""
+    why = f"({first_line(error)})"
     if Path(name).exists():
-        return f"({first_line(error)})"
-    return (f"({first_line(error)}); if there is no network here, run `hf download {name}` where "
-            "there is one, and set HF_HUB_OFFLINE=1 here")
+        return why
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        return f"{why}; there is no such folder"
+    return (f"{why}; if {name} is a hub id and there is no network here, run `hf download {name}` "
+            "where there is one, and set HF_HUB_OFFLINE=1 here")
 
 
 def first_line(error: BaseException) -> str:

@@ -133,5 +133,13 @@ def test_a_missing_model_is_one_line(name, tmp_path):
 @pytest.mark.parametrize("load", [load_model, lambda name: load_reward_models(["rcap"], name, None)])
 def test_hub_id_that_cannot_be_reached_says_what_to_do(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"couldn't find them.*; if .* `hf download nobody/nothing` .*HF_HUB_OFFLINE=1"):
+    with pytest.raises(UserError, match=r"couldn't find them.*; if nobody/nothing is a hub id .* `hf download nobody/nothing` .*HF_HUB_OFFLINE=1"):
         load("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["./minilm", "/nowhere/minilm", "runs/sbert/model"])
+def test_missing_folder_is_no_hub_id(name, monkeypatch):
+    """The advice was `hf download` of a path, also for the base model of adapters that had moved."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"; there is no such folder$"):
+        load_reward_models(["rcap"], name, None)
