@@ -34,6 +34,14 @@ def test_variants_of_the_group_have_equally_many_completions_and_stages_share_th
     assert set(every_task.RECIPES) <= set(TASKS)
 
 
+def test_minutes_are_those_of_the_last_run(tmp_path):
+    """A run that had been moved aside, grpo.1, once counted too."""
+    for name in ("0/sft", "0/grpo", "0/grpo.1", "1/grpo"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text('{"update_s": 60}\n' * 2)
+    assert trial.minutes([tmp_path / "0", tmp_path / "1"]) == 3
+
+
 def test_what_was_done_is_kept_and_other_settings_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "GRPO", "--heldout 2 --max-new-tokens 8")
     monkeypatch.setattr(trial, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))  # a process imports torch first

@@ -137,7 +137,8 @@ def gain(runs: Sequence[dict], name: str) -> str:
 def minutes(folders: Sequence[Path]) -> float:
     """Minutes of training, the mean over the runs' folders, without the held-out scores."""
     seconds = 0.0
-    for file in [file for folder in folders for file in folder.glob("*/metrics.jsonl")]:
+    files = [folder / name / "metrics.jsonl" for folder in folders for name in ("sft", "grpo")]
+    for file in filter(Path.exists, files):  # a trial without SFT has no sft/
         rows = map(json.loads, file.read_text().splitlines())
         seconds += sum(row.get("rollout_s", 0.0) + row["update_s"] for row in rows)
     return seconds / 60 / len(folders)
