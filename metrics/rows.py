@@ -9,6 +9,8 @@ from readers.files import TableImage
 from sample import Sample
 from tiny.scenes import Scenes
 
+OLD_KEYS = {"reference": "target", "references": "targets", "frame": "image_size"}  # older files
+
 
 def sample_to_row(sample: Sample, folder: Path = Path()) -> dict:
     """The sample as JSON, a line of a file in `folder`. An image is its path, or its place in a
@@ -25,9 +27,9 @@ def sample_to_row(sample: Sample, folder: Path = Path()) -> dict:
     form = {"oriented": True} if sample.oriented else {}
     form |= {} if sample.thinking else {"thinking": False}  # what no reward reads is left out
     return {"id": sample.id, "task": sample.task, "images": images, "question": sample.question,
-            "reference": sample.gt_answer, "boxes": sample.gt_boxes, "frame": sample.image_size,
-            "references": sample.gt_texts, "choices": sample.choices, "category": sample.category,
-            "subset": sample.subset, "mask": to_json(sample.gt_mask), **form}
+            "target": sample.gt_answer, "targets": sample.gt_texts, "boxes": sample.gt_boxes,
+            "image_size": sample.image_size, "choices": sample.choices, "subset": sample.subset,
+            "category": sample.category, "mask": to_json(sample.gt_mask), **form}
 
 
 def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
@@ -38,17 +40,18 @@ def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
             return TableImage(**image | {"file": str(folder / image["file"])})
         return folder / image
 
+    row = {OLD_KEYS.get(key, key): value for key, value in row.items()}
     form = {"oriented": bool(row.get("oriented")), "thinking": bool(row.get("thinking", True))}
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:
         seed, index = int(scene[1]), int(scene[2])
-        return Scenes(str(row["task"]), int(row["frame"]), seed, **form)[index]
+        return Scenes(str(row["task"]), int(row["image_size"]), seed, **form)[index]
     boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta))
                   for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(
         id=str(row["id"]), task=str(row["task"]), images=tuple(map(from_json, row["images"])),
-        question=str(row["question"]), gt_answer=str(row["reference"]),
-        image_size=int(row["frame"]), gt_boxes=boxes, gt_texts=tuple(map(str, row["references"])),
+        question=str(row["question"]), gt_answer=str(row["target"]),
+        image_size=int(row["image_size"]), gt_boxes=boxes, gt_texts=tuple(map(str, row["targets"])),
         choices=tuple(map(str, row["choices"])), category=str(row["category"]),
         subset=str(row["subset"]), gt_mask=row["mask"] and from_json(row["mask"]),
         **form)

@@ -611,6 +611,9 @@ def test_rows_of_the_logs_bring_their_samples_back(tmp_path):
     for expected in (sample, to_oriented(sample), to_oriented(scene), replace(sample, thinking=False), replace(scene, thinking=False)):
         assert sample_from_row(json.loads(json.dumps(sample_to_row(expected)))) == expected
     assert not {"oriented", "thinking"} & sample_to_row(scene).keys()  # horizontal rows are what they were
+    row = sample_to_row(sample)
+    older = {"reference": row.pop("target"), "references": row.pop("targets"), "frame": row.pop("image_size")}
+    assert sample_from_row(row | older) == sample
 
 
 def test_order_and_what_is_held_out_do_not_depend_on_the_folder(tmp_path):

@@ -1547,7 +1547,7 @@ def test_folders_of_another_layout_are_no_classes(tmp_path):
 @pytest.mark.parametrize("row", [
     {"question": "[refer] ?", "answer": "[[1, 2, 3, 4, 5]]", "gt_bbox": "[[1, 2, 3, 4, 5]]", "size_group": "small"},
     {"question": "?", "answer": "sea", "annotation": "sea"},
-    {"id": "1", "task": "vqa", "images": ["a.png"], "question": "?", "reference": "3", "completion": "4", "parts": {}}])
+    {"id": "1", "task": "vqa", "images": ["a.png"], "question": "?", "target": "3", "completion": "4", "parts": {}}])
 def test_answers_of_a_model_are_no_data(folder, row):
     """EarthDial's result files and predictions.jsonl."""
     refused(write(folder / "predictions.jsonl", row), "vqa", "line 1.*evaluate.py --predictions")

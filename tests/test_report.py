@@ -288,7 +288,7 @@ def test_images_and_masks_are_found_again_though_the_project_moves(tmp_path, mon
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", "7", *(row(sample(id="x.png"), "", **fields) for fields in (
-    {"frame": "x"}, {"boxes": [[1, 2, 3, None]]}, {"images": None}, {"parts": {"format": 1}},
+    {"image_size": "x"}, {"boxes": [[1, 2, 3, None]]}, {"images": None}, {"parts": {"format": 1}},
     {"parts": {"accuracy": "high"}}))])
 def test_bad_record_is_named(tmp_path, line):
     (tmp_path / "predictions.jsonl").write_text(row(sample(id="x.png"), "") + "\n" + line)
