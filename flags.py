@@ -106,12 +106,12 @@ def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
                         + ",".join(tasks))
 
 
-def add_training_data_flags(flags: argparse._ArgumentGroup, heldout: int) -> None:
+def add_training_data_flags(flags: argparse._ArgumentGroup) -> None:
     """Those of the data in both training scripts."""
     add_data_flags(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
-    flags.add_argument("--heldout", type=non_negative_int, default=heldout,
+    flags.add_argument("--heldout", type=non_negative_int, default=HELD_OUT_SAMPLES,
                        help="held-out samples of each task that the run is scored on, at most; 0: "
                             "none")
 
@@ -167,7 +167,7 @@ def parse_grpo_args(description: str) -> Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
-    add_training_data_flags(flags, HELD_OUT_SAMPLES)
+    add_training_data_flags(flags)
     flags = parser.add_argument_group("rollout")
     flags.add_argument("--steps", type=positive_int, default=200,
                        help="rollouts per stage, with --inner-steps optimiser steps on each")
@@ -259,7 +259,7 @@ def parse_sft_args(description: str) -> Namespace:
     flags = parser.add_argument_group("model and data")
     flags.add_argument("--model", default="tiny",
                        help="`tiny`, a folder, a hub id; or `scratch`: tiny with random weights")
-    add_training_data_flags(flags, HELD_OUT_SAMPLES)
+    add_training_data_flags(flags)
     add_reward_flag(flags)
     flags.add_argument("--box-noise", type=float, default=0.0,
                        help="std in pixels of noise on the box edges of det's targets: hasty "

@@ -73,7 +73,7 @@ def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> N
 
 def held_out_scores(rows: Sequence[dict], kind: str) -> list[tuple[float, float]]:
     """(step, score) of each time that held-out samples were scored; before a stage, the step is
-    half a step before its first one. Older logs lack these."""
+    half a step before its first one (older logs lack that score)."""
     scores = [(i + at, row.get(name)) for i, row in enumerate(rows)
               for at, name in ((.5, "heldout_before"), (1, "heldout"))]
     return [(step, means[kind]) for step, means in scores if means]

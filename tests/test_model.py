@@ -1,5 +1,5 @@
-"""model.py, attention.py and rollout.py against transformers' own model: what is computed once for a group must equal
-separate, ordinary rows."""
+"""model.py, attention.py, processing.py, pretrained.py and rollout.py against transformers' own model: what is computed
+once for a group must equal separate, ordinary rows."""
 
 import contextlib
 import copy
