@@ -171,7 +171,7 @@ def parse_grpo_args(description: str) -> Namespace:
     flags = parser.add_argument_group("rollout")
     flags.add_argument("--steps", type=positive_int, default=200,
                        help="rollouts per stage, with --inner-steps optimiser steps on each")
-    flags.add_argument("--prompts", type=positive_int, default=32,
+    flags.add_argument("--prompts", type=positive_int, default=16,
                        help="B: prompts per step, over all processes")
     flags.add_argument("--group", type=int, default=8, help="G: completions per prompt, at least 2")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,
