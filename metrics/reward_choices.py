@@ -81,6 +81,7 @@ def parse_rewards(values: Sequence[str], tasks: Sequence[str]) -> dict[str, Call
         choices = {reward.__name__: reward for reward in rewards}
         if name not in choices:
             raise UserError(f"--reward {value}: no reward of {task} has this name; choose from "
-                            f"{', '.join(choices)}")
+                            f"{', '.join(choices)}, or add yours to TEXT_REWARDS or BOX_REWARDS in "
+                            "metrics/reward_choices.py")
         task_rewards[task] = choices[name]
     return task_rewards

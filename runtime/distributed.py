@@ -67,20 +67,24 @@ def init_distributed(shard_size: int | None = None,
     shard_size  ranks that share one copy of the model; None for all, a mesh (shards,). Fewer give a
                 mesh (copies, shards), hybrid sharding: weights are gathered within a node only.
     timeout     how long a rank waits for another one
-    Raises UserError if the number of processes is no multiple of shard_size.
+    On a CPU it takes one thread, unless OMP_NUM_THREADS is set. Raises UserError if the number of
+    processes is no multiple of shard_size.
     """
     size = shard_size or world_size()
     if world_size() % size:
         raise UserError(f"--shard-size {size}: {world_size()} processes are no multiple of it; "
                         f"take a divisor of {world_size()}")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # as a killed torchrun kills none
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Beside other work threads wait for each other, so that a step can take 20 times as long.
+        torch.set_num_threads(1)
     if rank() == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        print(f"device: {name}, {torch.get_num_threads()} threads, processes: {world_size()}",
-              flush=True)
+        print(f"device: {name}, threads: {torch.get_num_threads()} (OMP_NUM_THREADS), "
+              f"processes: {world_size()}", flush=True)
     if world_size() == 1:
         return None
     if not dist.is_initialized():

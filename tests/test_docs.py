@@ -142,7 +142,7 @@ def test_flags_in_the_text_exist(page):
     known = {flag for file in sources for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
     known |= {f"--{part}-weight" for part in REWARD_PARTS}
     known |= set(get_args_parser()._option_string_actions)
-    known |= {"--help", "--no-build-isolation"}  # every script's; pip's
+    known |= {"--help", "--no-build-isolation", "--index-url"}  # every script's; pip's
     known |= {"--evidence-weight"}               # of the example in docs/forking.md
     prose = re.sub(r"^    .*$", "", without_fences(page.read_text()), flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known

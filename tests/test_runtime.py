@@ -21,6 +21,7 @@ from metrics.training import Console
 from runtime import checkpoint, signals
 from runtime.checkpoint import Run
 from runtime.command_line import run_main
+from runtime.distributed import init_distributed
 from runtime.errors import UserError
 from runtime.logging import JsonlLog
 from runtime.signals import replace_broken_pipes
@@ -585,7 +586,20 @@ def test_run_without_held_out_samples_and_without_plots_is_complete(
     assert "held-out samples" not in said
     assert not any(name.startswith("heldout") for log in rows(tmp_path / "metrics.jsonl")
                    for name in log)
-    assert "device: CPU, 1 threads, processes: 1\nmodel: " in said
+    assert "device: CPU, threads: 1 (OMP_NUM_THREADS), processes: 1\nmodel: " in said
+
+
+def test_a_cpu_run_takes_one_thread_unless_the_environment_says_more(monkeypatch):
+    """Two threads beside another program once scored for minutes without a word."""
+    taken = []
+    for environment in ("2", None):
+        torch.set_num_threads(2)
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        if environment:
+            monkeypatch.setenv("OMP_NUM_THREADS", environment)
+        init_distributed()
+        taken.append(torch.get_num_threads())
+    assert taken == [2, 1]
 
 
 def test_held_out_rewards_are_in_the_log_nested_and_flat(staged):

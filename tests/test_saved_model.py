@@ -156,6 +156,13 @@ def test_ask_prints_the_completion_of_evaluate(shipped, folder, question, monkey
     assert capsys.readouterr().out == predict(Sampler(*shipped), [encode(shipped[1], sample)], 96)[0][0] + "\n"
 
 
+def test_ask_does_not_draw_over_the_image_it_is_asked_about(monkeypatch, tmp_path):
+    """It once replaced the user's picture by the drawing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the --image"):
+        run_ask(monkeypatch, "--out", tmp_path / "image.png")
+
+
 @pytest.mark.parametrize("answer, lines", [
     ("[28,14,84,56]", [(100, 30, 300, 30), (100, 120, 300, 120), (100, 30, 100, 120), (300, 30, 300, 120)]),
     ('[{"bbox_2d": [28, 14, 84, 56], "label": "ship"}]', [(100, 30, 300, 30)]),

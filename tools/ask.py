@@ -23,6 +23,7 @@ from processing import encode
 from rewards import TASKS, extract_answer
 from rollout import load_sampler, predict
 from runtime.command_line import run_main
+from runtime.errors import UserError
 from sample import Sample
 
 
@@ -40,6 +41,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a .png file, for the first image with the boxes")
     args = parser.parse_args()
     check_oriented(args.oriented, [args.task])
+    if args.out and args.out.resolve() in [image.resolve() for image in args.image]:
+        raise UserError(f"--out {args.out} is the --image, which it would replace")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     sampler = load_sampler(args.model)
     processor = sampler.processor
     sample = Sample(id="--image", task=args.task, images=tuple(args.image), question=args.question,
