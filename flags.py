@@ -11,7 +11,6 @@ from pathlib import Path
 import grpo
 from data import HELD_OUT_SAMPLES, HELD_OUT_SEED, check_task
 from metrics import published
-from metrics.reward_choices import add_reward_flag
 from rewards import REWARD_PARTS, TASKS
 from runtime.checkpoint import MAY_CHANGE_ON_RESUME
 from runtime.distributed import world_size
@@ -106,6 +105,21 @@ def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
                         + ",".join(tasks))
 
 
+def add_reward_flag(flags: argparse._ArgumentGroup) -> None:
+    """The flag of all three scripts that parse_rewards reads."""
+    flags.add_argument("--reward", nargs="+", default=[], metavar="TASK=FUNCTION",
+                       help="accuracy rewards in place of the tasks' own: "
+                            "det=box_recall_reward shows how boxes multiply")
+
+
+def add_reward_model_flags(flags: argparse._ArgumentGroup) -> None:
+    """The frozen models that some rewards use, which load_reward_models reads."""
+    flags.add_argument("--sbert",
+                       help="for rcap and change: a folder, or a hub id such as "
+                            "sentence-transformers/all-MiniLM-L6-v2")
+    flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+
+
 def add_training_data_flags(flags: argparse._ArgumentGroup) -> None:
     """Those of the data in both training scripts."""
     add_data_flags(flags)
@@ -154,6 +168,17 @@ def add_run_flags(flags: argparse._ArgumentGroup, save_every: int) -> None:
     flags.set_defaults(defaults={action.dest: action.default for action in flags._actions})
 
 
+def check_training_args(args: Namespace, divided: str) -> None:
+    """Raises UserError for what cannot work in either training script; the flag `divided` counts
+    what the processes share."""
+    number = getattr(args, divided)
+    if number % world_size():
+        raise UserError(f"--{divided} {number} cannot be divided evenly among {world_size()} "
+                        "processes; take a multiple")
+    if args.tensorboard:
+        check_tensorboard()
+
+
 # --------------------------------------------------------------------------------------------------
 # train_grpo.py
 
@@ -190,10 +215,7 @@ def parse_grpo_args(description: str) -> Namespace:
         only = f" (task {', '.join(part.tasks)})" if part.tasks else ""
         flags.add_argument(f"--{name}-weight", type=float, default=1.0,
                            help=f"weight of the {name} reward in the sum{only}")
-    flags.add_argument("--sbert",
-                       help="for rcap and change: a folder, or a hub id such as "
-                            "sentence-transformers/all-MiniLM-L6-v2")
-    flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+    add_reward_model_flags(flags)
     add_reward_flag(flags)
     flags.add_argument("--overlong-buffer", type=non_negative_int, default=0,
                        help="punish completions within this many tokens of --max-new-tokens, by "
@@ -239,11 +261,7 @@ def check_grpo_args(args: Namespace, stages: list[list[str]]) -> None:
     if args.overlong_buffer > args.max_new_tokens:
         raise UserError(f"--overlong-buffer {args.overlong_buffer} is longer than --max-new-tokens "
                         f"{args.max_new_tokens}, of which it is the end")
-    if args.prompts % world_size():
-        raise UserError(f"--prompts {args.prompts} cannot be divided evenly among {world_size()} "
-                        "processes; take a multiple")
-    if args.tensorboard:
-        check_tensorboard()
+    check_training_args(args, "prompts")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,13 +309,9 @@ def check_sft_args(args: Namespace, tasks: list[str]) -> None:
     if args.half_no_think and args.no_think:
         raise UserError("--half-no-think wants the reasoning in every other step, --no-think in "
                         "none; leave one of them out")
-    if args.batch % world_size():
-        raise UserError(f"--batch {args.batch} cannot be divided evenly among {world_size()} "
-                        "processes; take a multiple")
     if args.lora and args.model == "scratch":
         raise UserError("--lora adapts a trained model, and --model scratch has random weights")
-    if args.tensorboard:
-        check_tensorboard()
+    check_training_args(args, "batch")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,9 +343,7 @@ def parse_eval_args(description: str) -> Namespace:
     flags.add_argument("--limit", type=positive_int,
                        help="score only the first samples; with --split all they are in the order "
                             "of the file, in which the first may all be of one class")
-    flags.add_argument("--sbert", help="sentence embedding model for the mean reward of rcap and "
-                                       "change: a folder or hub id")
-    flags.add_argument("--sam", help="SAM 2.1 for the masks of seg: a folder or hub id")
+    add_reward_model_flags(flags)
     add_reward_flag(flags)
     flags = parser.add_argument_group("decoding (greedy)")
     flags.add_argument("--max-new-tokens", type=positive_int, default=96,

@@ -32,7 +32,10 @@ def local_batches(processor: Processor, samples: Sequence[Sample],
 
 def is_partial(file: Path, settings: str) -> bool:
     """Whether an interrupted evaluation with these settings has left the file."""
-    return file.exists() and file.read_text(errors="replace").startswith(settings + "\n")
+    if not file.exists():
+        return False
+    with file.open(errors="replace") as lines:
+        return lines.readline() == settings + "\n"
 
 
 def read_partial(file: Path, settings: str) -> dict[int, str]:

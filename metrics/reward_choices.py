@@ -1,7 +1,6 @@
 """The flag --reward: another accuracy reward for a task, for ablations, and rewards that show how a
 policy games a reward."""
 
-import argparse
 from collections.abc import Callable, Sequence
 
 from boxes import iou_matrix, oriented_iou_matrix
@@ -59,13 +58,6 @@ TEXT_REWARDS = (exact_match_reward, label_overlap_reward, label_recall_reward, h
                 levenshtein_reward, jaccard_reward)
 BOX_REWARDS = (detection_reward, any_overlap_reward, box_recall_reward, iou_reward,
                count_penalised_ap_reward, grounding_reward)  # tasks whose answers hold boxes
-
-
-def add_reward_flag(flags: argparse._ArgumentGroup) -> None:
-    """The flag of all three scripts that parse_rewards reads."""
-    flags.add_argument("--reward", nargs="+", default=[], metavar="TASK=FUNCTION",
-                       help="accuracy rewards in place of the tasks' own: "
-                            "det=box_recall_reward shows how boxes multiply")
 
 
 def parse_rewards(values: Sequence[str], tasks: Sequence[str]) -> dict[str, Callable[..., float]]:

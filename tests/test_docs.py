@@ -138,7 +138,7 @@ def test_commands_parse(command, monkeypatch):
 @every_page
 def test_flags_in_the_text_exist(page):
     from torch.distributed.run import get_args_parser
-    sources = [*SCRIPTS, ROOT / "flags.py", ROOT / "metrics/reward_choices.py"]
+    sources = [*SCRIPTS, ROOT / "flags.py"]
     known = {flag for file in sources for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
     known |= {f"--{part}-weight" for part in REWARD_PARTS}
     known |= set(get_args_parser()._option_string_actions)
