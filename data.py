@@ -22,7 +22,8 @@ import numpy as np
 from readers.files import held_out_tenth
 from readers.folders import read_samples
 from rewards import TASKS
-from runtime.errors import NotServedError, UserError, is_first_process, warn
+from runtime.errors import NotServedError, UserError, warn
+from runtime.ranks import rank
 from sample import TOKEN_SIZE, Sample, header_size, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
@@ -125,7 +126,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
         summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "
                    f"({'; '.join(rules)})")
         splits[task] = Split(train, scored, summary)
-    if is_first_process():  # it compares images for all
+    if rank() == 0:  # it compares images for all
         check_shared_images(trained, held)
     return splits
 

@@ -21,6 +21,11 @@ are those of one process. A suite is a file with a line of JSON for each benchma
 Each benchmark gets a folder of --out, and suite.md has them all in one table.
 """
 
+from flags import check_eval_args, check_oriented, parse_eval_args
+
+if __name__ == "__main__":
+    args = parse_eval_args(__doc__)  # before torch loads, so that --help is quick
+
 import json
 import os
 from argparse import Namespace
@@ -40,7 +45,6 @@ from data import (
     read_sources,
     split_sources,
 )
-from flags import check_eval_args, check_oriented, parse_eval_args
 from metrics import benchmarks, published
 from metrics.batches import batches_by_length, is_partial, local_batches, read_partial
 from metrics.report import write_report
@@ -52,9 +56,10 @@ from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
 from runtime.checkpoint import TRAINED, clear, lock, move_aside
 from runtime.command_line import run_main
-from runtime.distributed import all_gather_object, barrier, init_distributed, rank
+from runtime.distributed import all_gather_object, barrier, init_distributed
 from runtime.errors import UserError, errors_as_warnings
 from runtime.logging import print0
+from runtime.ranks import rank
 from runtime.signals import Stoppable
 from sample import Sample
 from tiny.scenes import Scenes
@@ -92,8 +97,7 @@ def suite_runs(args: Namespace) -> list[Namespace]:
     return runs
 
 
-def main() -> None:
-    args = parse_eval_args(__doc__)
+def main(args: Namespace) -> None:
     check_eval_args(args)
     runs = suite_runs(args) if args.suite else [args]
     tasks = list(dict.fromkeys(run.task for run in runs))
@@ -158,7 +162,8 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
     (args.out / "scores.json").write_text(text + "\n")
 
     for name, value in scores.items():
-        number = value if name == "n" else f"{benchmarks.in_percent(name, value):.2f}"
+        unit = "" if name in benchmarks.NO_SHARES else " %"
+        number = value if name == "n" else f"{benchmarks.in_percent(name, value):.2f}{unit}"
         print(f"{name:32s} {number}")
     if args.benchmark:
         print(published.table(args.benchmark, scores, samples))
@@ -274,4 +279,4 @@ def write_predictions(out: Path, samples: list[Sample], completions: list[str],
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command continues where it stopped")
+    run_main(lambda: main(args), "the same command continues where it stopped")

@@ -5,17 +5,20 @@ import argparse
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-import grpo
 from data import HELD_OUT_SAMPLES, HELD_OUT_SEED, check_task
 from metrics import published
 from rewards import REWARD_PARTS, TASKS
-from runtime.checkpoint import MAY_CHANGE_ON_RESUME
-from runtime.distributed import world_size
 from runtime.errors import UserError
-from runtime.logging import check_tensorboard
+from runtime.ranks import world_size
+
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "geovlm")
+# Flags that change neither the data nor the loss, so --resume may give other values.
+MAY_CHANGE = ("--save-every", "--eval-every", "--shard-size", "--micro-batch", "--pack-tokens",
+              "--gradient-checkpointing", "--compile", "--tensorboard")
 
 # --------------------------------------------------------------------------------------------------
 # What scripts share
@@ -85,16 +88,17 @@ def add_candidate_flags(flags: argparse._ActionsContainer) -> None:
 
 
 def read_system_prompt(path: str) -> str:
-    """The text of a file. Raises UserError if it is unreadable, empty, or has tokens of the chat.
-    The text itself is the flag's value, so --resume refuses another one."""
+    """argparse type: the text of a file, not empty and without tokens of the chat. The text itself
+    is the flag's value, so --resume refuses another one."""
     try:
         text = Path(path).read_text("utf-8-sig").strip()
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--system {path}: cannot be read ({error}); name a text file in UTF-8")
+        raise argparse.ArgumentTypeError(
+            f"{path}: cannot be read ({error}); name a text file in UTF-8")
     control = re.search(r"<\|\w+\|>", text)
     if control or not text:
         wrong = f"holds {control[0]}, a token of the chat; remove it" if control else "is empty"
-        raise UserError(f"--system {path}: the file {wrong}")
+        raise argparse.ArgumentTypeError(f"{path}: the file {wrong}")
     return text
 
 
@@ -152,20 +156,21 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, lr: float, real_lr: 
 
 
 def add_run_flags(flags: argparse._ArgumentGroup, save_every: int) -> None:
-    """Those of a run's folder in both training scripts, and args.defaults, what each flag is unless
-    it is given. Call it last: the help of --resume lists those of the flags that may change."""
+    """Those of a run's folder in both training scripts. Call it last: args.defaults is what each
+    flag is unless it is given, and args.may_change names those that --resume lets change."""
     flags.add_argument("--save-every", type=positive_int, default=save_every,
                        help="steps between checkpoints")
     flags.add_argument("--tensorboard", action="store_true",
                        help="write each step's metrics to OUT/tensorboard as well")
     names = [name for action in flags._actions for name in action.option_strings]
-    may_change = [name for name in names if name.removeprefix("--") in MAY_CHANGE_ON_RESUME]
+    may_change = [name for name in names if name in MAY_CHANGE]
     flags.add_argument("--overwrite", action="store_true",
                        help="replace a run that is in --out, instead of moving it to OUT.1")
     flags.add_argument("--resume", action="store_true",
                        help="continue from the checkpoint in --out, if there is one; of the flags "
                        f"only {', '.join(may_change)} may change")
-    flags.set_defaults(defaults={action.dest: action.default for action in flags._actions})
+    flags.set_defaults(defaults={action.dest: action.default for action in flags._actions},
+                       may_change=may_change)
 
 
 def check_training_args(args: Namespace, divided: str) -> None:
@@ -175,8 +180,8 @@ def check_training_args(args: Namespace, divided: str) -> None:
     if number % world_size():
         raise UserError(f"--{divided} {number} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
-    if args.tensorboard:
-        check_tensorboard()
+    if args.tensorboard and not find_spec("tensorboard"):
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="punish completions within this many tokens of --max-new-tokens, by "
                             "up to -1 (DAPO); 0: do not")
     flags = parser.add_argument_group("objective")
-    flags.add_argument("--loss", choices=grpo.LOSSES, default="grpo",
+    flags.add_argument("--loss", choices=LOSSES, default="grpo",
                        help="token weights and ratio, see grpo.py; with one inner step gspo is "
                             "grpo")
     flags.add_argument("--divide-by-std", action="store_true",

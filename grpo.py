@@ -19,7 +19,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "geovlm")
 MAX_LOG_RATIO = 10.0  # beyond it is noise, and one overflowing exp would make the whole step NaN
 
 

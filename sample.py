@@ -158,7 +158,7 @@ def unreadable_as_user_error(image: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
-        raise UserError(f"{image} cannot be read ({error}); replace it or remove the record")
+        raise UserError(f"{image} cannot be read ({error}); replace it, or leave it out")
 
 
 def fit_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
@@ -187,11 +187,11 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
         raise UserError(f"{source}: image {path} does not exist; --images names the folder that "
                         "image names are relative to")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{source}: image {path} cannot be read ({error}); replace it or remove "
-                        "the record")
+        raise UserError(f"{source}: image {path} cannot be read ({error}); replace it, or "
+                        "leave it out")
     if min(size) < 2:
         raise UserError(f"{source}: image {path} is {size[0]} x {size[1]} pixels, too thin to show "
-                        "anything; replace it or remove the record")
+                        "anything; replace it, or leave it out")
     return size
 
 

@@ -20,7 +20,13 @@ Writes to --out: metrics.jsonl (a line per step), samples.jsonl (completions of 
 and its page report.html, curves.png, model/ and checkpoint/.
 """
 
+from flags import check_grpo_args, parse_grpo_args
+
+if __name__ == "__main__":
+    args = parse_grpo_args(__doc__)  # before torch loads, so that --help is quick
+
 import time
+from argparse import Namespace
 from functools import partial
 from itertools import chain
 
@@ -28,7 +34,6 @@ import torch
 
 import grpo
 from data import fingerprint, get_mixed_batch, load_splits, parse_sources, parse_stages, prefetch
-from flags import check_grpo_args, parse_grpo_args
 from metrics.held_out import held_out_by_task, held_out_row
 from metrics.reward_models import load_reward_models
 from metrics.training import (
@@ -54,9 +59,7 @@ from runtime.distributed import (
     full_tensor,
     init_distributed,
     make_ref_model,
-    rank,
     sync_sampling_model,
-    world_size,
 )
 from runtime.logging import JsonlLog, MetricsLog, print0
 from runtime.lora import add_adapters, has_adapters, reference_adapters, update_reference
@@ -66,10 +69,10 @@ from runtime.optimisation import (
     linear_warmup_decay,
     pack_groups,
 )
+from runtime.ranks import rank, world_size
 
 
-def main() -> None:
-    args = parse_grpo_args(__doc__)
+def main(args: Namespace) -> None:
     stages = parse_stages(args.task)
     check_grpo_args(args, stages)
     mesh = init_distributed(args.shard_size)
@@ -296,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(partial(main, args))

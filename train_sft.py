@@ -16,8 +16,13 @@ from the same function as in GRPO.
         --micro-batch 4 --steps 1000 --max-new-tokens 256 --gradient-checkpointing --out runs/sft-3b
 """
 
-import argparse
+from flags import check_sft_args, parse_sft_args
+
+if __name__ == "__main__":
+    args = parse_sft_args(__doc__)  # before torch loads, so that --help is quick
+
 import time
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +39,6 @@ from data import (
     parse_tasks,
     prefetch,
 )
-from flags import check_sft_args, parse_sft_args
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.reward_choices import parse_rewards
@@ -52,20 +56,18 @@ from runtime.distributed import (
     device,
     full_tensor,
     init_distributed,
-    rank,
     sync_sampling_model,
-    world_size,
 )
 from runtime.errors import errors_as_warnings
 from runtime.logging import MetricsLog, print0
 from runtime.lora import add_adapters
 from runtime.optimisation import NonFiniteGuard, linear_warmup_decay
+from runtime.ranks import rank, world_size
 from sample import Sample, format_prompt, format_target, jitter_boxes
 from tiny.scratch import new_tiny_model
 
 
-def main() -> None:
-    args = parse_sft_args(__doc__)
+def main(args: Namespace) -> None:
     tasks = parse_tasks(args.task)
     check_sft_args(args, tasks)
     task_rewards = parse_rewards(args.reward, tasks)
@@ -177,7 +179,7 @@ def main() -> None:
     print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
 
 
-def local_batch(args: argparse.Namespace, data: list, step: int) -> list[Sample]:
+def local_batch(args: Namespace, data: list, step: int) -> list[Sample]:
     """This rank's samples of a step."""
     samples = get_mixed_batch(data, step, args.batch, (args.seed,))
     if args.half_no_think and step % 2:
@@ -204,4 +206,4 @@ def pad_completions(targets: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(partial(main, args))

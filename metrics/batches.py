@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import prefetch
 from processing import Processor, Prompts, encode
-from runtime.distributed import rank, world_size
+from runtime.ranks import rank, world_size
 from sample import Sample, format_prompt
 
 

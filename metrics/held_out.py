@@ -10,8 +10,9 @@ from tqdm import tqdm
 from metrics.batches import batches_by_length, local_batches
 from rewards import REWARD_PARTS, Sam, Sbert, extract_answer, score_completion
 from rollout import Sampler, predict
-from runtime.distributed import all_gather_object, rank, world_size
+from runtime.distributed import all_gather_object
 from runtime.logging import print0
+from runtime.ranks import rank, world_size
 from sample import Sample
 
 NUM_SAMPLED = 4  # sampled completions for each sample

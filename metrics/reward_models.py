@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from metrics.reward_choices import parse_rewards
 from rewards import TASKS, Sam, Sbert, hybrid_reward, mask_reward
-from runtime.distributed import device, rank
+from runtime.distributed import device
 from runtime.errors import UserError, why_not_loaded
+from runtime.ranks import rank
 from sample import Sample, load_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SAM's images are normalised with these

@@ -46,6 +46,8 @@ def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
     if scene:
         seed, index = int(scene[1]), int(scene[2])
         return Scenes(str(row["task"]), int(row["image_size"]), seed, **form)[index]
+    if row["task"] == "seg" and not row["mask"]:
+        raise ValueError("seg without a mask")
     boxes = tuple((float(x1), float(y1), float(x2), float(y2), float(theta))
                   for x1, y1, x2, y2, theta in row["boxes"])
     return Sample(

@@ -20,16 +20,10 @@ from model import Qwen
 from processing import Prompts
 from rewards import REWARD_PARTS
 from rollout import Rollout
-from runtime.distributed import (
-    all_gather_object,
-    all_reduce_means,
-    all_reduce_sum,
-    device,
-    rank,
-    world_size,
-)
+from runtime.distributed import all_gather_object, all_reduce_means, all_reduce_sum, device
 from runtime.errors import errors_as_warnings, warn
 from runtime.logging import JsonlLog, print0
+from runtime.ranks import rank, world_size
 from sample import Sample
 
 STEPS_WITHOUT_SIGNAL = 5  # in a row, before a warning

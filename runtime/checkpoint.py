@@ -32,15 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from runtime.distributed import all_gather_object, barrier, rank, world_size
+from runtime.distributed import all_gather_object, barrier
 from runtime.errors import ENDINGS, LOST_PEER, UserError, first_line, record_end
 from runtime.logging import print0
+from runtime.ranks import rank, world_size
 from runtime.signals import Stoppable
 
-# Flags that change neither the data nor the loss.
-MAY_CHANGE_ON_RESUME = ("save-every", "eval-every", "shard-size", "micro-batch", "pack-tokens",
-                        "gradient-checkpointing", "compile", "tensorboard")
-NO_SETTINGS = ("out", "resume", "overwrite", "defaults")
+NO_SETTINGS = ("out", "resume", "overwrite", "defaults", "may_change")
 # What only a training run leaves; what training runs and evaluations leave; what nobody misses
 TRAINED = ("checkpoint", "checkpoint.old", "model", "adapter", "metrics.jsonl")
 RESULTS = (*TRAINED, "predictions.jsonl", "predictions.partial", "samples.jsonl", "scores.json",
@@ -107,7 +105,7 @@ class Run(Stoppable):
         if args.resume and rank() == 0:
             print_last_end(self.out)
         if folder:
-            self.progress = read_progress(folder, config, flag_texts(args.defaults), fresh_progress)
+            self.progress = read_progress(folder, config, args, fresh_progress)
             print0(f"--resume: {self.out} continues after step {self.steps_done}")
         elif args.resume and (self.out / "model").exists():
             raise UserError(f"--resume: {self.out} holds a model but no checkpoint; choose "
@@ -287,9 +285,9 @@ def move_aside(out: Path, entries: list[Path]) -> None:
         for entry in reversed(entries):  # results last: if this is killed, the rest follows later
             entry.rename(folder / entry.name)
     except OSError as error:
-        raise UserError(f"--out {out} holds a run, which cannot be moved aside ({error}); choose "
-                        "another --out, or replace the run by --overwrite") from error
-    print0(f"--out {out} held a run, which is now in {folder} (--overwrite replaces it instead)")
+        raise UserError(f"--out {out} holds results, which cannot be moved aside ({error}); choose "
+                        "another --out, or replace them by --overwrite") from error
+    print0(f"--out {out} held results, which are now in {folder} (--overwrite replaces them)")
 
 
 def remove(path: Path) -> None:
@@ -327,7 +325,7 @@ def read_run_json(folder: Path) -> dict[str, dict]:
                         f"{START_AGAIN}") from error
 
 
-def read_progress(folder: Path, config: dict[str, str], defaults: dict[str, str],
+def read_progress(folder: Path, config: dict[str, str], args: Namespace,
                   fresh_progress: dict) -> dict:
     """A checkpoint's progress. Raises UserError if it is not of this script, or if its settings are
     not those of `config`. A flag that an older checkpoint does not know had its default."""
@@ -336,10 +334,10 @@ def read_progress(folder: Path, config: dict[str, str], defaults: dict[str, str]
     if progress.keys() != fresh_progress.keys():
         raise UserError(f"--resume: {folder} is the checkpoint of another script; choose another "
                         "--out, or leave --resume out")
-    before = defaults | saved["settings"]
+    before = flag_texts(args.defaults) | saved["settings"]
     changes = {name: " ".join(f"--{name} was {before[name]} and is now {value}".split())
                for name, value in config.items() if name in before and value != before[name]}
-    refused = [change for name, change in changes.items() if name not in MAY_CHANGE_ON_RESUME]
+    refused = [change for name, change in changes.items() if f"--{name}" not in args.may_change]
     if refused:
         raise UserError(f"--resume: {', '.join(refused)}: that would be another run; give the old "
                         "values, or start a new run in another --out")

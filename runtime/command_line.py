@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from torch.distributed import DistError
 
-from runtime.distributed import destroy, world_size
+from runtime.distributed import destroy
 from runtime.errors import LOST_PEER, UserError, first_line, record_end
+from runtime.ranks import world_size
 
 RESUME_HINT = "the same command with --resume continues from the last checkpoint, if there is one"
 

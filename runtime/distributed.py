@@ -25,19 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
 from runtime.errors import UserError
+from runtime.ranks import rank, world_size
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for a dead one before it fails
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
-
-
-def rank() -> int:
-    """This process's number; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def device() -> torch.device:

@@ -1,12 +1,13 @@
 """What is meant for the user: the one exception, warnings, and why a process ended."""
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from runtime.ranks import rank
 
 LOST_PEER = "another process has ended"
 # Takes what record_end is given. A run adds a file to it.
@@ -30,14 +31,9 @@ def record_end(code: int, why: str) -> None:
         ENDINGS.error("exit code %d: %s", code, why)
 
 
-def is_first_process() -> bool:
-    """Whether this is rank 0, or the only process; without torch, for what does not need it."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def warn(text: str) -> None:
     """A line on stderr, of the first process alone."""
-    if is_first_process():
+    if rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.distributed import all_gather_object, rank
+from runtime.distributed import all_gather_object
 from runtime.errors import UserError
+from runtime.ranks import rank
 
 
 def print0(text: str) -> None:
@@ -62,14 +63,6 @@ class JsonlLog:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); --resume continues from the "
                             "last checkpoint") from error
-
-
-def check_tensorboard() -> None:
-    """Raises UserError if --tensorboard cannot work. Call it before a run clears its folder."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
 
 
 class MetricsLog:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
-from runtime.distributed import full_tensor, rank, to_compute_dtype
+from runtime.distributed import full_tensor, to_compute_dtype
 from runtime.errors import UserError, first_line
+from runtime.ranks import rank
 
 
 def has_adapters(name: str) -> bool:

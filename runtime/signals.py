@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-from runtime.distributed import all_reduce_max, rank
+from runtime.distributed import all_reduce_max
 from runtime.errors import record_end
+from runtime.ranks import rank
 
 # timeout(1) signals a process and its group, torchrun passes on what its workers got already.
 SAME_SIGNAL_SECONDS = 0.3

@@ -440,7 +440,7 @@ def test_evaluation_pays_the_reward_that_the_flag_names(tmp_path, monkeypatch, c
     for flags, paid in (([], .5), (["--reward", "det=any_overlap_reward"], 1)):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--predictions", str(tmp_path / "p.jsonl"),
                                           "--out", str(tmp_path / "out"), *flags])
-        evaluate.main()
+        evaluate.main(evaluate.parse_eval_args(None))
         scores = json.loads((tmp_path / "out/scores.json").read_text())
         assert scores["accuracy_reward"] == pytest.approx(paid) and f"{100 * paid:.2f}" in capsys.readouterr().out
 

@@ -171,7 +171,7 @@ def test_prompt_flags_reach_all_samples(folder, source):
 def test_system_prompt_that_cannot_be_one_is_refused(tmp_path, content, says):
     if content is not None:
         (tmp_path / "system.txt").write_bytes(content)
-    with pytest.raises(UserError, match=f"--system .*system.txt: .*{says}") as error:
+    with pytest.raises(ArgumentTypeError, match=f"system.txt: .*{says}") as error:
         read_system_prompt(str(tmp_path / "system.txt"))
     assert "\n" not in str(error.value)
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import grpo
+from flags import LOSSES
 from metrics.training import step_metrics
 from model import token_logprobs
 from processing import collate, encode_chat
@@ -90,7 +91,7 @@ def test_groups_with_signal_are_those_whose_rewards_differ():
     assert grpo.groups_with_signal(rewards).tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_group_of_equal_rewards_gets_no_gradient_not_even_from_the_kl(loss):
     """In peers the KL penalty of such groups still pulls the policy back to the reference."""
     logprobs, old, reference, _, mask = case()
@@ -109,7 +110,7 @@ def test_group_of_equal_rewards_gets_no_gradient_not_even_from_the_kl(loss):
 # Loss
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_loss_equals_the_paper(loss, beta):
     clipped = 0
     for seed in range(5):
@@ -123,7 +124,7 @@ def test_loss_equals_the_paper(loss, beta):
     assert clipped > 0
 
 
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_each_token_may_have_its_own_advantage(loss):
     logprobs, old, reference, _, mask = case()
     advantage = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (B, G, C)))
@@ -134,7 +135,7 @@ def test_each_token_may_have_its_own_advantage(loss):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_equals_differences_of_the_paper(loss, beta):
     logprobs, old, reference, advantage, mask = case()
     weights = grpo.token_weights(mask, loss, C_MAX)
@@ -148,7 +149,7 @@ def test_gradient_equals_differences_of_the_paper(loss, beta):
     torch.testing.assert_close(logprobs.grad, numeric.detach(), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_on_policy_gradient_is_that_of_the_weighted_advantages(loss):
     """old = logprobs: the ratio is 1, its gradient is not 0, and nothing is clipped. The gradient of a product of ratios is
     the sum over its tokens, not the mean: |o| times as large."""
@@ -163,7 +164,7 @@ def test_on_policy_gradient_is_that_of_the_weighted_advantages(loss):
 
 @pytest.mark.parametrize("advantage, ratio, clipped", [
     (1, 1.27, False), (1, 1.29, True), (1, 0.5, False), (-1, 0.81, False), (-1, 0.79, True), (-1, 1.5, False)])
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_clip_stops_steps_further_in_the_advantages_direction_only(loss, advantage, ratio, clipped):
     """Above at 1.28 where the advantage is positive, below at 0.8 where it is negative; a way back always has gradient."""
     log_ratio = math.log(ratio) / (2 if loss == "geovlm" else 1)  # the product over two tokens
@@ -178,7 +179,7 @@ def test_clip_stops_steps_further_in_the_advantages_direction_only(loss, advanta
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e30])
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_padding_does_not_poison_the_loss(loss, bad):
     """0 * inf is NaN: one padded token would end the run."""
     logprobs, old, reference, advantage, mask = case()
@@ -196,7 +197,7 @@ def test_padding_does_not_poison_the_loss(loss, bad):
         assert sums["kl"].isfinite()
 
 
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("ratio", [1000.0, -1000.0])
 def test_stray_tokens_keep_the_loss_finite(loss, ratio):
     logprobs, old, reference, advantage, mask = case()
@@ -273,7 +274,7 @@ def test_dr_grpo_weighs_a_token_alike_in_long_and_short_completions():
     assert weights[mask].unique().tolist() == pytest.approx([1 / (B * G * C_MAX)])
 
 
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_nothing_to_learn_is_zero_not_nan(loss):
     logprobs, old, reference, advantage, mask = case()
     mask = torch.zeros_like(mask)
@@ -284,7 +285,7 @@ def test_nothing_to_learn_is_zero_not_nan(loss):
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_micro_batches_change_neither_loss_nor_gradient(loss, size):
     """Normalised per micro-batch, as trainers did for years, the tokens of short completions would weigh more."""
     logprobs, old, reference, advantage, mask = case()
@@ -346,7 +347,7 @@ def gradient(step, size, loss, mask=None, tokens=None, advantages=None):
     return grads
 
 
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_accumulation_changes_no_parameter_gradient(step, loss):
     """One group at a time, or padded beside three others in one forward pass."""
     single, together = gradient(step, 1, loss), gradient(step, B, loss)

@@ -181,11 +181,11 @@ def test_image_that_vanishes_during_a_run_is_named(sft, dataset, tmp_path, monke
 
 def run_args(out, resume=False, overwrite=False, **defaults):
     return SimpleNamespace(out=out, resume=resume, overwrite=overwrite, defaults=defaults,
-                           model="tiny", steps=10)
+                           may_change=["--save-every"], model="tiny", steps=10)
 
 
 def test_out_resume_overwrite_and_defaults_are_left_out_of_the_settings():
-    args = SimpleNamespace(out="a", resume=True, overwrite=True, defaults={}, tensorboard=True,
+    args = SimpleNamespace(out="a", resume=True, overwrite=True, defaults={}, may_change=[], tensorboard=True,
                            lr=1.0, save_every=7)
     config = run_config(args, ["3 samples #1", "4 samples #2"], ["2 samples #3"], torch.nn.Linear(2, 1))
     assert config == {"tensorboard": "True", "lr": "1.0", "save-every": "7",
@@ -425,7 +425,7 @@ def test_tensorboard_gets_what_a_run_logs(sft, dataset, tmp_path, monkeypatch):
 
 def test_missing_tensorboard_is_one_line_and_costs_no_earlier_run(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard") as error:
         here(monkeypatch, train_grpo.main, "--tensorboard", "--out", tmp_path)
     assert "\n" not in str(error.value)

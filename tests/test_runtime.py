@@ -80,7 +80,7 @@ def test_new_run_moves_the_old_one_aside(out, capsys):
     Run(run_args(out), {}, FRESH).close()
     (out / "model").mkdir()
     Run(run_args(out), {}, FRESH).close()
-    assert f"held a run, which is now in {out}.2" in capsys.readouterr().out
+    assert f"held results, which are now in {out}.2" in capsys.readouterr().out
     assert contents(Path(f"{out}.1")) | {"notes.txt": b"mine"} == before
     assert [path.name for path in Path(f"{out}.2").iterdir()] == ["model"]
     assert contents(out) == {"notes.txt": b"mine"}
@@ -98,7 +98,7 @@ def test_logs_without_a_checkpoint_move_aside(out, resume, capsys):
     before = contents(out)
     Run(run_args(out, resume=resume), {}, FRESH).close()
     assert not contents(out) and contents(Path(f"{out}.1")) == before
-    assert f"held a run, which is now in {out}.1" in capsys.readouterr().out
+    assert f"held results, which are now in {out}.1" in capsys.readouterr().out
 
 
 def test_logs_that_were_being_cut_back_go_with_their_run(out):

@@ -25,7 +25,9 @@ import train_grpo
 import train_sft
 from conftest import GRPO, ROOT, SFT, rows, script, succeed
 from data import get_mixed_batch, load_samples
+from flags import parse_eval_args, parse_grpo_args, parse_sft_args
 from metrics.plots import plot_curves
+from metrics.rows import sample_to_row
 from metrics.suite import read_suite
 from metrics.training import stack_parts
 from pretrained import load_model
@@ -35,6 +37,7 @@ from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.lora import add_adapters
 from sample import format_target
+from tiny.scenes import Scenes
 
 FIELDS = ("step", "stage", "task", "reward", "reward_std", "parts", "kl", "entropy", "clip_frac", "grad_norm", "loss", "lr",
           "len_mean", "truncated_frac", "zero_std_frac", "resampled", "rollout_s", "update_s", "tokens_per_s")
@@ -145,7 +148,7 @@ def test_evaluation_writes_predictions_that_score_the_same_again(staged, tmp_pat
     assert all(name in shown for name in ("box_precision@0.5", "recall", "f1"))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--out", str(tmp_path / "again"),
                                       "--predictions", str(tmp_path / "first" / "predictions.jsonl")])
-    evaluate.main()
+    evaluate.main(parse_eval_args(None))
     for name in ("predictions.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "first" / name).read_text()
 
@@ -166,7 +169,7 @@ def test_interrupted_evaluation_goes_on_but_not_with_another_model(sft, dataset,
             patch.setattr(sys, "argv", ["evaluate.py", "--task", "cls", "--data", str(dataset), "--model", str(tmp_path / "model"),
                                         "--limit", "12", "--batch", "4", "--max-new-tokens", "16", "--out", str(tmp_path / "out")])
             try:
-                evaluate.main()
+                evaluate.main(parse_eval_args(None))
             except KeyboardInterrupt:
                 with open(tmp_path / "out/predictions.partial", "a") as file:
                     file.write('{"completion": "half a li')
@@ -184,7 +187,7 @@ def evaluate_here(monkeypatch, *args, predict=predict):
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "predict", predict)
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-        evaluate.main()
+        evaluate.main(parse_eval_args(None))
 
 
 def written(out):
@@ -347,6 +350,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the scripts may catch it."""
 
 
+PARSE = {"train_sft": parse_sft_args, "train_grpo": parse_grpo_args, "evaluate": parse_eval_args}
+
+
 def here(monkeypatch, main, *args, die_at_save=None):
     """A training script in this process; dies half-way through writing checkpoint number `die_at_save`."""
     saves, save, lock, locks = [], checkpoint.dcp.save, checkpoint.lock, []
@@ -372,7 +378,7 @@ def here(monkeypatch, main, *args, die_at_save=None):
         patch.setattr(sys, "argv", ["script", *map(str, args)])
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
-            main()
+            main(PARSE[main.__module__](None))
         finally:
             for file in locks:  # as the end of a process would
                 file.close()
@@ -645,7 +651,6 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
     ("train_sft.py", "--task det --no-think --half-no-think", "--half-no-think .* leave one of them out"),
-    ("train_grpo.py", "--task det --system nowhere.txt", "--system nowhere.txt: cannot be read"),
     ("evaluate.py", "--task det --no-think --predictions a.jsonl", "--no-think changes what a model is asked.* leave --no-think out"),
     ("evaluate.py", "--task det --system EMPTY/text.jsonl --predictions a.jsonl", "--system changes what a model is asked"),
     ("train_sft.py", "--task det --model EMPTY --reward det=typo", "no reward of det has this name"),  # it once trained first
@@ -656,6 +661,7 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("evaluate.py", "--task det --predictions nowhere.jsonl", "nowhere.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/none.jsonl", "none.jsonl"),
     ("evaluate.py", "--task det --predictions EMPTY/text.jsonl", "text.jsonl: line 1"),
+    ("evaluate.py", "--task seg --predictions EMPTY/seg.jsonl", "seg.jsonl: line 1: not a record of predictions.jsonl .*without a mask"),
     ("train_sft.py", "--task cls --model SFT --data DATA --out EMPTY/text.jsonl/out", "Not a directory"),
 ])
 def test_bad_input_ends_in_one_line(name, args, says, sft, dataset, tmp_path, monkeypatch, capsys):
@@ -663,6 +669,8 @@ def test_bad_input_ends_in_one_line(name, args, says, sft, dataset, tmp_path, mo
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "none.jsonl").write_text("")
     (tmp_path / "empty" / "text.jsonl").write_text('{"id": "x", "task": "det"}\n')
+    seg = sample_to_row(Scenes("seg", 112, 0)[0]) | {"id": "x", "images": ["a.png"], "mask": None, "completion": ""}
+    (tmp_path / "empty" / "seg.jsonl").write_text(json.dumps(seg))
     for word, path in (("SFT", sft / "model"), ("DATA", dataset), ("EMPTY", tmp_path / "empty")):
         args = args.replace(word, str(path))
     monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path / "out"), *args.split()])
@@ -678,3 +686,11 @@ def test_error_is_the_last_line_a_user_sees(tmp_path):
     done = script("train_grpo.py", "--task", "det", "--model", tmp_path, "--out", tmp_path / "out")
     assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --model")
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "evaluate.py"])
+def test_help_waits_for_neither_torch_nor_transformers(script):
+    code = f"sys.argv = ['{script}', '--help']; atexit.register(lambda: print('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"import atexit, runpy, sys; {code}; runpy.run_path('{script}', run_name='__main__')"],
+                          cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage") and done.stdout.endswith("False\n")
