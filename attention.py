@@ -160,7 +160,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
     r = q.shape[1] // K                                  # query heads per key/value head
     completion_k.index_copy_(2, shared_prompt.slot, k)
     completion_v.index_copy_(2, shared_prompt.slot, v)
-    q = q.view(-1, K, r, q.shape[3]) * scaling                                  # (N, K, r, D)
+    q = q.view(-1, K, r, q.shape[3])                                            # (N, K, r, D)
 
     def by_prompt(x: Tensor) -> Tensor:                                         # (B, K, G*r, .)
         return x.view(B, G, K, r, -1).transpose(1, 2).reshape(B, K, G * r, -1)
@@ -168,15 +168,26 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
     def by_row(x: Tensor) -> Tensor:                                            # (N, K, r, .)
         return x.view(B, K, G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
 
-    prompt_scores = by_prompt(q) @ prompt_k.transpose(2, 3)                     # (B, K, G*r, P)
+    prompt_scores = float32_scores(by_prompt(q), prompt_k, scaling)             # (B, K, G*r, P)
     prompt_scores = prompt_scores.masked_fill(~shared_prompt.prompt_mask, float("-inf"))
-    completion_scores = q @ completion_k[:, :, :W].transpose(2, 3)              # (N, K, r, W)
+    completion_scores = float32_scores(q, completion_k[:, :, :W], scaling)      # (N, K, r, W)
     completion_scores = completion_scores.masked_fill(~shared_prompt.filled, float("-inf"))
     scores = torch.cat([by_row(prompt_scores), completion_scores], -1)          # (N, K, r, P + W)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    weights = scores.softmax(-1).to(v.dtype)
     out = by_row(by_prompt(weights[..., :P]) @ prompt_v)                        # (N, K, r, D)
     out = out + weights[..., P:] @ completion_v[:, :, :W]
     return out.reshape(len(q), 1, K * r, -1)
+
+
+def float32_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """Scaled products of queries (.., L, D) and keys (.., S, D) -> (.., L, S) in float32, as fused
+    kernels have them. Qwen2.5's key biases make scores of thousands, which bf16 rounds to 8."""
+    if q.is_cuda and q.dtype != torch.float32:
+        products = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2),
+                             out_dtype=torch.float32)
+        return products.unflatten(0, q.shape[:2]) * scaling
+    with torch.autocast(q.device.type, enabled=False):  # a CPU has no out_dtype
+        return (q.float() * scaling) @ k.float().transpose(2, 3)
 
 
 def flash_decode_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scaling: float,
