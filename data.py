@@ -281,15 +281,18 @@ def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
     images = {image for _, image in trained | held}
     with ThreadPoolExecutor(16) as pool:  # one by one, a network disk answers few a second
         size_of = dict(zip(images, pool.map(num_bytes, images)))
-    shared_sizes = ({size_of[image] for _, image in trained}
-                    & {size_of[image] for _, image in held})
+        shared_sizes = ({size_of[image] for _, image in trained}
+                        & {size_of[image] for _, image in held})
+        # Only files of equal size can have equal bytes, so only those are read.
+        to_read = [image for image in images if size_of[image] in shared_sizes]
+        checksums = pool.map(lambda image: zlib.crc32(image.read_bytes()), to_read)
+        checksum_of = dict(zip(to_read, checksums))
 
     def contents(images: dict[tuple[str, object], Sample]) -> dict[tuple, list]:
-        """Only files of equal size can have equal bytes, so few files are read."""
         found = defaultdict(list)
         for source, image in images:
-            if size_of[image] in shared_sizes:
-                found[size_of[image], zlib.crc32(image.read_bytes())].append((source, image))
+            if image in checksum_of:
+                found[size_of[image], checksum_of[image]].append((source, image))
         return found
 
     trained_contents, held_contents = contents(trained), contents(held)

@@ -190,10 +190,10 @@ class Sampler:
             return state
         key = (params, *(x.shape for x in state.all_tensors()))
         cached = self.static_decode_steps.pop(key, None)
+        while len(self.static_decode_steps) >= MAX_STATIC_DECODE_STEPS:  # room for its cache first
+            del self.static_decode_steps[next(iter(self.static_decode_steps))]
         static_state, run_decode_step = cached or self.make_static_decode_step(state, params)
         self.static_decode_steps[key] = static_state, run_decode_step  # at the end: the latest
-        while len(self.static_decode_steps) > MAX_STATIC_DECODE_STEPS:
-            del self.static_decode_steps[next(iter(self.static_decode_steps))]
         for static, new in zip(static_state.all_tensors(), state.all_tensors(), strict=True):
             static.copy_(new)
         for t in range(1, C):

@@ -25,6 +25,7 @@ from flags import check_grpo_args, parse_grpo_args
 if __name__ == "__main__":
     args = parse_grpo_args(__doc__)  # before torch loads, so that --help is quick
 
+import gc
 import time
 from argparse import Namespace
 from functools import partial
@@ -117,8 +118,8 @@ def main(args: Namespace) -> None:
 
     for stage in range(progress["stage"], len(stages)):
         tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
-        ref_model = None                                        # frees the previous stage's memory
-        optimizer = None
+        ref_model = optimizer = None                            # frees the previous stage's memory
+        gc.collect()                                            # FSDP's modules lie in cycles
         if adapters:                    # the reference is the policy with its present adapters
             update_reference(policy)
         elif args.beta:

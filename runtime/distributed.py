@@ -27,7 +27,7 @@ from torch.nn import Module, Parameter
 from runtime.errors import UserError
 from runtime.ranks import rank, world_size
 
-TIMEOUT = timedelta(minutes=10)  # how long a rank waits for a dead one before it fails
+TIMEOUT = timedelta(hours=1)  # how long ranks wait, as for the first one's work as a run begins
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
 
 
@@ -144,8 +144,9 @@ def apply_fsdp(policy: Module, mesh: DeviceMesh | None, reshard: bool | None = N
     """Shard the policy over the mesh, in place; without a mesh there is nothing to do.
 
     Each of policy.fsdp_units() is one unit, and the rest, with the tied embeddings, is another. On
-    a GPU the weights and the sums of gradients are float32, the compute is bf16. `reshard` frees
-    the rest, too, after its forward pass: right where no backward pass follows.
+    a GPU the weights and the sums of gradients over micro-batches and ranks are float32, the
+    compute is bf16. `reshard` frees the rest, too, after its forward pass: right where no backward
+    pass follows.
     """
     if mesh is None:
         return policy
