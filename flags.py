@@ -276,7 +276,7 @@ def parse_sft_args(description: str) -> Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--task", default="all",
                         help="comma-separated tasks to mix, a repeated one counts again; or `all`")
-    parser.add_argument("--out", type=Path, required=True,
+    parser.add_argument("--out", type=Path, default=Path("runs/sft"),
                         help="folder for model/, checkpoint/, metrics.jsonl, curves.png; a run in "
                              "it moves to OUT.1")
     flags = parser.add_argument_group("model and data")
@@ -325,7 +325,7 @@ def check_sft_args(args: Namespace, tasks: list[str]) -> None:
 def parse_eval_args(description: str) -> Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)}; not with --suite")
-    parser.add_argument("--out", type=Path, required=True,
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"),
                         help="folder for predictions.jsonl, scores.json, report.html; an "
                              "evaluation in it moves to OUT.1")
     parser.add_argument("--overwrite", action="store_true",

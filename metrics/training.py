@@ -163,10 +163,12 @@ class Console:
     def print_step(self, row: dict, seconds: float, text: str, reward: Tensor) -> None:
         """The step's line, and now and then one of its completions with its reward."""
         eta = self.eta(row["step"], seconds)
+        kl, grad = (f"{row[name]:{form}}" if math.isfinite(row[name]) else "-"  # no group had signal
+                    for name, form in (("kl", ".4f"), ("grad_norm", "5.2f")))
         print0(f"step {row['step']:4d}/{self.total_steps} {row['task']:6s} reward "
-               f"{row['reward']:.3f}  accuracy {row['parts']['accuracy']:.3f}  kl {row['kl']:.4f}  "
-               f"entropy {row['entropy']:.3f}  len {row['len_mean']:4.1f}  grad "
-               f"{row['grad_norm']:5.2f}  {seconds:.2f} s  {eta}")
+               f"{row['reward']:.3f}  accuracy {row['parts']['accuracy']:.3f}  kl {kl}  "
+               f"entropy {row['entropy']:.3f}  len {row['len_mean']:4.1f}  grad {grad}  "
+               f"{seconds:.2f} s  {eta}")
         if row["step"] == 1 or row["step"] % self.eval_every == 0:
             print0(f"    e.g. reward {reward:.3f} for {' '.join(text.split())}"[:160])
         self.warn_without_signal(row)

@@ -185,7 +185,7 @@ def read_conversation(source: str, record: dict, request: Request) -> Iterator[S
     if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
         raise UserError(f"{source}: `conversations` is not a list of turns with texts; expected "
-                        "`from` and `value` in each turn")
+                        "`from` and `value` in each turn, as docs/data.md has it")
     wrong_role = any(turn.get("from") in ("gpt", "assistant", "system") for turn in turns[::2])
     if len(turns) < 2 or len(turns) % 2 or wrong_role:
         raise UserError(f"{source}: `conversations` has {len(turns)} turns, expected question and "
@@ -240,7 +240,7 @@ def read_earthdial(source: str, row: dict, request: Request) -> Iterator[Sample]
     key = next((key for key in keys if key in row), None)
     if not key or not isinstance(row["question"], str):
         raise UserError(f"{source}: a row of EarthDial needs a text as `question` and a target "
-                        "such as `groundtruth`")
+                        "such as `groundtruth`; docs/data.md has the form of your own records")
     question = row["question"].strip('"')
     others = [unquoted(f"{key[:-1]}{i}") for i in range(1, 5)]  # caption1 .. caption4
     gt_texts = [unquoted(key), *filter(None, others)]

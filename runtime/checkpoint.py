@@ -144,8 +144,9 @@ class Run(Stoppable):
 
     def print_stopped(self) -> None:
         """Say that a signal has stopped the run at its last checkpoint, and how to continue."""
-        where = f"after step {self.steps_done}" if self.steps_done else "without a checkpoint"
-        print0(f"stopped {where}; to continue: {self.resume_command()}")
+        where, to = ((f"after step {self.steps_done}", "continue") if self.steps_done else
+                     ("without a checkpoint", "start again"))
+        print0(f"stopped {where}; to {to}: {self.resume_command()}")
         if rank() == 0:
             record_end(0, f"stopped {where} by a signal")
 

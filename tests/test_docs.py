@@ -344,6 +344,14 @@ def test_the_example_reward_part_reads_the_reasoning(pasted):
     assert "evidence" not in rewards.score_completion("", Sample("x", "cls", (), "", "sea", 112))
 
 
+def test_the_example_accuracy_reward_counts_targets_that_are_hit(pasted):
+    choices = pasted("metrics/reward_choices.py")
+    sample = Sample("x", "det", (), "", "", 112, gt_boxes=((0, 0, 10, 10, 0), (50, 50, 60, 60, 0)))
+    for answer, expected in (("[0,0,10,9],[0,0,10,3]", .5), ("[0,0,10,4]", 0), ("none", 0)):
+        (reward,) = choices.parse_rewards(["det=hit_reward"], ["det"]).values()
+        assert reward(answer, sample) == expected
+
+
 def test_the_example_reward_tells_near_from_far(pasted):
     rewards = pasted("rewards.py")
     sample = Sample("x", "where", (), "", "top left", 112)

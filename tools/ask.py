@@ -29,7 +29,7 @@ from sample import Sample
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("question", help="the task's instruction is added to it")
+    parser.add_argument("question", help="in the words of the training data; the task's instruction is added")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--image", type=Path, action="append", required=True,
                         help="again for each further image, in their order")
