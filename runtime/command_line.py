@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from torch.distributed import DistError
@@ -21,6 +22,8 @@ def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:
     def interrupt(number: int, _frame: object) -> None:
         raise KeyboardInterrupt(number)
 
+    # transformers 5.24 calls it activation checkpointing; peft, and 5.17, know the old name alone.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     handlers = {number: signal.signal(number, interrupt)
                 for number in (signal.SIGTERM, signal.SIGINT)}
     try:
