@@ -161,9 +161,10 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
     text = json.dumps({"task": args.task, **scores}, indent=1)
     (args.out / "scores.json").write_text(text + "\n")
 
+    is_upright = not any(theta for sample in samples for *_, theta in sample.gt_boxes)
     for name, value in scores.items():
-        if name.startswith("hbb_") and value == scores.get(name[4:]):
-            continue  # upright boxes: their envelopes score the same
+        if name.startswith("hbb_") and is_upright:
+            continue  # the boxes are their own envelopes
         unit = "" if name in benchmarks.NO_SHARES else " %"
         number = value if name == "n" else f"{benchmarks.in_percent(name, value):.2f}{unit}"
         print(f"{name:32s} {number}")
@@ -174,7 +175,7 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
                for sample, completion, values in zip(samples, completions, parts)]
     with errors_as_warnings("report.html"):
         write_report(args.out / "report.html", entries, f"{args.task}: {model}")
-    print(f"predictions.jsonl, scores.json and report.html are in {args.out}")
+    print(f"predictions.jsonl, scores.json and its page are in {args.out}")
     return scores
 
 

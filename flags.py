@@ -5,7 +5,6 @@ import argparse
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -180,8 +179,11 @@ def check_training_args(args: Namespace, divided: str) -> None:
     if number % world_size():
         raise UserError(f"--{divided} {number} cannot be divided evenly among {world_size()} "
                         "processes; take a multiple")
-    if args.tensorboard and not find_spec("tensorboard"):
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401  now, before a run moves an earlier one
+        except ImportError:
+            raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -43,10 +43,12 @@ def load_model(name: str, image_size: int | None = None,
     """
     disable_progress_bar()  # transformers' own; it would break up the lines of a training run
     folder = base = Path(__file__).parent / "tiny" if name == "tiny" else name
-    # A hub id has one slash, and its owner is no folder here.
-    is_local = name.count("/") != 1 or Path(name).parent.is_dir()
-    if is_local and not Path(folder).exists():
-        raise UserError(f"--model {name}: no such folder")
+    if not Path(folder).exists():
+        if name.count("/") != 1:  # a hub id has one slash
+            raise UserError(f"--model {name}: no such folder")
+        if Path(name).parent.is_dir():  # a slip: the hub would be asked for a minute
+            raise UserError(f"--model {name}: no such folder; if it is a hub id, rename the folder "
+                            f"{Path(name).parent} that is here")
     if Path(folder, "model").is_dir() and not Path(folder, "config.json").exists():
         raise UserError(f"--model {name}: a run's folder; its model is {Path(folder, 'model')}")
     try:

@@ -163,8 +163,9 @@ class Console:
     def print_step(self, row: dict, seconds: float, text: str, reward: Tensor) -> None:
         """The step's line, and now and then one of its completions with its reward."""
         eta = self.eta(row["step"], seconds)
-        kl, grad = (f"{row[name]:{form}}" if math.isfinite(row[name]) else "-"  # no group had signal
-                    for name, form in (("kl", ".4f"), ("grad_norm", "5.2f")))
+        kl, grad = f"{row['kl']:.4f}", f"{row['grad_norm']:5.2f}"
+        if row["zero_std_frac"] == 1:  # no group had signal: nothing was measured, nothing is wrong
+            kl = grad = "-"
         print0(f"step {row['step']:4d}/{self.total_steps} {row['task']:6s} reward "
                f"{row['reward']:.3f}  accuracy {row['parts']['accuracy']:.3f}  kl {kl}  "
                f"entropy {row['entropy']:.3f}  len {row['len_mean']:4.1f}  grad {grad}  "

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -347,9 +348,11 @@ def test_the_example_reward_part_reads_the_reasoning(pasted):
 def test_the_example_accuracy_reward_counts_targets_that_are_hit(pasted):
     choices = pasted("metrics/reward_choices.py")
     sample = Sample("x", "det", (), "", "", 112, gt_boxes=((0, 0, 10, 10, 0), (50, 50, 60, 60, 0)))
+    (reward,) = choices.parse_rewards(["det=hit_reward"], ["det"]).values()
     for answer, expected in (("[0,0,10,9],[0,0,10,3]", .5), ("[0,0,10,4]", 0), ("none", 0)):
-        (reward,) = choices.parse_rewards(["det=hit_reward"], ["det"]).values()
         assert reward(answer, sample) == expected
+    assert reward(",".join(["[0,0,10,9],[50,50,60,60]"] * 10), sample) == .1  # boxes do not multiply
+    assert reward("[0,0,10,10,0]", replace(sample, oriented=True)) == .5
 
 
 def test_the_example_reward_tells_near_from_far(pasted):
