@@ -441,8 +441,9 @@ def test_evaluation_pays_the_reward_that_the_flag_names(tmp_path, monkeypatch, c
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "det", "--predictions", str(tmp_path / "p.jsonl"),
                                           "--out", str(tmp_path / "out"), *flags])
         evaluate.main(evaluate.parse_eval_args(None))
-        scores = json.loads((tmp_path / "out/scores.json").read_text())
-        assert scores["accuracy_reward"] == pytest.approx(paid) and f"{100 * paid:.2f}" in capsys.readouterr().out
+        scores, shown = json.loads((tmp_path / "out/scores.json").read_text()), capsys.readouterr().out
+        assert scores["accuracy_reward"] == pytest.approx(paid) and f"{100 * paid:.2f}" in shown
+        assert "hbb_precision@0.5" in scores and "hbb_" not in shown  # upright boxes are their own envelopes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
