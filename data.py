@@ -24,7 +24,7 @@ from readers.folders import read_samples
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError, warn
 from runtime.ranks import rank
-from sample import TOKEN_SIZE, Sample, header_size, to_oriented
+from sample import BOX_TASKS, TOKEN_SIZE, Sample, header_size, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
 HELD_OUT_SEED = 2**31   # of synthetic scenes: outside the range of --seed
@@ -121,6 +121,10 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
         train, held_out = join(train), join(held_out)
         if shots:
             train = few_shots(train, shots)
+        first_answers = (train[i].gt_answer for i in range(min(8, len(train))))
+        if task not in BOX_TASKS and all(re.match(r"\[[\d., ]+\]", a) for a in first_answers):
+            warn(f"warning: the targets of {task} are boxes, such as {train[0].gt_answer[:60]}; "
+                 "which task are they for?")
         scored = held_out[:heldout]
         of_them = f", {len(scored)} of them scored" if len(scored) < len(held_out) else ""
         summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "

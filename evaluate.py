@@ -158,7 +158,9 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
     for scorer in scorers:
         scores |= scorer(answers, samples, **reward_models)
     scores |= benchmarks.think_agreement(completions, samples)
-    text = json.dumps({"task": args.task, **scores}, indent=1)
+    other_reward = [value for value in args.reward if value.startswith(f"{args.task}=")]
+    head = {"task": args.task} | ({"reward": other_reward[-1]} if other_reward else {})
+    text = json.dumps(head | scores, indent=1)
     (args.out / "scores.json").write_text(text + "\n")
 
     is_upright = not any(theta for sample in samples for *_, theta in sample.gt_boxes)

@@ -275,6 +275,7 @@ def main(args: Namespace) -> None:
             log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages)
             console.print_step(row, t2 - t0, texts[0][0], rewards[0, 0])
             stop = run.should_stop()
+            run.doing = "finishing the next step"               # if a signal comes only now
             is_run_end = is_stage_end and stage + 1 == len(stages)
             if (step + 1) % args.save_every == 0 or is_stage_end or stop:
                 progress = {"stage": stage, "step": step + 1, "before": before,

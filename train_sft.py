@@ -144,11 +144,11 @@ def main(args: Namespace) -> None:
                "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"],
                "skipped": guard.skipped, "update_s": seconds, "tokens_per_s": T / seconds}
         metrics_log.write(row)
-        if (step + 1) % 10 == 0 or step == first_step:
+        is_last = step + 1 == args.steps
+        if (step + 1) % 10 == 0 or step == first_step or is_last:
             print0(f"step {step + 1:5d}/{args.steps}  loss {row['loss']:7.4f}  grad "
                    f"{row['grad_norm']:6.2f}  {seconds:5.2f} s  {console.eta(step + 1, seconds)}")
         stop = run.should_stop()
-        is_last = step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or is_last or stop:
             run.save_checkpoint({"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
         if stop and not is_last:

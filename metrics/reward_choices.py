@@ -18,6 +18,7 @@ from rewards import (
     levenshtein_reward,
 )
 from runtime.errors import UserError
+from runtime.logging import print0
 from sample import BOX_TASKS, Sample
 from texts import parse_labels
 
@@ -76,4 +77,5 @@ def parse_rewards(values: Sequence[str], tasks: Sequence[str]) -> dict[str, Call
                             f"{', '.join(choices)}, or add yours to TEXT_REWARDS or BOX_REWARDS in "
                             "metrics/reward_choices.py")
         task_rewards[task] = choices[name]
+        print0(f"{task}: the accuracy reward is {name} (--reward)")
     return task_rewards

