@@ -425,7 +425,7 @@ def test_tensorboard_gets_what_a_run_logs(sft, dataset, tmp_path, monkeypatch):
 
 def test_missing_tensorboard_is_one_line_and_costs_no_earlier_run(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard") as error:
         here(monkeypatch, train_grpo.main, "--tensorboard", "--out", tmp_path)
     assert "\n" not in str(error.value)
