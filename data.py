@@ -8,12 +8,12 @@ samples.
 import gc
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from readers.files import held_out_tenth
 from readers.folders import read_samples
+from readers.shared_images import check_shared_images
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError, warn
 from runtime.ranks import rank
@@ -130,8 +131,9 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
         summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "
                    f"({'; '.join(rules)})")
         splits[task] = Split(train, scored, summary)
-    if rank() == 0:  # it compares images for all
-        check_shared_images(trained, held)
+    if rank() == 0:  # it compares images for all; rendered scenes are no files
+        check_shared_images(*([part for part in parts if not isinstance(part[1], Scenes)]
+                              for parts in (trained, held)))
     return splits
 
 
@@ -274,59 +276,6 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
         raise UserError("--data: synthetic cannot be joined with another source of the same task")
     # In the order of the hash, or the first held-out samples would be those of one source
     return sorted((sample for part in parts for sample in part), key=record_hash)
-
-
-def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
-                        held_out: Sequence[tuple[str, Sequence[Sample]]]) -> None:
-    """Raises UserError if a source trains on an image that another one holds out: the same file, or
-    equal bytes. Within a source it is a warning: published splits share images, and who compares
-    with a paper needs them as they are. Both sides: (source, samples)."""
-    trained, held = image_files(train), image_files(held_out)
-    images = {image for _, image in trained | held}
-    with ThreadPoolExecutor(16) as pool:  # one by one, a network disk answers few a second
-        size_of = dict(zip(images, pool.map(num_bytes, images)))
-        shared_sizes = ({size_of[image] for _, image in trained}
-                        & {size_of[image] for _, image in held})
-        # Only files of equal size can have equal bytes, so only those are read.
-        to_read = [image for image in images if size_of[image] in shared_sizes]
-        checksums = pool.map(lambda image: zlib.crc32(image.read_bytes()), to_read)
-        checksum_of = dict(zip(to_read, checksums))
-
-    def contents(images: dict[tuple[str, object], Sample]) -> dict[tuple, list]:
-        found = defaultdict(list)
-        for source, image in images:
-            if image in checksum_of:
-                found[size_of[image], checksum_of[image]].append((source, image))
-        return found
-
-    trained_contents, held_contents = contents(trained), contents(held)
-    shared = Counter()
-    for content in sorted(trained_contents.keys() & held_contents.keys()):
-        one_of_source = {one[0]: one for one in trained_contents[content]}
-        for one, other in product(one_of_source.values(), held_contents[content]):
-            if one[0] != other[0]:
-                raise UserError(f"{trained[one].id} trains on {one[1]}, and {held[other].id} holds "
-                                f"it out as {other[1]}; remove one of the records")
-            shared[other[0]] += 1
-    for source, n in shared.items():
-        warn(f"{source}: {n} of its held-out images are trained on too (equal bytes), so held-out "
-             "scores are too good; remove the copies unless the splits are published ones")
-
-
-def image_files(parts: Sequence[tuple[str, Sequence[Sample]]]) -> dict[tuple, Sample]:
-    """{(source, image): a sample that uses it} for paths and images of tables. A rendered scene has
-    neither."""
-    found = {}
-    for source, samples in parts:
-        if not isinstance(samples, Scenes):
-            users = {image: sample for sample in samples for image in sample.images}
-            found |= {(source, image): sample for image, sample in users.items()
-                      if hasattr(image, "read_bytes")}
-    return found
-
-
-def num_bytes(image: object) -> int:
-    return image.stat().st_size if isinstance(image, Path) else image.num_bytes
 
 
 def split_samples(samples: Sequence[Sample], source: str, whole: str | None = None,
