@@ -158,8 +158,10 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
     for scorer in scorers:
         scores |= scorer(answers, samples, **reward_models)
     scores |= benchmarks.think_agreement(completions, samples)
-    other_reward = [value for value in args.reward if value.startswith(f"{args.task}=")]
-    head = {"task": args.task} | ({"reward": other_reward[-1]} if other_reward else {})
+    other_reward = reward_models["task_rewards"].get(args.task)
+    head = {"task": args.task}
+    if other_reward:
+        head["reward"] = f"{args.task}={other_reward.__name__}"
     text = json.dumps(head | scores, indent=1)
     (args.out / "scores.json").write_text(text + "\n")
 
