@@ -28,7 +28,7 @@ STAGES = "--heldout 8 --format-weight 0.5"
 MIXED = "--resample 2 --overlong-buffer 24 --loss geovlm --temperature 0.8"
 GSPO = ("--clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")
-PARSE = {train_sft: parse_sft_args, train_grpo: parse_grpo_args, evaluate: parse_eval_args}
+PARSE = {"train_sft": parse_sft_args, "train_grpo": parse_grpo_args, "evaluate": parse_eval_args}
 RUNS = {
     "sft": (train_sft, f"{SFT} --freeze vision"),
     "grpo": (train_grpo, GRPO),
@@ -63,5 +63,5 @@ if __name__ == "__main__":
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         for module in modules:
             module.compute_dtype = lambda dtype=dtype: dtype
-        script.main(PARSE[script](None))
+        script.main(PARSE[script.__name__](None))
     distributed.destroy()

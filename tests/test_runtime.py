@@ -433,9 +433,10 @@ def test_signal_stops_held_out_scoring_after_its_batch_and_nothing_is_lost(
     here(monkeypatch, train_grpo.main, *flags, tmp_path / "whole")
     capfd.readouterr()
     predict = held_out.predict
-    for call, doing, where in ((1, "stopping before the next step", "without a checkpoint"),
-                               (5, "finishing step 1", "after step 1"),
-                               (5, "finishing step 2", "after step 2")):
+    for call, doing, where, how in (
+            (1, "stopping before the next step", "without a checkpoint", "the same command starts again"),
+            (5, "finishing step 1", "after step 1", "to continue: "),
+            (5, "finishing step 2", "after step 2", "to continue: ")):
         calls = itertools.count(1)
 
         def signalled(*args, calls=calls, last_call=call, **options):
@@ -447,7 +448,7 @@ def test_signal_stops_held_out_scoring_after_its_batch_and_nothing_is_lost(
             here(monkeypatch, train_grpo.main, *flags, tmp_path / "broken", "--resume")
         said, acknowledged = capfd.readouterr()
         assert f"SIGTERM: {doing}; a second signal" in acknowledged
-        assert f"stopped {where}; t" in said
+        assert f"stopped {where}; {how}" in said
     here(monkeypatch, train_grpo.main, *flags, tmp_path / "broken", "--resume")
     assert "the last run ended: rank 0, exit code 0: stopped after step 2" in capfd.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")

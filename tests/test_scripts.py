@@ -25,7 +25,7 @@ import train_grpo
 import train_sft
 from conftest import GRPO, ROOT, SFT, rows, script, succeed
 from data import get_mixed_batch, load_samples
-from flags import parse_eval_args, parse_grpo_args, parse_sft_args
+from flags import parse_eval_args
 from metrics.plots import plot_curves
 from metrics.rows import sample_to_row
 from metrics.suite import read_suite
@@ -37,6 +37,7 @@ from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.lora import add_adapters
 from sample import format_target
+from several import PARSE
 from tiny.scenes import Scenes
 
 FIELDS = ("step", "stage", "task", "reward", "reward_std", "parts", "kl", "entropy", "clip_frac", "grad_norm", "loss", "lr",
@@ -348,9 +349,6 @@ def test_wrong_line_of_a_suite_is_named(tmp_path, line, says):
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the scripts may catch it."""
-
-
-PARSE = {"train_sft": parse_sft_args, "train_grpo": parse_grpo_args, "evaluate": parse_eval_args}
 
 
 def here(monkeypatch, main, *args, die_at_save=None):
@@ -681,6 +679,14 @@ def test_bad_input_ends_in_one_line(name, args, says, sft, dataset, tmp_path, mo
     assert isinstance(end.value.code, str) and "\n" not in end.value.code and end.value.code.startswith("error: ")
     assert re.search(says, end.value.code)
     assert not any((tmp_path / "out" / left).exists() for left in ("model", "checkpoint", "predictions.jsonl", "scores.json"))
+
+
+def test_wrong_system_prompt_is_an_error_of_its_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--system", "nowhere.txt", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "train_grpo.py"), run_name="__main__")
+    assert "--system: nowhere.txt: cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_error_is_the_last_line_a_user_sees(tmp_path):
