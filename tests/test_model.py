@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP, Qwen2_5_VLRMSNorm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import attention
@@ -32,7 +32,7 @@ from processing import collate, encode_chat, max_position_ids
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
 from runtime.distributed import sync_sampling_model
 from runtime.errors import UserError
-from runtime.layers import FusedRMSNorm
+from runtime.layers import AlignedMLP, FusedRMSNorm
 from runtime.optimisation import linear_warmup_decay
 from test_scripts import here
 
@@ -202,6 +202,18 @@ def test_a_bf16_norm_is_one_operation_and_stays_bf16():
         out, expected = norm(x), plain_norm(x)
     assert out.dtype == torch.bfloat16 and expected.dtype == torch.float32
     torch.testing.assert_close(out.float(), expected, rtol=2**-6, atol=1e-6)
+
+
+def test_an_mlp_with_padded_hidden_units_is_the_same():
+    """The real vision tower has 3,420 of them, so that a row of a bf16 weight is no multiple of 16 bytes."""
+    plain_mlp = Qwen2_5_VLMLP(SimpleNamespace(hidden_size=12, intermediate_size=20, hidden_act="silu"), bias=True)
+    mlp = copy.deepcopy(plain_mlp)
+    mlp.__class__ = AlignedMLP
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(mlp(x), plain_mlp(x))
+    mlp(x).square().sum().backward()
+    plain_mlp(x).square().sum().backward()
+    assert_same_gradients(gradients(mlp), gradients(plain_mlp))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
