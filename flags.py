@@ -247,8 +247,8 @@ def parse_grpo_args(description: str) -> Namespace:
     flags = add_optimisation_flags(parser, lr=2e-4, real_lr="1e-6", warmup=5, weight_decay=0.0)
     flags.add_argument("--pack-tokens", type=positive_int,
                        help="tokens per forward pass of the update: as many groups as fit, at "
-                            "least 1 (default: 2048; with --gradient-checkpointing on a GPU as "
-                            "many for each 10 GiB, at most 16384)")
+                            "least 1 (default: 2048; with --gradient-checkpointing on a GPU 4096 "
+                            "for each 10 GiB, at most 16384)")
     flags = parser.add_argument_group("output")
     flags.add_argument("--eval-every", type=positive_int, default=50,
                        help="steps between held-out scores")

@@ -28,8 +28,8 @@ def default_pack_tokens(gradient_checkpointing: bool) -> int:
 
 
 def pack_tokens_for(gib: float) -> int:
-    """2048 tokens for each 10 GiB of a GPU's memory, at most 16384."""
-    return 2048 * min(max(int(gib / 10), 1), 8)
+    """4096 tokens for each 10 GiB of a GPU's memory, at most 16384."""
+    return 4096 * min(max(int(gib / 10), 1), 4)
 
 
 def pack_groups(sizes: dict[int, tuple[int, int]], pack_tokens: int) -> list[list[int]]:

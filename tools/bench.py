@@ -64,8 +64,11 @@ VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 class Ours:
     """The models, the data, and how this project samples completions and computes log-probs."""
 
-    def __init__(self, model, processor, samples, G, C, compile_decode_step=False):
+    def __init__(self, model, processor, samples, G, C, compile_decode_step=False,
+                 pack_tokens=None):
         self.processor, self.samples, self.G, self.C = processor, samples, G, C
+        checkpointing = model.model.language_model.gradient_checkpointing
+        self.pack_tokens = pack_tokens or default_pack_tokens(checkpointing)
         self.policy, self.sampling_model = build_policy_and_sampling_model(Policy(model), None)
         self.lora = bool(adapted_layers(model))
         self.ref_model = None  # with LoRA, the reference is the policy without adapters
@@ -87,8 +90,7 @@ class Ours:
     def micro_batches(self):
         """The indices of the prompts of each pass, as train_grpo.py packs them."""
         sizes = {b: (p.input_ids.shape[1], self.G * self.C) for b, p in enumerate(self.prompts)}
-        checkpointing = self.policy.model.model.language_model.gradient_checkpointing
-        return pack_groups(sizes, default_pack_tokens(checkpointing))
+        return pack_groups(sizes, self.pack_tokens)
 
     def logprobs(self, policy, indices, tokens):
         """Log-probs (b, G, C) of the completions (b, G, C) of these prompts."""
@@ -265,14 +267,14 @@ def floor(side, bandwidth, rate):
     return bytes_read / bandwidth, update_passes(side.lora) * flops / rate
 
 
-def time_case(size, px, G, B, C, repeats, plain, checkpointing, compile_decode_step):
+def time_case(size, px, G, B, C, repeats, plain, checkpointing, compile_decode_step, pack_tokens):
     bandwidth, rate = machine_rates()
     result = {"case": f"{px} px, G {G}", "size": size, "prompts": B, "group": G, "tokens": C,
               "px": px}
     for name, kind in {"ours": Ours, "plain": Plain}.items():
         if name == "plain" and not plain:
             continue
-        side = kind(*build(size, px, B, checkpointing), G, C, compile_decode_step)
+        side = kind(*build(size, px, B, checkpointing), G, C, compile_decode_step, pack_tokens)
         result["prompt_tokens"] = max(p.input_ids.shape[1] for p in side.prompts)
         trainable = [param for param in side.policy.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=torch.cuda.is_available())
@@ -366,11 +368,13 @@ def main():
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                         help="default: on a GPU, as training at these sizes does")
+    parser.add_argument("--pack-tokens", type=int, help="default: as train_grpo.py")
     parser.add_argument("--ours", action="store_true", help="without the plain side")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     args = parser.parse_args()
     if args.memory:
-        for flag in ("size", "prompts", "repeats", "compile", "ours", "gradient_checkpointing"):
+        for flag in ("size", "prompts", "repeats", "compile", "ours", "pack_tokens",
+                     "gradient_checkpointing"):
             if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag} does not go with --memory")
     cuda = args.device == "cuda"
@@ -395,7 +399,7 @@ def main():
         cases = [(args.px, args.group)]
     for px, G in cases:
         time_case(args.size, px, G, args.prompts or (8 if cuda else 4), C, args.repeats,
-                  not args.ours, checkpointing, args.compile)
+                  not args.ours, checkpointing, args.compile, args.pack_tokens)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ RECIPES = {  # task -> further flags of SFT and of GRPO, where the default ones 
     "ovd": ("--steps 200", f"--steps 120 {LONG}"),
     "seg": ("--steps 200", f"--steps 120 {LONG}"),
     "pair": ("--steps 600", "--steps 200"),
+    "change": ("--steps 60", "--steps 120 --temperature 0.7"),
+    "vqa": ("--steps 60", "--steps 120 --temperature 0.7"),
     "count": ("--steps 100", "--steps 120"),
     "geo": ("--steps 200", "--steps 120"),
 }

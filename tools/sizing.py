@@ -75,29 +75,31 @@ def memory(size: str, gpu_gib: float, gpus: int = 1, lora: bool = False,
         "reference (bf16)": 2 * n["all"] / gpus if has_ref_copy else 0,
         "rollout copy (bf16)": 2 * n["all"] if has_rollout_copy else 0,
     }
-    if gpus == 1:                                   # one layer's at a time, or the head's
-        sizes["cast weights"] = 2 * max(n["layer"], V * E)
-    else:                                           # the root, one unit, and the unit's gradient
-        root = n["all"] - layers * n["layer"] - n["vision"]     # embeddings and head
-        largest = max(2 * n["layer"], n["vision"], root)
-        sizes["gathered weights"] = 2 * root + (2 + 2 + 4) * largest
+    # Captured decode steps keep their caches: of training, of greedy and sampled held-out scores.
     row = PROMPT_TOKENS + GROUP * NEW_TOKENS        # tokens of a packed row
     prompts = -(-PROMPTS // gpus)
-    rows = min(max(pack_tokens_for(gpu_gib) // row, 1), prompts)    # rows of a micro-batch
-    kept = 2 * layers * rows * row * E              # inputs of checkpointed layers
-    keys_and_values = 2 * 2 * GROUP * (PROMPT_TOKENS + NEW_TOKENS) * E  # by query head
-    # One layer, recomputed, and its gradient
-    layer = rows * 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + keys_and_values)
-    head = 3 * 4 * min(1024, row) * V               # logits, log-softmax, gradient of a chunk
-    sizes["activations"] = kept + max(layer, head)
-    # Captured decode steps keep their caches: of training, of greedy and sampled held-out scores.
     cached = [prompts * row, BATCH_SIZE * (PROMPT_TOKENS + NEW_TOKENS),
               BATCH_SIZE * (PROMPT_TOKENS + NUM_SAMPLED * NEW_TOKENS)]
     per_token = 2 * 2 * layers * text.num_key_value_heads * (E // text.num_attention_heads)
-    # The prefill fills a fresh one.
-    sizes["keys and values of rollouts"] = per_token * (sum(cached) + max(cached))
-    sizes["a draw of tokens"] = 6 * 4 * max(prompts * GROUP, BATCH_SIZE * NUM_SAMPLED) * V
+    sizes["keys and values of rollouts"] = per_token * sum(cached)
     sizes["CUDA context, NCCL"] = (0.6 + (gpus > 1)) * 2**30
+    rollout = {"keys and values of a prefill": per_token * max(cached),
+               "a draw of tokens": 6 * 4 * max(prompts * GROUP, BATCH_SIZE * NUM_SAMPLED) * V}
+
+    rows = min(max(pack_tokens_for(gpu_gib) // row, 1), prompts)    # rows of a micro-batch
+    kept = 2 * layers * rows * row * E              # inputs of checkpointed layers
+    attended = 2 * 2 * GROUP * (PROMPT_TOKENS + NEW_TOKENS) * E     # keys, values by query head
+    # One layer, recomputed, and its gradient
+    layer = rows * 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + attended)
+    head = 3 * 4 * min(1024, row) * V               # logits, log-softmax, gradient of a chunk
+    update = {"activations": kept + max(layer, head)}
+    if gpus == 1:                                   # one layer's at a time, or the head's
+        update["cast weights"] = 2 * max(n["layer"], V * E)
+    else:                                           # the root, one unit, and the unit's gradient
+        root = n["all"] - layers * n["layer"] - n["vision"]     # embeddings and head
+        largest = max(2 * n["layer"], n["vision"], root)
+        update["gathered weights"] = 2 * root + (2 + 2 + 4) * largest
+    sizes |= max(rollout, update, key=lambda part: sum(part.values()))  # never both at once
     return {name: value / 2**30 for name, value in sizes.items()}
 
 
