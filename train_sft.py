@@ -149,6 +149,7 @@ def main(args: Namespace) -> None:
             print0(f"step {step + 1:5d}/{args.steps}  loss {row['loss']:7.4f}  grad "
                    f"{row['grad_norm']:6.2f}  {seconds:5.2f} s  {console.eta(step + 1, seconds)}")
         stop = run.should_stop()
+        run.doing = "finishing the next step"  # if a signal comes only now
         if (step + 1) % args.save_every == 0 or is_last or stop:
             run.save_checkpoint({"step": step + 1, "skipped": guard.skipped}, policy, optimizer)
         if stop and not is_last:
