@@ -114,7 +114,7 @@ class Sampler:
 
     model, processor     updated weights have to be written in place: a CUDA graph reads the
                          addresses that it was captured with
-    decode_step          the function, or its compiled form: each new shape costs about 15 seconds
+    decode_step          the function, or its compiled form: each new shape costs 15 seconds or more
     static_decode_steps  the MAX_STATIC_DECODE_STEPS most recently used, the latest at the end
     graph_pool           one pool of memory for all CUDA graphs: none of it outlasts a decode step
     """

@@ -32,9 +32,10 @@ from processing import collate, encode_chat, max_position_ids
 from rollout import Rollout, Sampler, inverse_cdf, uniforms
 from runtime.distributed import sync_sampling_model
 from runtime.errors import UserError
-from runtime.layers import AlignedMLP, FusedRMSNorm
+from runtime.layers import AlignedMLP, FusedRMSNorm, use_fused_layers
 from runtime.optimisation import linear_warmup_decay
 from test_scripts import here
+from tools import sizing
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPTS = {  # name -> text, (width, height) of its images
@@ -214,6 +215,9 @@ def test_an_mlp_with_padded_hidden_units_is_the_same():
     mlp(x).square().sum().backward()
     plain_mlp(x).square().sum().backward()
     assert_same_gradients(gradients(mlp), gradients(plain_mlp))
+    with torch.device("meta"):
+        model = use_fused_layers(Qwen2_5_VLForConditionalGeneration(sizing.shape("3b")))
+    assert {type(block.mlp) for block in model.model.visual.blocks} == {AlignedMLP}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -66,13 +66,12 @@ def memory(size: str, gpu_gib: float, gpus: int = 1, lora: bool = False,
     text, n = shape(size).text_config, parameters(size)
     E, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
     trained, frozen = (RANK * n["adapters"], n["all"]) if lora else (n["all"], 0)
-    has_ref_copy = reference and not lora           # LoRA's reference: the model, adapters off
+    ref_copy = 4 * trained if lora else 2 * n["all"]    # LoRA's is of the adapters
     has_rollout_copy = not (lora and gpus == 1)
     sizes = {
         "weights (float32; frozen ones bf16)": (4 * trained + 2 * frozen) / gpus,
-        "gradients": 4 * trained / gpus,
         "AdamW": 8 * trained / gpus,
-        "reference (bf16)": 2 * n["all"] / gpus if has_ref_copy else 0,
+        "reference (bf16; adapters float32)": ref_copy / gpus if reference else 0,
         "rollout copy (bf16)": 2 * n["all"] if has_rollout_copy else 0,
     }
     # Captured decode steps keep their caches: of training, of greedy and sampled held-out scores.
@@ -83,8 +82,9 @@ def memory(size: str, gpu_gib: float, gpus: int = 1, lora: bool = False,
     per_token = 2 * 2 * layers * text.num_key_value_heads * (E // text.num_attention_heads)
     sizes["keys and values of rollouts"] = per_token * sum(cached)
     sizes["CUDA context, NCCL"] = (0.6 + (gpus > 1)) * 2**30
-    rollout = {"keys and values of a prefill": per_token * max(cached),
-               "a draw of tokens": 6 * 4 * max(prompts * GROUP, BATCH_SIZE * NUM_SAMPLED) * V}
+    # Of the captured graphs, whose memory nothing else gets.
+    sizes["a draw of tokens"] = 6 * 4 * max(prompts * GROUP, BATCH_SIZE * NUM_SAMPLED) * V
+    rollout = {"keys and values of a prefill": per_token * max(cached)}
 
     rows = min(max(pack_tokens_for(gpu_gib) // row, 1), prompts)    # rows of a micro-batch
     kept = 2 * layers * rows * row * E              # inputs of checkpointed layers
@@ -92,7 +92,7 @@ def memory(size: str, gpu_gib: float, gpus: int = 1, lora: bool = False,
     # One layer, recomputed, and its gradient
     layer = rows * 2 * (2 * row * (8 * E + 4 * text.intermediate_size) + attended)
     head = 3 * 4 * min(1024, row) * V               # logits, log-softmax, gradient of a chunk
-    update = {"activations": kept + max(layer, head)}
+    update = {"gradients": 4 * trained / gpus, "activations": kept + max(layer, head)}
     if gpus == 1:                                   # one layer's at a time, or the head's
         update["cast weights"] = 2 * max(n["layer"], V * E)
     else:                                           # the root, one unit, and the unit's gradient
