@@ -309,7 +309,7 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         chosen = held_out_tenth(names)
         train = [sample for sample, name in zip(samples, names) if name not in chosen]
         held_out = [sample for sample, name in zip(samples, names) if name in chosen]
-        rule = "a tenth of the images"
+        rule = "about a tenth of the images"
     # In the order of a hash: in that of the source, the first 256 could be one class
     return Split(sorted(train, key=record_hash), sorted(held_out, key=record_hash),
                  f"{rule} of {source}")

@@ -78,6 +78,8 @@ ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned
                 "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")
 BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
 KEEPS_SHAPE = ("pair", "geo")  # tasks without boxes whose images are panoramas and photographs
+END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> what ends a whole file, within
+TAIL = 2**10  # so many bytes
 TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 
 
@@ -158,7 +160,8 @@ def unreadable_as_user_error(image: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, ValueError) as error:  # missing, truncated or damaged
-        raise UserError(f"{image} cannot be read ({error}); replace it, or leave it out")
+        raise UserError(f"{image} cannot be read ({error}); replace it by one of the same name, or "
+                        "leave it out")
 
 
 def fit_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
@@ -184,9 +187,9 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
     try:
         size = header_size(path)
     except FileNotFoundError:
-        raise UserError(f"{source}: image {path} does not exist; --images names the folder that "
-                        "image names are relative to")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source}: image {path} does not exist; name the folder of the images by "
+                        "--images, or --data SOURCE@FOLDER")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: image {path} cannot be read ({error}); replace it, or "
                         "leave it out")
     if min(size) < 2:
@@ -197,7 +200,13 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=2**18)  # many samples share an image; emptied before a source is read
 def header_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
+    """(width, height). A file that looks cut off, as half a download is, is decoded: its error
+    would end the run when its turn comes."""
+    with open(path, "rb") as file, Image.open(file) as image:
+        file.seek(max(file.seek(0, 2) - TAIL, 0))
+        if END_OF_FILE.get(image.format, b"") not in file.read():
+            file.seek(0)
+            image.load()
         return image.size
 
 

@@ -99,9 +99,11 @@ def not_served(path: Path, task: str, name: str, served: Sequence[str],
 
 
 def glob(path: Path, pattern: str) -> list[Path]:
-    """What fits a pattern, in which {,*/} is the folder itself or those of its splits."""
-    return sorted({file for inside in ("", "*/")
-                   for file in path.glob(pattern.replace("{,*/}", inside))})
+    """What fits a pattern, in which {,*/} is the folder itself or those of its splits. Not what
+    other programs leave in folders: .ipynb_checkpoints, macOS's ._image.jpg and __MACOSX."""
+    found = {file for inside in ("", "*/") for file in path.glob(pattern.replace("{,*/}", inside))}
+    return sorted(file for file in found if not any(
+        part.startswith(".") or part == "__MACOSX" for part in file.relative_to(path).parts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,16 +120,22 @@ def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
         while len(folders) == 1 and glob(folders[0], "*/"):  # EuroSAT's classes are in 2750/
             folders = glob(folders[0], "*/")
         root_of |= dict.fromkeys(folders, root)
+    files = {folder: glob(folder, "*") for folder in root_of}
+    images = {folder: [file for file in files[folder] if file.suffix.lower() in IMAGE_SUFFIXES]
+              for folder in root_of}
     names = sorted({folder.name for folder in root_of})
-    files = [file for folder in root_of for file in folder.iterdir()]
-    has_images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
-    if NO_CLASSES.intersection(map(str.lower, names)) or files and not has_images:
+    classes = sorted({folder.name for folder in root_of if images[folder]})
+    if NO_CLASSES.intersection(map(str.lower, names)) or any(files.values()) and not classes:
         raise UserError(f"{path}: no known layout (docs/data.md lists them), and its folders "
                         f"{', '.join(names)[:60]} are no classes with images directly in them; if "
                         "they are splits, name one of them as --data")
-    question = f"Which class does this scene belong to? Classes: {', '.join(names)}."
+    if not root_of and any(file.suffix.lower() in IMAGE_SUFFIXES for file in glob(path, "*")):
+        raise UserError(f"{path}: has images directly in it; --data is the folder above, whose "
+                        "folders are the classes")
+    request.notes["folders without images left out"] += len(set(names) - set(classes))
+    question = f"Which class does this scene belong to? Classes: {', '.join(classes)}."
     for folder, root in root_of.items():
-        for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+        for file in images[folder]:
             source = f"{root.name}/" * has_splits + f"{folder.name}/{file.name}"
             read_image_size(file, source)
             yield make_sample(source, request, (file,), question, folder.name,
