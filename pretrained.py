@@ -43,6 +43,11 @@ def load_model(name: str, image_size: int | None = None,
     """
     disable_progress_bar()  # transformers' own; it would break up the lines of a training run
     folder = base = Path(__file__).parent / "tiny" if name == "tiny" else name
+    run = Path(name).parent if Path(name).name == "model" else Path(name)
+    if (run / "checkpoint").is_dir() and not (run / "model").exists():
+        raise UserError(f"--model {name}: {run} holds a run that is not complete, and model/ is "
+                        "written at its end; continue it with --resume, or take the model of its "
+                        f"last checkpoint: python tools/export.py {run} FOLDER")
     if not Path(folder).exists():
         if name.count("/") != 1:  # a hub id has one slash
             raise UserError(f"--model {name}: no such folder")

@@ -26,7 +26,7 @@ from runtime.errors import UserError
 from sample import INSTRUCTIONS, Sample, chat_template, format_prompt, load_images
 from test_docs import python_blocks, section
 from tiny.scenes import Scenes
-from tools import ask
+from tools import ask, export
 
 IN_TRANSFORMERS, IN_VLLM = python_blocks(section("docs/forking.md", "The model in other programs"))
 
@@ -139,6 +139,23 @@ def test_an_image_that_is_not_resized_is_refused(folder):
 def test_a_runs_folder_points_to_its_model(folder):
     with pytest.raises(UserError, match=f"its model is {folder}$"):
         load_model(str(folder.parent))
+
+
+def test_a_run_that_is_not_complete_points_to_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in (tmp_path, tmp_path / "model"):
+        with pytest.raises(UserError, match="not complete.*--resume.*tools/export.py"):
+            load_model(str(name))
+
+
+def test_export_writes_the_model_of_the_last_checkpoint(staged, tmp_path, monkeypatch):
+    """The last one of a complete run is its model."""
+    monkeypatch.setattr(sys, "argv", ["export.py", str(staged), str(tmp_path / "model")])
+    export.main()
+    for name in ("model.safetensors", "config.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (staged / "model" / name).read_bytes(), name
+    with pytest.raises(UserError, match="exists; choose another folder"):
+        export.main()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
