@@ -106,16 +106,13 @@ def main(args: Namespace) -> None:
     init_distributed(timeout=SCORING_TIMEOUT)
     reward_models = {}
     if rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         locks = [lock(args.out)]  # held to the end; a run that begins there has no results yet
         check_out(runs)
         reward_models = load_reward_models(tasks, args.sbert, args.sam, args.reward)
     sampler = None if args.predictions else load_sampler(args.model, args.image_size)
     if rank() == 0 and args.suite:
         clear_suite(args)
-        for run in runs:
-            run.out.mkdir(exist_ok=True)
-            locks.append(lock(run.out))
+        locks += [lock(run.out) for run in runs]
 
     all_scores = {}
     for i, run in enumerate(runs, 1):

@@ -98,7 +98,6 @@ class Run(Stoppable):
         if not args.resume and any(model.is_relative_to(out / name) for name in ENTRIES):
             raise UserError(f"--model {args.model} lies in --out {self.out}, from which a "
                             "new run moves it away; choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
         self.lock_file = lock(self.out) if rank() == 0 else None
         # All ranks go by what the first one sees.
         folder = all_gather_object(last_checkpoint(self.out) if args.resume else None)[0]
@@ -240,9 +239,14 @@ class Run(Stoppable):
 
 
 def lock(out: Path) -> TextIO:
-    """Let one run at a time write to a folder: workers outlive a torchrun that is killed, and a
-    --resume beside them would spoil both. Closing the returned file unlocks it."""
-    file = open(out / ".lock", "a")  # noqa: SIM115  it has to stay open
+    """Let one run at a time write to a folder, which is made: workers outlive a torchrun that is
+    killed, and a --resume beside them would spoil both. Closing the returned file unlocks it.
+    Raises UserError if it cannot."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")  # noqa: SIM115  it has to stay open
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error})") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

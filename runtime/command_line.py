@@ -47,8 +47,11 @@ def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:
 
 
 def exit_with_error(message: str, code: int = 1) -> None:
-    """Exit; with other ranks at once, as an orderly exit would wait for them."""
-    record_end(code, message)
+    """Exit; with other ranks at once, as an orderly exit would wait for them. An error that ends a
+    run is followed by how to go on."""
+    has_run = record_end(code, message)
+    if has_run and RESUME_HINT not in message:
+        message += f"\n{RESUME_HINT}"
     if world_size() == 1 and code == 1:
         sys.exit(message)
     sys.stdout.flush()

@@ -25,10 +25,11 @@ class NotServedError(UserError):
     """A source of data cannot serve a task."""
 
 
-def record_end(code: int, why: str) -> None:
-    """Leave the reason in the run's folder, if this process has a run."""
+def record_end(code: int, why: str) -> bool:
+    """Leave the reason in the run's folder, if this process has a run; returns whether it has."""
     with suppress(OSError):
         ENDINGS.error("exit code %d: %s", code, why)
+    return any(isinstance(handler, logging.FileHandler) for handler in ENDINGS.handlers)
 
 
 def warn(text: str) -> None:

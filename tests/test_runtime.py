@@ -20,9 +20,9 @@ from metrics import held_out, training
 from metrics.training import Console
 from runtime import checkpoint, signals
 from runtime.checkpoint import Run
-from runtime.command_line import run_main
+from runtime.command_line import RESUME_HINT, run_main
 from runtime.distributed import init_distributed
-from runtime.errors import UserError
+from runtime.errors import ENDINGS, UserError
 from runtime.logging import JsonlLog
 from runtime.signals import replace_broken_pipes
 from test_guards import run_args
@@ -421,6 +421,20 @@ def test_signal_while_a_script_loads_ends_it_with_a_word():
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == ("interrupted by SIGTERM; the same command with --resume continues from "
                            "the last checkpoint, if there is one\n")
+
+
+def test_an_error_in_a_run_is_followed_by_how_to_go_on(tmp_path, monkeypatch):
+    """A broken image once ended a run without a word on whether its steps are lost."""
+    monkeypatch.setattr(ENDINGS, "handlers", [])  # other tests leave theirs
+    def fail():
+        raise UserError("1.jpg cannot be read")
+
+    with pytest.raises(SystemExit, match=r"^error: 1.jpg cannot be read$"):
+        run_main(fail)
+    run = Run(run_args(tmp_path), {}, FRESH)
+    with pytest.raises(SystemExit, match=f"^error: 1.jpg cannot be read\n{RESUME_HINT}$"):
+        run_main(fail)
+    run.close()
 
 
 def test_signal_stops_held_out_scoring_after_its_batch_and_nothing_is_lost(
