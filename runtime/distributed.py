@@ -69,8 +69,8 @@ def init_distributed(shard_size: int | None = None,
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # as a killed torchrun kills none
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-        # cuDNN plans its attention anew for each shape, for a tenth of a second or more, and each
-        # step has new ones. PyTorch's other kernels need no plan.
+        # cuDNN's attention makes a plan for each new shape, which can take a second, and each step
+        # has new ones. PyTorch's other kernels need none.
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif "OMP_NUM_THREADS" not in os.environ:
         # Beside other work threads wait for each other, so that a step can take 20 times as long.
