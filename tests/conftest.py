@@ -1,6 +1,7 @@
 """Shared by all tests: the project root on the path, a fixed seed, and one tiny random model."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -18,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state, whatever ran before it; torch only where it is loaded already."""
+    """Every test starts from the same random state, whatever ran before it; torch only where it is loaded already. Nor is
+    it in the run of an earlier test."""
     np.random.seed(0)
+    del logging.getLogger("endings").handlers[1:]
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
