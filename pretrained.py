@@ -5,6 +5,7 @@ All weights are read as the file has them, and written in float32.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,10 @@ def complete_folder(folder: Path) -> Iterator[Path]:
             partial_folder.mkdir(parents=True)
         yield partial_folder
         if rank() == 0:
+            umask = os.umask(0)  # the only way to ask for it is to set it
+            os.umask(umask)
+            for file in partial_folder.iterdir():
+                file.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
             shutil.rmtree(folder, ignore_errors=True)
             partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk raises either

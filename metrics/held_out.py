@@ -11,7 +11,7 @@ from metrics.batches import batches_by_length, local_batches
 from rewards import REWARD_PARTS, Sam, Sbert, extract_answer, score_completion
 from rollout import Sampler, predict
 from runtime.distributed import all_gather_object
-from runtime.logging import print0
+from runtime.logging import print0, shorten
 from runtime.ranks import rank, world_size
 from sample import Sample
 
@@ -57,9 +57,9 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
 
 def print_example(sample: Sample, text: str, parts: Mapping[str, float]) -> None:
     """The greedy answer to a question that is the same each time, so that a reader sees it change."""
-    question = " ".join(sample.question.split())
-    print(f"    e.g. {question[:90]} -> {(extract_answer(text) or 'no answer')[:60]} (target "
-          f"{sample.gt_answer[:60]}), accuracy reward {parts['accuracy']:.3f}", flush=True)
+    question = shorten(sample.question, 90)
+    print(f"    e.g. {question} -> {shorten(extract_answer(text) or 'no answer', 60)} (target "
+          f"{shorten(sample.gt_answer, 60)}), accuracy reward {parts['accuracy']:.3f}", flush=True)
 
 
 def held_out_by_task(sampler: Sampler, held_out: Mapping[str, Sequence[Sample]],

@@ -22,7 +22,7 @@ from rewards import REWARD_PARTS
 from rollout import Rollout
 from runtime.distributed import all_gather_object, all_reduce_means, all_reduce_sum, device
 from runtime.errors import errors_as_warnings, warn
-from runtime.logging import JsonlLog, print0
+from runtime.logging import JsonlLog, print0, shorten
 from runtime.ranks import rank, world_size
 from sample import Sample
 
@@ -171,7 +171,7 @@ class Console:
                f"entropy {row['entropy']:.3f}  len {row['len_mean']:4.1f}  grad {grad}  "
                f"{seconds:.2f} s  {eta}")
         if row["step"] == 1 or row["step"] % self.eval_every == 0:
-            print0(f"    e.g. reward {reward:.3f} for {' '.join(text.split())}"[:160])
+            print0(f"    e.g. reward {reward:.3f} for {shorten(text, 134)}")
         self.warn_without_signal(row)
 
     def warn_without_signal(self, row: dict) -> None:

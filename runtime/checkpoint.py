@@ -293,7 +293,9 @@ def move_aside(out: Path, entries: list[Path]) -> None:
     except OSError as error:
         raise UserError(f"--out {out} holds results, which cannot be moved aside ({error}); choose "
                         "another --out, or replace them by --overwrite") from error
-    print0(f"--out {out} held results, which are now in {folder} (--overwrite replaces them)")
+    is_run_to_continue = (folder / "checkpoint").is_dir() and not (folder / "model").exists()
+    hint = f"; that run goes on with --resume --out {folder}" if is_run_to_continue else ""
+    print0(f"--out {out} held results, which are now in {folder} (--overwrite replaces them){hint}")
 
 
 def remove(path: Path) -> None:
@@ -341,7 +343,8 @@ def read_progress(folder: Path, config: dict[str, str], args: Namespace,
         raise UserError(f"--resume: {folder} is the checkpoint of another script; choose another "
                         "--out, or leave --resume out")
     before = flag_texts(args.defaults) | saved["settings"]
-    changes = {name: " ".join(f"--{name} was {before[name]} and is now {value}".split())
+    changes = {name: " ".join(f"{'' if '(as read)' in name else '--'}{name} was {before[name]} and "
+                              f"is now {value}".split())
                for name, value in config.items() if name in before and value != before[name]}
     refused = [change for name, change in changes.items() if f"--{name}" not in args.may_change]
     if refused:

@@ -20,6 +20,12 @@ def print0(text: str) -> None:
         print(text, flush=True)
 
 
+def shorten(text: str, width: int) -> str:
+    """The text in one line of at most `width` characters; two dots mark a cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]} .."
+
+
 class JsonlLog:
     """A file of JSON lines that the first rank writes, equally many for each step. The first write
     cuts it back to those of the first `steps`; no earlier moment does, so that a --resume that is

@@ -80,7 +80,8 @@ def test_new_run_moves_the_old_one_aside(out, capsys):
     Run(run_args(out), {}, FRESH).close()
     (out / "model").mkdir()
     Run(run_args(out), {}, FRESH).close()
-    assert f"held results, which are now in {out}.2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"held results, which are now in {out}.2" in said and f"goes on with --resume --out {out}.1\n" in said
     assert contents(Path(f"{out}.1")) | {"notes.txt": b"mine"} == before
     assert [path.name for path in Path(f"{out}.2").iterdir()] == ["model"]
     assert contents(out) == {"notes.txt": b"mine"}
@@ -557,7 +558,7 @@ def test_steps_are_counted_with_the_time_that_is_left_and_a_completion_now_and_t
     assert said[2].endswith("3.00 s  ETA 0:06:36") and said[4].endswith("2.00 s  ETA 0:06:34")
     for shown in (said[1], said[3]):
         assert shown.startswith("    e.g. reward 0.250 for <think>a b</think> ccc")
-        assert len(shown) == 160
+        assert len(shown) == 160 and shown.endswith("c ..")
 
 
 def test_a_pipe_without_a_reader_does_not_end_the_run_before_it_has_saved():

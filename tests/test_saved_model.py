@@ -141,6 +141,13 @@ def test_a_runs_folder_points_to_its_model(folder):
         load_model(str(folder.parent))
 
 
+def test_a_saved_model_is_as_readable_as_other_files(tmp_path, shipped):
+    """safetensors makes private files, so a colleague on a shared disk could not load the model."""
+    save_model(*shipped, tmp_path / "model")
+    (tmp_path / "other").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "model").iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
 def test_a_run_that_is_not_complete_points_to_its_checkpoint(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     for name in (tmp_path, tmp_path / "model"):
