@@ -77,7 +77,7 @@ def init_distributed(shard_size: int | None = None,
         torch.set_num_threads(1)
     if rank() == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        print(f"device: {name}, threads: {torch.get_num_threads()} (OMP_NUM_THREADS), "
+        print(f"device: {name}, threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets them), "
               f"processes: {world_size()}", flush=True)
     if world_size() == 1:
         return None

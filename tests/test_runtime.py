@@ -601,7 +601,7 @@ def test_run_without_held_out_samples_and_without_plots_is_complete(
     assert "held-out samples" not in said
     assert not any(name.startswith("heldout") for log in rows(tmp_path / "metrics.jsonl")
                    for name in log)
-    assert "device: CPU, threads: 1 (OMP_NUM_THREADS), processes: 1\nmodel: " in said
+    assert "device: CPU, threads: 1 (OMP_NUM_THREADS sets them), processes: 1\nmodel: " in said
 
 
 def test_a_cpu_run_takes_one_thread_unless_the_environment_says_more(monkeypatch):
