@@ -101,7 +101,8 @@ def not_served(path: Path, task: str, name: str, served: Sequence[str],
 def glob(path: Path, pattern: str) -> list[Path]:
     """What fits a pattern, in which {,*/} is the folder itself or those of its splits. Not what
     other programs leave in folders: .ipynb_checkpoints, macOS's ._image.jpg and __MACOSX."""
-    found = {file for inside in ("", "*/") for file in path.glob(pattern.replace("{,*/}", inside))}
+    patterns = {pattern.replace("{,*/}", inside) for inside in ("", "*/")}  # one without braces
+    found = {file for pattern in patterns for file in path.glob(pattern)}
     return sorted(file for file in found if not any(
         part.startswith(".") or part == "__MACOSX" for part in file.relative_to(path).parts))
 
