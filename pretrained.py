@@ -5,7 +5,6 @@ All weights are read as the file has them, and written in float32.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from model import ATTENTION, STOP_TOKENS, Qwen, vision_token_ids
 from processing import Processor
+from runtime.checkpoint import is_unfinished
 from runtime.errors import UserError, first_line, why_not_loaded
 from runtime.layers import use_fused_layers
 from runtime.logging import print0
@@ -45,7 +45,7 @@ def load_model(name: str, image_size: int | None = None,
     disable_progress_bar()  # transformers' own; it would break up the lines of a training run
     folder = base = Path(__file__).parent / "tiny" if name == "tiny" else name
     run = Path(name).parent if Path(name).name == "model" else Path(name)
-    if (run / "checkpoint").is_dir() and not (run / "model").exists():
+    if is_unfinished(run):
         raise UserError(f"--model {name}: {run} holds a run that is not complete, and model/ is "
                         "written at its end; continue it with --resume, or take the model of its "
                         f"last checkpoint: python tools/export.py {run} FOLDER")
@@ -101,10 +101,8 @@ def complete_folder(folder: Path) -> Iterator[Path]:
             partial_folder.mkdir(parents=True)
         yield partial_folder
         if rank() == 0:
-            umask = os.umask(0)  # the only way to ask for it is to set it
-            os.umask(umask)
-            for file in partial_folder.iterdir():
-                file.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
+            for file in partial_folder.iterdir():  # safetensors lets nobody else read its files
+                file.chmod(partial_folder.stat().st_mode & 0o666)
             shutil.rmtree(folder, ignore_errors=True)
             partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:  # a full disk raises either

@@ -216,23 +216,13 @@ class Run(Stoppable):
 
     def load_checkpoint(self, policy: Module, optimizer: Optimizer,
                         ref_model: Module | None = None) -> None:
-        """Read the last checkpoint's tensors, saved by any number of ranks, into the modules and
-        the optimiser. Raises UserError if a file is not as it was written. Resume from your own
-        checkpoints only: torch.distributed.checkpoint describes them in a pickle."""
-        folder = last_checkpoint(self.out)
-        written = read_run_json(folder)["files"]
-        found = checksums(folder, {})
-        for name in found | written:
-            if written.get(name) != found.get(name):
-                raise UserError(f"--resume: {folder / name} is damaged or missing; {START_AGAIN}")
-        self.files = written
+        """Read the last checkpoint's tensors into the modules and the optimiser. Raises UserError if
+        they are damaged, see read_tensors."""
         state = state_dict(policy, optimizer)
-        try:
-            dcp.load(state, checkpoint_id=folder)
-            if ref_model is not None:
-                dcp.load(saved_weights(ref_model, policy), checkpoint_id=folder / "reference")
-        except CheckpointException as error:
-            raise UserError(f"--resume: {folder} is not of this model ({reason(error)})") from error
+        parts = {"": state}
+        if ref_model is not None:
+            parts["reference"] = saved_weights(ref_model, policy)
+        self.files = read_tensors(last_checkpoint(self.out), parts)
         groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
         moments = {"state": state["moments"], "param_groups": groups}
         set_optimizer_state_dict(policy, optimizer, moments)
@@ -293,8 +283,7 @@ def move_aside(out: Path, entries: list[Path]) -> None:
     except OSError as error:
         raise UserError(f"--out {out} holds results, which cannot be moved aside ({error}); choose "
                         "another --out, or replace them by --overwrite") from error
-    is_run_to_continue = (folder / "checkpoint").is_dir() and not (folder / "model").exists()
-    hint = f"; that run goes on with --resume --out {folder}" if is_run_to_continue else ""
+    hint = f"; that run goes on with --resume --out {folder}" if is_unfinished(folder) else ""
     print0(f"--out {out} held results, which are now in {folder} (--overwrite replaces them){hint}")
 
 
@@ -311,6 +300,11 @@ def last_checkpoint(out: Path) -> Path | None:
     save_checkpoint leaves it as checkpoint.old."""
     folders = (out / "checkpoint", out / "checkpoint.old")
     return next((folder for folder in folders if os.path.lexists(folder)), None)
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a folder holds a run that can continue, whose model/ is not written yet."""
+    return last_checkpoint(out) is not None and not (out / "model").exists()
 
 
 def read_run_json(folder: Path) -> dict[str, dict]:
@@ -355,6 +349,23 @@ def read_progress(folder: Path, config: dict[str, str], args: Namespace,
     for line in [*changes.values(), *unknown]:
         print0(f"--resume: {line}")
     return progress
+
+
+def read_tensors(folder: Path, parts: dict[str, dict]) -> dict[str, int]:
+    """Read a checkpoint's tensors, saved by any number of ranks, into state dicts, {folder in it:
+    state dict} -> its checksums. Raises UserError if a file is not as it was written. Read your own
+    checkpoints only: torch.distributed.checkpoint describes them in a pickle."""
+    written = read_run_json(folder)["files"]
+    found = checksums(folder, {})
+    for name in found | written:
+        if written.get(name) != found.get(name):
+            raise UserError(f"--resume: {folder / name} is damaged or missing; {START_AGAIN}")
+    try:
+        for name, state in parts.items():
+            dcp.load(state, checkpoint_id=folder / name)
+    except CheckpointException as error:
+        raise UserError(f"--resume: {folder} is not of this model ({reason(error)})") from error
+    return written
 
 
 def checksums(folder: Path, known: dict[str, int]) -> dict[str, int]:

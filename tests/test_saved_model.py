@@ -2,6 +2,7 @@
 and its pixels. And one question about one image, from the command line."""
 
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,16 @@ def test_export_writes_the_model_of_the_last_checkpoint(staged, tmp_path, monkey
         assert (tmp_path / "model" / name).read_bytes() == (staged / "model" / name).read_bytes(), name
     with pytest.raises(UserError, match="exists; choose another folder"):
         export.main()
+
+
+def test_export_refuses_a_damaged_checkpoint(staged, tmp_path, monkeypatch):
+    shutil.copytree(staged / "checkpoint", tmp_path / "checkpoint")
+    file = next((tmp_path / "checkpoint").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), str(tmp_path / "exported")])
+    with pytest.raises(UserError, match="distcp is damaged"):
+        export.main()
+    assert not (tmp_path / "exported").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

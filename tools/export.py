@@ -12,11 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch.distributed.checkpoint as dcp
-
 from model import Policy
 from pretrained import load_model, save_model
-from runtime.checkpoint import last_checkpoint, read_run_json, saved_weights
+from runtime.checkpoint import last_checkpoint, read_run_json, read_tensors, saved_weights
 from runtime.command_line import run_main
 from runtime.errors import UserError
 from runtime.lora import add_adapters
@@ -45,7 +43,7 @@ def main() -> None:
     if flags["freeze"]:
         model.model.visual.requires_grad_(False)
     policy = Policy(model)
-    dcp.load({"policy": saved_weights(policy, policy)}, checkpoint_id=checkpoint)
+    read_tensors(checkpoint, {"": {"policy": saved_weights(policy, policy)}})
     save_model(model, processor, args.folder, flags["system"],
                thinking=flags["no-think"] == "False")
     progress = saved["progress"]
