@@ -216,8 +216,8 @@ class Run(Stoppable):
 
     def load_checkpoint(self, policy: Module, optimizer: Optimizer,
                         ref_model: Module | None = None) -> None:
-        """Read the last checkpoint's tensors into the modules and the optimiser. Raises UserError if
-        they are damaged, see read_tensors."""
+        """Read the last checkpoint's tensors into the modules and the optimiser. Raises UserError
+        if they are damaged, see read_tensors."""
         state = state_dict(policy, optimizer)
         parts = {"": state}
         if ref_model is not None:
