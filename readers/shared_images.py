@@ -3,10 +3,10 @@
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+from readers.files import map_files
 from runtime.errors import UserError, warn
 from sample import Sample
 
@@ -17,15 +17,12 @@ def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
     equal bytes. Within a source it is a warning: published splits share images, and who compares
     with a paper needs them as they are. Both sides: (source, samples)."""
     trained, held = image_files(train), image_files(held_out)
-    images = {image for _, image in trained | held}
-    with ThreadPoolExecutor(16) as pool:  # one by one, a network disk answers few a second
-        size_of = dict(zip(images, pool.map(num_bytes, images)))
-        shared_sizes = ({size_of[image] for _, image in trained}
-                        & {size_of[image] for _, image in held})
-        # Only files of equal size can have equal bytes, so only those are read.
-        to_read = [image for image in images if size_of[image] in shared_sizes]
-        checksums = pool.map(lambda image: zlib.crc32(image.read_bytes()), to_read)
-        checksum_of = dict(zip(to_read, checksums))
+    images = list({image for _, image in trained | held})
+    size_of = dict(zip(images, map_files(num_bytes, images)))
+    shared_sizes = {size_of[image] for _, image in trained} & {size_of[image] for _, image in held}
+    # Only files of equal size can have equal bytes, so only those are read.
+    to_read = [image for image in images if size_of[image] in shared_sizes]
+    checksum_of = dict(zip(to_read, map_files(checksum, to_read)))
 
     def contents(images: dict[tuple[str, object], Sample]) -> dict[tuple, list]:
         found = defaultdict(list)
@@ -60,3 +57,7 @@ def image_files(parts: Sequence[tuple[str, Sequence[Sample]]]) -> dict[tuple, Sa
 
 def num_bytes(image: object) -> int:
     return image.stat().st_size if isinstance(image, Path) else image.num_bytes
+
+
+def checksum(image: object) -> int:
+    return zlib.crc32(image.read_bytes())
