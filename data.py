@@ -1,4 +1,4 @@
-"""Which samples a run sees, and in which order: loading, splits, shuffling, prefetching.
+"""Which samples a run sees, and in which order: loading, splits, shuffling.
 
 Public data sets are read by readers/; the embedded one is rendered by tiny/scenes.py. The order is
 a function of the seed and the step alone, so a resumed run and a run on more ranks see the same
@@ -9,11 +9,9 @@ import gc
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -409,23 +407,3 @@ def get_mixed_batch(streams: Sequence[Sequence[Sample]], step: int, size: int,
 @lru_cache(maxsize=32)  # one for each task of a mixed stream, or each draw would shuffle again
 def permutation(n: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
     return np.random.default_rng([seed[0], epoch, *seed[1:]]).permutation(n)
-
-
-def prefetch(steps: Iterable[tuple[object, list]],
-             encode: Callable) -> Iterator[tuple[object, list, list]]:
-    """(step, samples) -> (step, samples, each of them encoded), in order.
-
-    Threads encode the next step's samples while this step trains. Reading, decoding and resizing
-    images, which is most of the work, releases Python's lock.
-    """
-    pool = ThreadPoolExecutor(max_workers=4)
-    current = None
-    try:
-        for step, samples in chain(steps, [(None, [])]):  # the empty one yields the last real step
-            upcoming = step, samples, [pool.submit(encode, sample) for sample in samples]
-            if current:
-                step, samples, encoded = current
-                yield step, samples, [future.result() for future in encoded]
-            current = upcoming
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -3,6 +3,9 @@
 Shapes: B prompts, P prompt tokens (padded on the right), E hidden size.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -129,3 +132,23 @@ def max_position_ids(prompts: Prompts) -> Tensor:
     """
     largest = prompts.position_ids.amax(0)                                      # (B, P)
     return largest.masked_fill(~prompts.attention_mask, 0).amax(1)
+
+
+def prefetch(steps: Iterable[tuple[object, list]],
+             encode: Callable) -> Iterator[tuple[object, list, list]]:
+    """(step, samples) -> (step, samples, each of them encoded), in order.
+
+    Threads encode the next step's samples while this step trains. Reading, decoding and resizing
+    images, which is most of the work, releases Python's lock.
+    """
+    pool = ThreadPoolExecutor(max_workers=4)
+    current = None
+    try:
+        for step, samples in chain(steps, [(None, [])]):  # the empty one yields the last real step
+            upcoming = step, samples, [pool.submit(encode, sample) for sample in samples]
+            if current:
+                step, samples, encoded = current
+                yield step, samples, [future.result() for future in encoded]
+            current = upcoming
+    finally:
+        pool.shutdown(cancel_futures=True)

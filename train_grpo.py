@@ -34,7 +34,7 @@ from itertools import chain
 import torch
 
 import grpo
-from data import fingerprint, get_mixed_batch, load_splits, parse_sources, parse_stages, prefetch
+from data import fingerprint, get_mixed_batch, load_splits, parse_sources, parse_stages
 from metrics.held_out import held_out_by_task, held_out_row
 from metrics.reward_models import load_reward_models
 from metrics.training import (
@@ -47,7 +47,7 @@ from metrics.training import (
 )
 from model import Policy, with_image_embeds
 from pretrained import load_model, save_model
-from processing import collate, encode
+from processing import collate, encode, prefetch
 from rewards import REWARD_PARTS, score_completion
 from rollout import Sampler, replace_groups, uniforms
 from runtime.checkpoint import Run, run_config

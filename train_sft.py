@@ -30,22 +30,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (
-    fingerprint,
-    get_batch,
-    get_mixed_batch,
-    load_splits,
-    parse_sources,
-    parse_tasks,
-    prefetch,
-)
+from data import fingerprint, get_batch, get_mixed_batch, load_splits, parse_sources, parse_tasks
 from metrics.held_out import held_out_rewards
 from metrics.plots import plot_curves
 from metrics.reward_choices import parse_rewards
 from metrics.training import Console
 from model import Policy
 from pretrained import load_model, save_model
-from processing import Processor, collate, encode
+from processing import Processor, collate, encode, prefetch
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import run_main

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data import prefetch
-from processing import Processor, Prompts, encode
+from processing import Processor, Prompts, encode, prefetch
 from runtime.ranks import rank, world_size
 from sample import Sample, format_prompt
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from boxes import clip_and_round, convert_box, format_boxes, format_json, obb_to_hbb, parse_boxes
-from readers.files import first_image_size, short
+from readers.files import first_image_size, one_line
 from rewards import strip_boxes
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample
@@ -295,7 +295,7 @@ def make_sample(source: str, request: Request, images: Sequence, question: str,
     check_target(source, task, question, think, gt_answer, len(gt_boxes))
     if not category and task == "cls":
         category = gt_answer
-    return Sample(id=short(source), task=task, images=tuple(images), question=question,
+    return Sample(id=one_line(source), task=task, images=tuple(images), question=question,
                   gt_answer=gt_answer, image_size=image_size, gt_boxes=tuple(gt_boxes), think=think,
                   category=str(category or ""), subset=str(subset or ""), **fields)
 

@@ -57,10 +57,10 @@ class user_error_on:
         if not isinstance(error, UserError):
             error = UserError(f"{self.source}: not {self.expected} ({first_line(error)}); fix or "
                               "remove it")
-        raise type(error)(short(str(error)))
+        raise type(error)(one_line(str(error)))
 
 
-def short(text: str, limit: int = 300) -> str:
+def one_line(text: str, limit: int = 300) -> str:
     """The text in one line without control characters. If it is longer, its middle is left out."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text)

@@ -27,11 +27,11 @@ from data import (
     load_samples,
     load_splits,
     parse_sources,
-    prefetch,
     read_source,
 )
 from flags import check_oriented, non_negative_int, read_system_prompt
 from metrics.rows import sample_from_row, sample_to_row
+from processing import prefetch
 from rewards import TASKS, format_reward, score_completion
 from runtime.errors import UserError
 from sample import (
