@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n, the tests of a file stay together: they share runs that take longer than they do."""
+    from xdist.scheduler import LoadScopeScheduling
+    return LoadScopeScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state, whatever ran before it; torch only where it is loaded already. Nor is
