@@ -371,12 +371,13 @@ def ask_pair(about: Topic) -> dict:
     right = int(np.random.default_rng([*scene.seed, 2]).integers(4))  # kind and colour play no role
     numbers = (2**32 + 100 * scene.seed[1] + i for i in range(100))  # of scenes that no sample has
     others = (make_scene(scene.seed[0], number, scene.image_size) for number in numbers)
-    images = [draw_scene(o) for o in islice((o for o in others if o.land != scene.land), 3)]
-    images.insert(right, draw_scene(scene))
+    candidates = list(islice((o for o in others if o.land != scene.land), 3))
+    candidates.insert(right, scene)
+    lands = ", ".join(f"{letter} {c.land}" for letter, c in zip("ABCD", candidates))
     return {"question": "The first image is taken on the ground, the others, A to D, from above. "
                         "Which of them shows the same place?",
-            "images": (draw_ground_view(scene), *images), "gt_answer": "ABCD"[right],
-            "think": f"The ground is {scene.land}, so is {'ABCD'[right]}.",
+            "images": (draw_ground_view(scene), *map(draw_scene, candidates)),
+            "gt_answer": "ABCD"[right], "think": f"{lands}; the ground is {scene.land}.",
             "choices": tuple("ABCD"), "category": scene.land}
 
 
