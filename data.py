@@ -125,8 +125,9 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
             warn(f"warning: the targets of {task} are boxes, such as {train[0].gt_answer[:60]}; "
                  "which task are they for?")
         scored = held_out[:heldout]
-        if 0 < len(held_out) < 10:
-            rules = [*rules, "so few tell little; --eval-data names others"]
+        if len(held_out) < 10 and heldout != 0:
+            few = "so few tell little" if held_out else "so no scores will tell what was learned"
+            rules = [*rules, f"{few}; --eval-data names others"]
         of_them = f", {len(scored)} of them scored" if len(scored) < len(held_out) else ""
         summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "
                    f"({'; '.join(rules)})")

@@ -266,6 +266,7 @@ def main(args: Namespace) -> None:
                    "rollout_s": t1 - t0, "update_s": t2 - t1,
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
                                 metrics["len_mean"], t2 - t0)}
+            console.print_step(row, t2 - t0, texts[0][0], rewards[0, 0])
             if step == 0 and before:
                 row["heldout_before"] = held_out_row(before, tasks, part_weights)["heldout"]
             if (step + 1) % args.eval_every == 0 or is_stage_end:
@@ -273,7 +274,6 @@ def main(args: Namespace) -> None:
                 row |= held_out_row(after, tasks, part_weights)
             metrics_log.write(row)
             log_completions(completions_log, row, samples, texts, reward_parts, rewards, advantages)
-            console.print_step(row, t2 - t0, texts[0][0], rewards[0, 0])
             stop = run.should_stop()
             run.doing = "finishing the next step"               # if a signal comes only now
             is_run_end = is_stage_end and stage + 1 == len(stages)
