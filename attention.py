@@ -47,28 +47,28 @@ class SharedPrompt:
     completion_attention_mask: Tensor | None = None
     # decode: (B,) int32: tokens of each prompt without padding
     prompt_lengths: Tensor | None = None
-    # decode, once for all layers of a step, from start_step:
+    # decode, once for all layers of a decode step, from start_decode_step:
     slot: Tensor | None = None  # (1,) index of the new token in its completion
     completion_lengths: Tensor | None = None  # (N,) int32: the tokens before it
-    # (B, 1, 1, P) bool: which of the prompt's tokens are no padding
-    prompt_mask: Tensor | None = None
-    # (W,) bool: which of the first W slots of the completion hold a token; W is at least slot + 1
-    filled: Tensor | None = None
+    # (B, 1, 1, P) bool: which of the prompt's tokens are padding
+    prompt_padding: Tensor | None = None
+    # (W,) bool: which of the completion's first W slots hold no token yet; W is at least slot + 1
+    empty: Tensor | None = None
     # layer -> [prompt_k, prompt_v (B, K, P, D)], in decode mode also
     # [.., completion_k, completion_v (N, K, C or more, D)]
     cache: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def start_step(self, slot: Tensor, W: int) -> None:
+    def start_decode_step(self, slot: Tensor, W: int) -> None:
         """Compute what all layers of a decode step read."""
         self.slot = slot
         self.completion_lengths = slot.int().repeat(len(self.prompt_lengths) * self.G)
         positions = torch.arange(max(self.P, W), device=slot.device)
-        self.prompt_mask = (positions[: self.P] < self.prompt_lengths[:, None])[:, None, None]
-        self.filled = positions[:W] <= slot
+        self.prompt_padding = (positions[: self.P] >= self.prompt_lengths[:, None])[:, None, None]
+        self.empty = positions[:W] > slot
 
-    def end_step(self) -> None:
+    def end_decode_step(self) -> None:
         """Drop these: in a CUDA graph they are in memory that the next graph overwrites."""
-        self.slot = self.completion_lengths = self.prompt_mask = self.filled = None
+        self.slot = self.completion_lengths = self.prompt_padding = self.empty = None
 
 
 def make_completion_attention_mask(attention_mask: Tensor, G: int, C: int) -> Tensor:
@@ -156,7 +156,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
 
     prompt_k, prompt_v, completion_k, completion_v = cache
     B, K, P, _ = prompt_k.shape
-    G, W = shared_prompt.G, len(shared_prompt.filled)
+    G, W = shared_prompt.G, len(shared_prompt.empty)
     r = q.shape[1] // K                                  # query heads per key/value head
     completion_k.index_copy_(2, shared_prompt.slot, k)
     completion_v.index_copy_(2, shared_prompt.slot, v)
@@ -169,9 +169,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
         return x.view(B, K, G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
 
     prompt_scores = float32_scores(by_prompt(q), prompt_k, scaling)             # (B, K, G*r, P)
-    prompt_scores = prompt_scores.masked_fill(~shared_prompt.prompt_mask, float("-inf"))
+    prompt_scores.masked_fill_(shared_prompt.prompt_padding, float("-inf"))
     completion_scores = float32_scores(q, completion_k[:, :, :W], scaling)      # (N, K, r, W)
-    completion_scores = completion_scores.masked_fill(~shared_prompt.filled, float("-inf"))
+    completion_scores.masked_fill_(shared_prompt.empty, float("-inf"))
     scores = torch.cat([by_row(prompt_scores), completion_scores], -1)          # (N, K, r, P + W)
     weights = scores.softmax(-1).to(v.dtype)
     out = by_row(by_prompt(weights[..., :P]) @ prompt_v)                        # (N, K, r, D)

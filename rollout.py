@@ -243,7 +243,7 @@ class Sampler:
             print("a decode step cannot be captured as a CUDA graph, and runs slower: "
                   f"{first_line(error)}", file=sys.stderr)
             return run_decode_step
-        state.shared_prompt.end_step()
+        state.shared_prompt.end_decode_step()
         return graph.replay
 
 
@@ -365,7 +365,7 @@ def decode_step(model: Qwen, state: DecodeState, W: int, params: SamplingParams)
     For a CUDA graph, all results must be written in place, without synchronisation with the host.
     """
     slot = state.t - 1                                                          # of the last token
-    state.shared_prompt.start_step(slot, W)
+    state.shared_prompt.start_decode_step(slot, W)
     position_ids = (state.start + slot).expand(3, 1, -1).transpose(1, 2)        # (3, N, 1)
     inputs_embeds = embed_tokens(model, state.last_token[:, None])              # (N, 1, E)
     hidden = run_decoder(model, inputs_embeds, position_ids, state.shared_prompt)

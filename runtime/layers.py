@@ -39,6 +39,8 @@ class AlignedMLP(Qwen2_5_VLMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if any(hasattr(linear, "lora_A") for linear in (gate, up, down)):
+            return super().forward(x)  # .weight is the one below the adapters
         pad = -self.intermediate_size % 8
 
         def padded(linear: torch.nn.Linear) -> Tensor:

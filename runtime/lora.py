@@ -9,6 +9,7 @@ start, so it needs no copy of the model.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -40,11 +41,15 @@ def read_adapters(model: Qwen, folder: str) -> "PeftModel":  # noqa: F821  peft 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(
+            adapters = peft.PeftModel.from_pretrained(
                 model, folder, is_trainable=True, torch_device="cpu")
     except Exception as error:  # peft raises several types
         raise UserError(f"--model {folder}: its adapters cannot be read "
                         f"({first_line(error)})") from error
+    if model.config.tie_word_embeddings and hasattr(model.lm_head, "lora_A"):
+        raise UserError(f"--model {folder}: its adapters change lm_head, whose weights are also "
+                        "those of the embeddings; train adapters without lm_head")
+    return adapters
 
 
 def add_adapters(model: Qwen, rank: int, folder: str = "",
@@ -63,17 +68,19 @@ def add_adapters(model: Qwen, rank: int, folder: str = "",
         if config.r != rank:
             raise UserError(f"--lora {rank}: the adapters in {folder} have rank {config.r}; give "
                             "that, or leave --lora out to train all weights")
-        embeddings = any(layer.lora_embedding_A for layer in adapted_layers(model))
-        if config.use_dora or config.modules_to_save or config.bias != "none" or embeddings:
+        linear = all(isinstance(layer.base_layer, torch.nn.Linear)
+                     for layer in adapted_layers(model))
+        if (config.use_dora or config.modules_to_save or config.bias != "none" or not linear
+                or config.lora_bias or config.trainable_token_indices):
             raise UserError(f"--model {folder}: only plain LoRA of linear layers can be continued, "
-                            "no DoRA, biases, embeddings or modules_to_save; leave --lora out to "
-                            "train all weights")
+                            "no DoRA, biases, embeddings, convolutions, tokens or modules_to_save; "
+                            "leave --lora out to train all weights")
     else:
         targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
         adapters = peft.get_peft_model(model, config)
-    if with_reference:
-        adapters.add_adapter("reference", config)
+    if with_reference:  # PiSSA's and OLoRA's start would change the weights of the model again
+        adapters.add_adapter("reference", replace(config, init_lora_weights=True))
     for layer in adapted_layers(model):  # the log-probs are of the distribution that was sampled
         for dropout in layer.lora_dropout.values():
             dropout.p = 0.0

@@ -220,6 +220,19 @@ def test_an_mlp_with_padded_hidden_units_is_the_same():
     assert {type(block.mlp) for block in model.model.visual.blocks} == {AlignedMLP}
 
 
+def test_adapters_of_a_padded_mlp_take_part():
+    """It read the weights below them, so adapters of the 3B model's tower were in model/ and in no log-prob."""
+    peft = pytest.importorskip("peft")
+    mlp = Qwen2_5_VLMLP(SimpleNamespace(hidden_size=12, intermediate_size=20, hidden_act="silu"), bias=True)
+    config = peft.LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(mlp), config).base_model.model
+    x = torch.randn(5, 12)
+    expected = adapted(x)
+    adapted.__class__ = AlignedMLP
+    assert (expected - mlp(x)).abs().max() > 1e-3
+    torch.testing.assert_close(adapted(x), expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Log-probs of a group
 
@@ -653,8 +666,8 @@ def test_key_biases_as_large_as_those_of_qwen_do_not_blur_decoding(monkeypatch, 
     k, v = (torch.cat([shared.repeat_interleave(G, 0), of_rows], 2).double().repeat_interleave(r, 1)
             for shared, of_rows in ((prompt_k, k_of_rows), (prompt_v, v_of_rows)))
     expected = F.scaled_dot_product_attention(q.double(), k, v).transpose(1, 2)
-    shared = SharedPrompt("decode", P, G, slot=torch.tensor([t - 1]), filled=torch.ones(t, dtype=torch.bool),
-                          prompt_mask=torch.ones(B, 1, 1, P, dtype=torch.bool))
+    shared = SharedPrompt("decode", P, G, slot=torch.tensor([t - 1]), empty=torch.zeros(t, dtype=torch.bool),
+                          prompt_padding=torch.zeros(B, 1, 1, P, dtype=torch.bool))
     if device == "gpu":  # whose bmm returns float32 of bf16
         monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
         q = q.as_subclass(OnGPU)

@@ -41,7 +41,7 @@ from several import PARSE
 from tiny.scenes import Scenes
 
 FIELDS = ("step", "stage", "task", "reward", "reward_std", "parts", "kl", "entropy", "clip_frac", "grad_norm", "loss", "lr",
-          "len_mean", "truncated_frac", "zero_std_frac", "resampled", "rollout_s", "update_s", "tokens_per_s")
+          "len_mean", "truncated_frac", "zero_std_frac", "resampled", "data_s", "rollout_s", "update_s", "tokens_per_s")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # SFT -> GRPO in stages -> evaluation
@@ -451,14 +451,45 @@ def test_resumed_run_with_a_frozen_tower_has_it_from_the_model_which_must_be_the
     assert_same_run(tmp_path / "whole", tmp_path / "broken", "metrics.jsonl", "samples.jsonl")
 
 
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"bias": "all"}])
+@pytest.mark.parametrize("more", [
+    {"use_dora": True}, {"modules_to_save": ["norm"]}, {"bias": "all"}, {"lora_bias": True},
+    {"target_modules": ["qkv", "patch_embed.proj"]}, {"trainable_token_indices": [1]}])
 def test_adapters_that_cannot_be_saved_again_are_not_continued(tmp_path, more):
-    """DoRA's magnitudes were left out of model/ without a word."""
+    """DoRA's magnitudes were left out of model/ without a word; with a convolution a run ended in an error as it saved."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], **more)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | more)
     peft.get_peft_model(load_model("tiny")[0], config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="only plain LoRA of linear layers can be continued"):
         add_adapters(load_model("tiny")[0], 4, str(tmp_path))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_of_a_head_that_is_tied_are_refused(tmp_path, merge):
+    """Merged, they changed the embeddings too."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], base_model_name_or_path="tiny")
+    peft.get_peft_model(load_model("tiny")[0], config).save_pretrained(tmp_path)
+    write_base(tmp_path)
+    with pytest.raises(UserError, match="its adapters change lm_head"):
+        model = load_model(str(tmp_path), merge=merge)[0]
+        add_adapters(model, 4, str(tmp_path))
+
+
+def write_base(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(ROOT / "tiny")}))
+
+
+def test_room_for_the_reference_does_not_change_the_policy(tmp_path):
+    """PiSSA takes its start off the weights of the model, and did so a second time for the reference."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(load_model("tiny")[0], config).save_pretrained(tmp_path)
+    with_it, without = load_model("tiny")[0], load_model("tiny")[0]
+    add_adapters(with_it, 4, str(tmp_path), with_reference=True)
+    add_adapters(without, 4, str(tmp_path))
+    base = [name for name, _ in without.named_parameters() if "base_layer" in name]
+    assert base and all(torch.equal(with_it.get_parameter(name), without.get_parameter(name)) for name in base)
 
 
 def test_continued_adapters_lose_their_dropout(tmp_path):
