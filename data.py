@@ -1,6 +1,6 @@
 """Which samples a run sees, and in which order: loading, splits, shuffling.
 
-Public data sets are read by readers/; the embedded one is rendered by tiny/scenes.py. The order is
+Public data sets are read by readers/; the included one is rendered by tiny/scenes.py. The order is
 a function of the seed and the step alone, so a resumed run and a run on more ranks see the same
 samples.
 """
@@ -104,7 +104,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
     read = partial(read_sources, tasks=tasks, image_size=image_size, oriented=oriented,
                    thinking=thinking, system=system)
     found = read(sources, seed=seed)
-    eval_found = eval_sources and read(eval_sources)
+    eval_found = eval_sources and read(eval_sources, flag="--eval-data")
     splits, trained, held = {}, [], []
     for task, parts in found.items():
         train, held_out, rules = split_sources(parts, whole="train" if eval_sources else None)
@@ -114,7 +114,11 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
             trained.append((source.path, part))
         if eval_sources:
             _, held_out, rules = split_sources(eval_found[task], "heldout")
-            held += [("--eval-data", part) for part in held_out]
+            check_eval_sources(parts, eval_found[task])
+            paths = [source.path for source, _ in parts]
+            rules = [*rules, f"trained on {', '.join(paths)}"]
+            held += [(source.path if source.path in paths else "--eval-data", part)
+                     for (source, _), part in zip(eval_found[task], held_out)]
         else:
             held += [(source.path, part) for (source, _), part in zip(parts, held_out)]
         train, held_out = join(train), join(held_out)
@@ -127,7 +131,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
         scored = held_out[:heldout]
         if len(held_out) < 10 and heldout != 0:
             few = "so few tell little" if held_out else "so no scores will tell what was learned"
-            rules = [*rules, f"{few}; --eval-data names others"]
+            rules = [*rules, few if eval_sources else f"{few}; --eval-data names others"]
         of_them = f", {len(scored)} of them scored" if len(scored) < len(held_out) else ""
         summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "
                    f"({'; '.join(rules)})")
@@ -138,9 +142,28 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
     return splits
 
 
+def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],
+                       eval_parts: Sequence[tuple[Source, Sequence[Sample]]]) -> None:
+    """Raises UserError for a source of one task in both flags that has no splits of its own, and
+    says where the classes of cls differ: questions list them, so the two ask something else."""
+    if any(isinstance(samples, Scenes) for _, samples in (*parts, *eval_parts)):
+        return  # 100,000 scenes are too many to draw
+    for source, samples in parts:
+        if (source.path in [other.path for other, _ in eval_parts]
+                and not published_split(samples)):
+            raise UserError(f"{source.path}: in --data and in --eval-data, but it has no val or "
+                            "test split; set `split` in each record, or leave out --eval-data")
+    if parts[0][1][0].task == "cls":
+        classes, eval_classes = ({sample.gt_answer for _, samples in side for sample in samples}
+                                 for side in (parts, eval_parts))
+        if classes != eval_classes:
+            warn("warning: --data and --eval-data differ in the classes of cls: "
+                 f"{', '.join(sorted(classes ^ eval_classes))[:200]} are in one of them alone")
+
+
 def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: int, seed: int = 0,
                  oriented: bool = False, thinking: bool = True, system: str | None = None,
-                 ) -> dict[str, list[tuple[Source, Sequence[Sample]]]]:
+                 flag: str = "--data") -> dict[str, list[tuple[Source, Sequence[Sample]]]]:
     """All samples of each task, with the sources that serve it, those of det with `oriented` in
     their oriented form. Raises UserError for a task that no source serves."""
     found, reasons = {task: [] for task in tasks}, {task: [] for task in tasks}
@@ -165,7 +188,7 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
     for task, parts in found.items():
         if not parts:
             raise UserError("; ".join(reasons[task])
-                            or f"no source for task {task}: add {task}=SOURCE")
+                            or f"{flag} has no source for task {task}: add {task}=SOURCE")
         if reasons[task]:
             warn(f"{task}: not from {'; '.join(reasons[task])}")
     if thinking and system is None:
@@ -200,12 +223,12 @@ def read_source(source: Source, tasks: Sequence[str], image_size: int,
     header_size.cache_clear()
     notes = {task: Counter() for task in tasks}
     image_folder = Path(source.images) if source.images else None
-    gc.disable()  # to look for cycles in so many new objects takes as long as to read them
+    gc.disable()  # the search for cycles in the new objects takes as long as reading
     try:
         found = read_samples(path, tasks, image_size, image_folder, notes, source.choices,
                              source.negatives)
     finally:
-        gc.freeze()  # nor are they looked through again, as the run goes on
+        gc.freeze()  # the rest of the run does not search them either
         gc.enable()
     for task, samples in found.items():
         reasons = "".join(f"; {n} {what}" for what, n in sorted(notes[task].items()) if n)
@@ -288,7 +311,8 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
     samples of a source without such splits on that side; one that is named as a few-shot or
     training split holds nothing out.
     """
-    if not whole and NAMED_TRAIN.search(Path(source).stem):
+    if not whole and (NAMED_TRAIN.search(Path(source).stem)
+                      or all(sample.split == "train" for sample in samples)):
         whole = "train"
     if isinstance(samples, Scenes):
         scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
@@ -310,7 +334,7 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         chosen = held_out_tenth(names)
         train = [sample for sample, name in zip(samples, names) if name not in chosen]
         held_out = [sample for sample, name in zip(samples, names) if name in chosen]
-        rule = "about a tenth of the images"
+        rule = f"about a tenth of the {'places' if samples[0].place else 'images'}"
     # In the order of a hash: in that of the source, the first 256 could be one class
     return Split(sorted(train, key=record_hash), sorted(held_out, key=record_hash),
                  f"{rule} of {source}")
@@ -333,7 +357,8 @@ def published_split(samples: Sequence[Sample], order: Sequence[str] = VAL_FIRST)
 
 def record_hash(sample: Sample) -> tuple[int, str]:
     """A hash of file name and record, not of the folder: the same order on every machine."""
-    name = sample.id.rsplit("/", 1)[-1]
+    folder = sample.id.partition(": ")[0].rpartition("/")[0]  # a record may hold a / as well
+    name = sample.id.removeprefix(f"{folder}/")
     return zlib.crc32(name.encode()), name
 
 
@@ -371,9 +396,9 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     else:
         for s in samples:
             names = [getattr(image, "name", "") for image in (*s.images, s.gt_mask)]  # scenes: none
-            row = (s.id, s.question, s.gt_answer, s.think, s.gt_texts, s.choices, s.category, names)
+            row = (s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.choices,
+                   s.category, names)
             crc = zlib.crc32(repr(row).encode(), crc)
-            crc = zlib.crc32(np.array(s.gt_boxes, float).tobytes(), crc)  # quicker than as text
     return f"{len(samples)} samples #{crc:08x}"
 
 
@@ -405,6 +430,6 @@ def get_mixed_batch(streams: Sequence[Sequence[Sample]], step: int, size: int,
     return batch
 
 
-@lru_cache(maxsize=32)  # one for each task of a mixed stream, or each draw would shuffle again
+@lru_cache(maxsize=32)  # one for each task of a mixed stream, or each sample would shuffle again
 def permutation(n: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
     return np.random.default_rng([seed[0], epoch, *seed[1:]]).permutation(n)

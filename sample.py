@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from boxes import format_boxes, obb_to_hbb
 from runtime.errors import UserError
@@ -46,7 +46,7 @@ class Sample:
 
 
 # --------------------------------------------------------------------------------------------------
-# The prompt, in Qwen's chat layout. The embedded `tiny` was trained on these very words.
+# The prompt, in Qwen's chat layout. The included `tiny` was trained on these very words.
 
 SYSTEM = "Read the image."
 REQUESTS = {  # thinking or not -> the form of the completion; ends system prompt and user's turn
@@ -78,8 +78,9 @@ ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned
                 "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")
 BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
 KEEPS_SHAPE = ("pair", "geo")  # tasks without boxes whose images are panoramas and photographs
-END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> what ends a whole file, within
-TAIL = 2**10  # so many bytes
+END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> what a whole file has at its end:
+TAIL = 2**10  # in its last bytes, so many
+OFFSETS_AND_SIZES = ((273, 279), (324, 325))  # tags of a TIFF: where its strips or its tiles are
 TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 
 
@@ -149,6 +150,8 @@ def load_images(sample: Sample) -> list[Image.Image]:
                 raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
                                 "to 8 bits per band first")
             keeps_shape = sample.task in KEEPS_SHAPE
+            if keeps_shape:  # cameras say which side is up; the boxes of other tasks lie as stored
+                image = ImageOps.exif_transpose(image)
             size = fit_size(image.size, sample.image_size) if keeps_shape else square
             loaded.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     return loaded
@@ -201,10 +204,19 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
 @lru_cache(maxsize=2**18)  # many samples share an image; emptied before a source is read
 def header_size(path: Path) -> tuple[int, int]:
     """(width, height). A file that looks cut off, as half a download is, is decoded: its error
-    would end the run when its turn comes."""
+    would end the run when its turn comes. Raises ValueError for colours of 16 bits, of which PIL
+    keeps the upper 8: the reflectances of Sentinel-2, up to some 3,000, would be nearly black."""
     with open(path, "rb") as file, Image.open(file) as image:
-        file.seek(max(file.seek(0, 2) - TAIL, 0))
-        if END_OF_FILE.get(image.format, b"") not in file.read():
+        if image.mode.startswith("RGB") and ";16" in str(image.tile):
+            raise ValueError("it has 16 bits per band; convert it to 8 first")
+        num_bytes = file.seek(0, 2)
+        file.seek(max(num_bytes - TAIL, 0))
+        is_cut = END_OF_FILE.get(image.format, b"") not in file.read()
+        if image.format == "TIFF":
+            parts = [zip(image.tag_v2[offset], image.tag_v2[size])
+                     for offset, size in OFFSETS_AND_SIZES if offset in image.tag_v2]
+            is_cut = any(offset + size > num_bytes for part in parts for offset, size in part)
+        if is_cut:
             file.seek(0)
             image.load()
         return image.size

@@ -83,13 +83,16 @@ def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
 # --------------------------------------------------------------------------------------------------
 # Counts and positions
 
+MINUS = str.maketrans("\N{MINUS SIGN}\N{EN DASH}", "--")  # what texts write for `-`
+
+
 def parse_count(text: str) -> int | None:
     """The whole number >= 0 that a text names in digits, as `1,200` or `1200`. None if it names
     none, several, a negative one, a decimal fraction, or has more than 9 digits."""
     if len(text) > MAX_TEXT:
         return None
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
-    numbers = set(re.findall(r"-?[0-9]+(?:[.,][0-9]+)?", text))
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.translate(MINUS))
+    numbers = set(re.findall(r"[-.]?[0-9]+(?:[.,][0-9]+)?", text))
     number = numbers.pop() if len(numbers) == 1 else ""
     return int(number) if re.fullmatch(r"[0-9]{1,9}", number) else None
 
@@ -99,10 +102,13 @@ def parse_position(text: str) -> tuple[float, float] | None:
     fewer or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
     if len(text) > MAX_TEXT:
         return None
+    text = text.lower().translate(MINUS)
     hemisphere = r"(north|south|east|west|[nsew])\b"
-    number = rf"(-?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"
-    found = re.findall(number, text.lower())
-    rest = re.sub(number, " ", text.lower())
+    number = rf"((?:- |[-.])?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"
+    found = re.findall(number, text)
+    rest = re.sub(number, " ", text)
+    if any(number.startswith(("- ", ".")) for number, _ in found):  # a sign, or a dash?
+        return None
     if len(found) != 2 or found[0][1][:1] in ("e", "w") or found[1][1][:1] in ("n", "s"):
         return None
     if re.search(rf"\b{hemisphere}", rest):

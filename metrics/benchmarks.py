@@ -102,12 +102,14 @@ def token_recall(answers: Answers, samples: Samples) -> Scores:
 
 
 def accuracy_by_type(answers: Answers, samples: Samples, **_: object) -> Scores:
-    """Share of right answers for each question type; `average` is over all questions except counts,
-    as in the tables."""
+    """Share of right answers for each question type; `average` is over all questions except counts
+    and areas, as in the tables. `token_recall`, also without them, is what EarthDial's print."""
     right = [(s.subset, exact_match_reward(a or "", s)) for a, s in zip(answers, samples)]
     types = sorted({subset for subset, _ in right} - {""})
     scores = {name: mean(value for subset, value in right if subset == name) for name in types}
-    return scores | {"average": mean(value for subset, value in right if subset != "count")}
+    averaged = [(a, s) for a, s in zip(answers, samples) if s.subset not in ("count", "area")]
+    scores["average"] = mean(exact_match_reward(a or "", s) for a, s in averaged)
+    return scores | token_recall(*zip(*averaged)) if averaged else scores
 
 
 def choice_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:

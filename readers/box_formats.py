@@ -195,15 +195,19 @@ def rewrite_boxes(text: str, size: tuple[int, int], request: Request,
 # --------------------------------------------------------------------------------------------------
 # Texts
 
-def plain_text(text: str) -> str:
-    """The text without <image>, <p> and <ref> tags, chat tokens <|..|>, and the bracketed marks of
-    task and sensor that it begins with."""
+def without_tags(text: str) -> str:
+    """The text without <image>, <p> and <ref> tags and chat tokens <|..|>."""
     text = text.replace("<image>", " ")  # mostly the only one, and quicker than TAGS
     if "<" in text or "\\" in text:
         text = TAGS.sub(" ", text)
-    if "[" in text and (marks := LEADING_MARKS.match(text)):
-        text = text[marks.end():]
     return " ".join(text.split())
+
+
+def plain_text(text: str) -> str:
+    """without_tags, and without the bracketed marks of task and sensor that it begins with."""
+    text = without_tags(text)
+    marks = LEADING_MARKS.match(text) if "[" in text else None
+    return text[marks.end():] if marks else text
 
 
 @lru_cache(maxsize=64)  # each task of a run asks
@@ -324,7 +328,7 @@ def sample_from_text(source: str, request: Request, images: Sequence, question: 
     elif task == "ground":
         gt_answer, gt_boxes = rewrite_boxes(gt_answer, size, request, source)
     else:
-        gt_texts = [plain_text(text) for text in gt_texts]
+        gt_texts = [without_tags(text) for text in gt_texts]
         gt_answer = gt_texts[0]
         if len(gt_texts) > 1:
             fields["gt_texts"] = tuple(gt_texts)

@@ -102,6 +102,8 @@ def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
         with user_error_on("a table of text", str(file)):
             lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
         for i, line in enumerate(lines, 1):
+            if not line:
+                continue
             source = f"{file}: line {i}"
             with user_error_on("`aerial,ground` or `name,lon,lat,city,aerial,ground`", source):
                 if len(line) > 5:

@@ -36,7 +36,7 @@ SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "valida
 NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
 FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables of Hugging Face
     r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_-]+).*-of-\d+\.parquet")
-SLOW = 2e-3  # seconds that a file takes on a slow disk
+SLOW = 3e-4  # seconds that a file takes on a slow disk
 PIECE = 1 << 20  # characters of a JSON file that are read together
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -124,10 +124,11 @@ def iter_json_array(path: Path, file: TextIO) -> Iterator[object]:
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
-    """iter_json_records. A file whose first line is `{`, as of LEVIR-CC and many COCO files, holds
-    one object."""
+    """iter_json_records. A file whose first line opens an object and does not close it, as of
+    LEVIR-CC and many COCO files, holds one object."""
     with user_error_on("a JSON document", str(path)), path.open("rb") as file:
-        if file.readline(99).removeprefix(codecs.BOM_UTF8).strip() == b"{":
+        line = file.readline().removeprefix(codecs.BOM_UTF8).strip()
+        if line.startswith(b"{") and line.endswith((b"{", b"[", b",")):
             return iter([(str(path), json.loads(path.read_text(encoding="utf-8-sig")))])
     return iter_json_records(path)
 

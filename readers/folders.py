@@ -127,9 +127,12 @@ def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
     names = sorted({folder.name for folder in root_of})
     classes = sorted({folder.name for folder in root_of if images[folder]})
     if NO_CLASSES.intersection(map(str.lower, names)) or any(files.values()) and not classes:
+        other = [name for name in names if name.lower() in NO_CLASSES]
+        hint = (f"one called {other[0]} is of another layout, rename it if it is a class" if other
+                else "if they are splits, name one of them as --data")
         raise UserError(f"{path}: no known layout (docs/data.md lists them), and its folders "
-                        f"{', '.join(names)[:60]} are no classes with images directly in them; if "
-                        "they are splits, name one of them as --data")
+                        f"{', '.join(names)[:60]} are no classes with images directly in them; "
+                        f"{hint}")
     if not root_of and any(file.suffix.lower() in IMAGE_SUFFIXES for file in glob(path, "*")):
         raise UserError(f"{path}: has images directly in it; --data is the folder above, whose "
                         "folders are the classes")
@@ -149,7 +152,7 @@ def samples_from_lines(file: Path, image: Path, parse: Callable, expected: str, 
     the image) to (class, box in pixels of the resized image)."""
     objects, size = [], read_image_size(image, str(file))
     with user_error_on("text", str(file)):
-        for i, line in enumerate(file.read_text().splitlines(), 1):
+        for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
             if line.strip() and not line.startswith(("imagesource:", "gsd:")):  # DOTA's metadata
                 with user_error_on(expected, f"{file}: line {i}"):
                     objects.append(parse(line, size))
@@ -197,7 +200,7 @@ def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
     split_of = {}
     for file in filter(Path.is_file, lists):
         with user_error_on("a list of object numbers", str(file)):
-            numbers = [int(line) for line in file.read_text().split()]
+            numbers = [int(line) for line in file.read_text(encoding="utf-8-sig").split()]
         split_of |= dict.fromkeys(numbers, split_of_name(file.with_suffix("")))
     for file in sorted(root.glob("Annotations/*.xml")):
         with user_error_on("an annotation of DIOR-RSVG", str(file)):

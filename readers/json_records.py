@@ -146,7 +146,11 @@ def records_of_document(path: Path, source: str, document: dict,
         names = {c["id"]: c["name"] for c in document["categories"]}
         objects = defaultdict(list)
         for a in document["annotations"]:
-            objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))
+            if a.get("iscrowd"):
+                for counts in notes.values():
+                    counts["boxes of a crowd (iscrowd) left out"] += 1
+            else:
+                objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))
         for image in document["images"]:
             yield f"{path}: image {image['id']}", image | {"objects": objects[image["id"]]}
     elif "images" in document:  # Karpathy
@@ -154,9 +158,10 @@ def records_of_document(path: Path, source: str, document: dict,
             yield f"{path}: image {i}", image
     elif all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
              for rows in document.values()):  # NWPU-Captions
+        key = "split" if document.keys() <= SPLITS.keys() else "category"  # {"train": [..], ..}
         for name, rows in document.items():
             for i, row in enumerate(rows):
-                yield f"{path}: {name} {i}", row | {"category": name}
+                yield f"{path}: {name} {i}", row | {key: name}
     else:
         yield source, document  # of no known format
 

@@ -179,11 +179,13 @@ def test_labels_with_commas_are_one_label_and_wrong_ones_cost_precision():
     assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
 
 
-def test_average_over_question_types_is_by_samples_and_without_counts():
-    targets = ("yes", "comp"), ("no", "comp"), ("no", "presence"), ("3", "count")
+def test_average_over_question_types_is_by_samples_and_without_counts_and_areas():
+    """RSVQA-HR asks for areas too. The tables leave out both, and print token recall."""
+    targets = ("yes", "comp"), ("no", "comp"), ("no", "presence"), ("3", "count"), ("7m2", "area")
     samples = [sample("vqa", answer, subset=subset) for answer, subset in targets]
-    found = accuracy_by_type(["Yes", "yes", "no", "4"], samples)
-    assert found == {"comp": .5, "count": 0, "presence": 1, "average": pytest.approx(2 / 3)}
+    found = accuracy_by_type(["Yes, it is.", "yes", "no", "4", "8m2"], samples)
+    assert found == {"comp": 0, "count": 0, "presence": 1, "area": 0, "average": pytest.approx(1 / 3),
+                     "token_recall": pytest.approx(2 / 3)}
 
 
 def test_choice_accuracy_comes_with_chance():

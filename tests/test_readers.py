@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import zlib
 from collections import Counter
@@ -795,7 +796,21 @@ def test_what_other_programs_leave_in_class_folders_is_no_class(tmp_path):
     refused(tmp_path / "all" / "River", "cls", "--data is the folder above")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_colours_of_16_bits_are_refused_at_the_start(tmp_path):
+    """PIL keeps their upper 8: reflectances up to 3,000 became values up to 11, nearly black, without a word."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    file = tmp_path / "River" / "1.png"
+    file.parent.mkdir()
+    pixels = b"".join(b"\0" + struct.pack(">24H", *range(24)) for _ in range(8))  # 8 x 8, each line without a filter
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+    assert Image.open(file).mode == "RGB"
+    refused(tmp_path, "cls", "has 16 bits per band; convert it to 8 first")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 def test_an_image_that_was_cut_off_is_refused_at_the_start(tmp_path, suffix):
     """Half a download once ended a run at the step that drew it. What some cameras add behind the image is harmless."""
     file = tmp_path / "River" / f"1.{suffix}"

@@ -42,7 +42,8 @@ def main() -> None:
     samples = found[0][1]
     if not samples[0].place:
         raise UserError(f"--data {args.data}: no table of places, as CVUSA or CV-Cities have it")
-    places = read_places(Path(sources[0].path), args.images and Path(args.images))
+    images = sources[0].images
+    places = read_places(Path(sources[0].path), images and Path(images))
     positions_of = defaultdict(list)  # satellite image -> positions of its ground images
     for _, _, satellite, position, _ in places:
         positions_of[satellite].append(position)
