@@ -26,7 +26,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the line breaks of a script's docstring, and shows the flags' defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or action.default == []:
+        if action.default is None or action.default is False or isinstance(action.default, list):
             return action.help
         return super()._get_help_string(action)
 
@@ -46,13 +46,27 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def positive_float(text: str) -> float:
+    """argparse type: a number above 0; inf is one."""
+    if not non_negative_float(text):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def non_negative_float(text: str) -> float:
+    """argparse type: a number of at least 0."""
+    if not float(text) >= 0:  # or NaN
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
 def add_data_flags(flags: argparse._ArgumentGroup) -> None:
     """The flags that name sources, the same in all three scripts, which parse_sources reads; and
     those of the prompt."""
     flags.add_argument("--data", nargs="+", default=["synthetic"],
                        metavar="[TASK=]SOURCE[@IMAGES]",
                        help="`synthetic`, or files and folders in a format of docs/data.md; "
-                            "several of one task are joined")
+                            "several of one task are joined (default: synthetic)")
     flags.add_argument("--eval-data", nargs="+", default=[], metavar="[TASK=]SOURCE[@IMAGES]",
                        help="sources of the held-out samples (default: a part of --data)")
     flags.add_argument("--images",
@@ -111,8 +125,8 @@ def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
 def add_reward_flag(flags: argparse._ArgumentGroup) -> None:
     """The flag of all three scripts that parse_rewards reads."""
     flags.add_argument("--reward", nargs="+", default=[], metavar="TASK=FUNCTION",
-                       help="accuracy rewards in place of the tasks' own: "
-                            "det=box_recall_reward shows how boxes multiply")
+                       help="accuracy rewards in place of the tasks' own (SFT: in its scores "
+                            "alone): det=box_recall_reward shows how boxes multiply")
 
 
 def add_reward_model_flags(flags: argparse._ArgumentGroup) -> None:
@@ -137,12 +151,14 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, lr: float, real_lr: 
                            weight_decay: float) -> argparse._ArgumentGroup:
     """Those of the optimiser and of the hardware in both training scripts -> their group."""
     flags = parser.add_argument_group("optimisation")
-    flags.add_argument("--lr", type=float, default=lr,
+    flags.add_argument("--lr", type=non_negative_float, default=lr,
                        help=f"peak learning rate (all weights of the real 3B model: {real_lr})")
     flags.add_argument("--warmup", type=non_negative_int, default=warmup,
                        help="steps of linear warm-up, followed by linear decay to 0")
-    flags.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW")
-    flags.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm")
+    flags.add_argument("--weight-decay", type=non_negative_float, default=weight_decay,
+                       help="of AdamW")
+    flags.add_argument("--clip-norm", type=positive_float, default=1.0,
+                       help="largest gradient norm; inf: no clipping")
     flags.add_argument("--gradient-checkpointing", action="store_true",
                        help="recompute activations: slower, less memory")
     flags.add_argument("--lora", type=positive_int,
@@ -212,7 +228,8 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="of sampling, and of the log-probs that are trained on")
     flags.add_argument("--resample", type=non_negative_int, default=0,
                        help="replace groups without signal by those of other prompts, up to this "
-                            "many times a step (DAPO)")
+                            "many times a step (DAPO); on a GPU each new number of them is a new "
+                            "shape to prepare, with --compile to compile")
     flags.add_argument("--seed", type=non_negative_int, default=0,
                        help="seed of the data order, of sampling and of synthetic scenes")
     flags.add_argument("--compile", action="store_true",
@@ -236,12 +253,12 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="divide advantages by the group's std (GRPO; Dr. GRPO does not)")
     flags.add_argument("--inner-steps", type=positive_int, default=1,
                        help="mu: optimiser steps on each rollout")
-    flags.add_argument("--clip-low", type=float, default=0.2,
+    flags.add_argument("--clip-low", type=non_negative_float, default=0.2,
                        help="the ratio, which is 1 with one inner step, is clipped at 1 - this "
                             "(GSPO: 3e-4)")
-    flags.add_argument("--clip-high", type=float, default=0.2,
+    flags.add_argument("--clip-high", type=non_negative_float, default=0.2,
                        help="and at 1 + this (DAPO: 0.28, GSPO: 4e-4)")
-    flags.add_argument("--beta", type=float, default=0.001,
+    flags.add_argument("--beta", type=non_negative_float, default=0.001,
                        help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
     flags.add_argument("--mask-truncated", action="store_true",
                        help="no loss on completions that are cut off at --max-new-tokens")
@@ -336,8 +353,9 @@ def parse_eval_args(description: str) -> Namespace:
     parser.add_argument("--suite", type=Path,
                         help="file of several benchmarks, one after the other, in place of --task, "
                              "--benchmark, --data and --images; all other flags count for each")
-    parser.add_argument("--benchmark", choices=published.BENCHMARKS,
-                        help="print the published rows of this table as well")
+    parser.add_argument("--benchmark", choices=published.BENCHMARKS, metavar="NAME",
+                        help="print the published rows of this table as well, one of "
+                             + ", ".join(published.BENCHMARKS))
     flags = parser.add_argument_group("what to score")
     flags.add_argument("--predictions", type=Path,
                        help="score the answers of this file; no model is run")

@@ -9,7 +9,7 @@ form of boxes and some rewards are ours. docs/method.md has the whole list, and 
 
 A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
 
-    torchrun train_grpo.py --task det                    # the embedded default: minutes on a laptop
+    torchrun train_grpo.py --task det                    # the included default: minutes on a laptop
     python train_grpo.py --task cls,det+rcap --out runs/staged   # cls, then a mix of two tasks
     torchrun --nproc-per-node 8 train_grpo.py --task det --model runs/sft-3b/model \\
         --data geochat/GeoChat_Instruct.json --images images --lr 1e-6 --beta 0.04 \\
@@ -100,7 +100,7 @@ def main(args: Namespace) -> None:
     print0("\n".join(split.summary for split in splits.values()))
     reward_models = load_reward_models(list(splits), args.sbert, args.sam, args.reward)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
-    part_weights["overlong"] = 1.0
+    part_weights["overlong"] = 1.0  # no flag: --overlong-buffer 0 turns it off
 
     config = run_config(args, (fingerprint(split.train) for split in splits.values()),
                         map(fingerprint, held_out.values()), model)
@@ -149,6 +149,7 @@ def main(args: Namespace) -> None:
         local_batch = partial(get_mixed_batch, data[stage], size=args.prompts,
                               seed=(args.seed, stage), part=(rank(), world_size()))
         steps = ((step, local_batch(step)) for step in range(progress["step"], args.steps))
+        step_end = time.perf_counter()
         for step, samples, prompts in prefetch(steps, partial(encode, processor)):
             run.doing = f"finishing step {stage * args.steps + step + 1}"
             beta = args.beta                                    # a schedule of beta goes here
@@ -158,6 +159,7 @@ def main(args: Namespace) -> None:
             # From here on B counts this rank's prompts, and C is its longest completion. Without
             # --resample the loop over attempts runs once, with all prompts.
             t0 = time.perf_counter()
+            data_s = t0 - step_end                              # waiting for images
             todo = list(range(len(samples)))                    # prompts whose groups to sample
             scored = [None] * len(samples)                      # B x G x {part: reward}
             rollout, resampled = None, 0
@@ -263,10 +265,10 @@ def main(args: Namespace) -> None:
             t2 = time.perf_counter()                            # step_metrics waited for the GPU
             row = {"step": stage * args.steps + step + 1, "stage": stage,
                    "task": "+".join(tasks), **metrics, "lr": lr, "skipped": guard.skipped,
-                   "rollout_s": t1 - t0, "update_s": t2 - t1,
+                   "data_s": data_s, "rollout_s": t1 - t0, "update_s": t2 - t1,
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
-                                metrics["len_mean"], t2 - t0)}
-            console.print_step(row, t2 - t0, texts[0][0], rewards[0, 0])
+                                metrics["len_mean"], data_s + t2 - t0)}
+            console.print_step(row, data_s + t2 - t0, texts[0][0], rewards[0, 0])
             if step == 0 and before:
                 row["heldout_before"] = held_out_row(before, tasks, part_weights)["heldout"]
             if (step + 1) % args.eval_every == 0 or is_stage_end:
@@ -286,6 +288,7 @@ def main(args: Namespace) -> None:
             if stop and (after is None or not is_run_end):
                 run.print_stopped()
                 return
+            step_end = time.perf_counter()
 
         progress = progress | {"step": 0, "before": after}      # the next stage starts at step 0
         console.print_held_out(held_out, before, after)

@@ -108,9 +108,11 @@ def main(args: Namespace) -> None:
 
     policy.train()
     steps = ((step, local_batch(args, data, step)) for step in range(first_step, args.steps))
+    step_end = time.perf_counter()
     for step, samples, prompts in prefetch(steps, partial(encode, processor)):
         run.doing = f"finishing step {step + 1}"
         t0 = time.perf_counter()
+        data_s = t0 - step_end  # waiting for images
         targets = [tokenize_target(processor, sample) for sample in samples]
         # T counts the tokens of all micro-batches and ranks, so their losses add up to the mean
         T = int(all_reduce_sum(torch.tensor(sum(map(len, targets)), device=device())))
@@ -131,10 +133,12 @@ def main(args: Namespace) -> None:
         optimizer.zero_grad()
 
         mean_loss = all_reduce_sum(loss).item()  # waits for the GPU
-        seconds = time.perf_counter() - t0
+        update_s = time.perf_counter() - t0
+        seconds = data_s + update_s
         row = {"step": step + 1, "task": args.task, "loss": mean_loss,
                "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"],
-               "skipped": guard.skipped, "update_s": seconds, "tokens_per_s": T / seconds}
+               "skipped": guard.skipped, "data_s": data_s, "update_s": update_s,
+               "tokens_per_s": T / seconds}
         metrics_log.write(row)
         is_last = step + 1 == args.steps
         if (step + 1) % 10 == 0 or step == first_step or is_last:
@@ -147,6 +151,7 @@ def main(args: Namespace) -> None:
         if stop and not is_last:
             run.print_stopped()
             return
+        step_end = time.perf_counter()
 
     sync_sampling_model(sampling_model.to(device()), policy)
     sampler = Sampler(sampling_model, processor)

@@ -34,6 +34,9 @@ def main() -> None:
         raise UserError(f"{args.folder} exists; choose another folder")
     saved = read_run_json(checkpoint)
     flags = {name: None if text == "None" else text for name, text in saved["settings"].items()}
+    if flags["model"] == "scratch":
+        raise UserError(f"{args.run}: a run of --model scratch cannot be exported before its end, "
+                        "as its tokenizer is not in the checkpoint; --resume takes it there")
     image_size = flags["image-size"] and int(flags["image-size"])
     model, processor = load_model(flags["model"], image_size, merge=not flags["lora"])
     if flags["lora"]:
@@ -52,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "nothing was written")
