@@ -49,8 +49,8 @@ def groups_with_signal(rewards: Tensor) -> Tensor:
 
 
 def overlong_punishment(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """Completion lengths in tokens -> a reward: 0 up to `buffer` tokens before max_new_tokens, from
-    there linearly down to -1 at max_new_tokens (DAPO, eq. 13)."""
+    """Completion lengths (B, G) in tokens -> rewards (B, G): 0 up to `buffer` tokens before
+    max_new_tokens, from there linearly down to -1 at max_new_tokens (DAPO, eq. 13)."""
     return ((max_new_tokens - buffer - lengths.double()) / buffer).clamp(max=0)
 
 

@@ -9,8 +9,6 @@ from readers.files import TableImage
 from sample import Sample
 from tiny.scenes import Scenes
 
-OLD_KEYS = {"reference": "target", "references": "targets", "frame": "image_size"}  # older files
-
 
 def sample_to_row(sample: Sample, folder: Path = Path()) -> dict:
     """The sample as JSON, a line of a file in `folder`. An image is its path, or its place in a
@@ -40,7 +38,6 @@ def sample_from_row(row: dict, folder: Path = Path()) -> Sample:
             return TableImage(**image | {"file": str(folder / image["file"])})
         return folder / image
 
-    row = {OLD_KEYS.get(key, key): value for key, value in row.items()}
     form = {"oriented": bool(row.get("oriented")), "thinking": bool(row.get("thinking", True))}
     scene = re.fullmatch(r"synthetic (\d+):(\d+)", str(row["id"]))
     if scene:

@@ -1,11 +1,4 @@
-"""A suite: a file that names several benchmarks, a line of JSON for each, and the table of them all.
-
-    {"benchmark": "aid", "task": "cls", "data": "AID_test"}
-    {"benchmark": "geochat-det", "task": "det", "data": "geochat.json", "images": "images"}
-
-A benchmark with a name of published.BENCHMARKS stands beside its published rows. Any other name is
-a set of your own. `data` and `images` are paths as for --data and --images.
-"""
+"""A suite: a file that names several benchmarks (see evaluate.py), and the table of them all."""
 
 import re
 from collections import Counter

@@ -44,8 +44,8 @@ def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tens
                  resampled: int, loss_mask: Tensor, stats: list[dict[str, Tensor]],
                  logprob_diffs: list[Tensor], losses: list[Tensor],
                  grad_norms: list[Tensor]) -> dict:
-    """The step's metrics, means over all ranks; NaN where nothing was measured. `stats` and
-    `logprob_diffs` hold sums over the tokens of each micro-batch; `losses` and `grad_norms` have an
+    """The step's metrics, means over all ranks; NaN where nothing was measured. `rewards` and each
+    reward part are (B, G), `loss_mask` is (B, G, C); `stats` and `logprob_diffs` hold sums over the tokens of each micro-batch; `losses` and `grad_norms` have an
     entry for each inner step."""
     num_completions = rewards.numel()
     num_tokens = rollout.mask.sum()
@@ -112,7 +112,8 @@ def update_passes(lora: bool) -> int:
 def log_completions(log: JsonlLog, row: dict, samples: list[Sample], texts: list[list[str]],
                     reward_parts: dict[str, Tensor], rewards: Tensor,
                     advantages: Tensor) -> None:
-    """Write the completions of one of the step's groups. All ranks call this; one has the group."""
+    """Write the completions of one of the step's groups. All ranks call this; one has the group.
+    `rewards` and each part are (B, G), `advantages` (B, G, 1 or C)."""
     completions = []
     b, owner = divmod((row["step"] - 1) % (len(samples) * world_size()), world_size())
     if rank() == owner:

@@ -229,9 +229,9 @@ class Run(Stoppable):
 
 
 def lock(out: Path) -> TextIO:
-    """Let one run at a time write to a folder, which is made: workers outlive a torchrun that is
-    killed, and a --resume beside them would spoil both. Closing the returned file unlocks it.
-    Raises UserError if it cannot."""
+    """Let one run at a time write to a folder, which is made: except on Linux, workers outlive a
+    killed torchrun, and a --resume beside them would spoil both. Closing the returned file
+    unlocks it. Raises UserError if it cannot."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a")  # noqa: SIM115  it has to stay open
@@ -240,8 +240,8 @@ def lock(out: Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"--out {out}: another run is writing there; end it (workers outlive a "
-                        "torchrun that is killed)")
+        raise UserError(f"--out {out}: another run is writing there; end it (except on Linux, "
+                        "workers outlive a killed torchrun)")
     except OSError as error:  # some network file systems have no locks
         print0(f"--out {out} cannot be locked ({error}): make sure that no other run writes there")
     return file
@@ -283,7 +283,7 @@ def move_aside(out: Path, entries: list[Path]) -> None:
     except OSError as error:
         raise UserError(f"--out {out} holds results, which cannot be moved aside ({error}); choose "
                         "another --out, or replace them by --overwrite") from error
-    hint = f"; that run goes on with --resume --out {folder}" if is_unfinished(folder) else ""
+    hint = f"; that run continues with --resume --out {folder}" if is_unfinished(folder) else ""
     print0(f"--out {out} held results, which are now in {folder} (--overwrite replaces them){hint}")
 
 

@@ -48,7 +48,7 @@ def run_main(main: Callable[[], None], hint: str = RESUME_HINT) -> None:
 
 def exit_with_error(message: str, code: int = 1) -> None:
     """Exit; with other ranks at once, as an orderly exit would wait for them. An error that ends a
-    run is followed by how to go on."""
+    run is followed by how to continue."""
     has_run = record_end(code, message)
     if has_run and RESUME_HINT not in message:
         message += f"\n{RESUME_HINT}"

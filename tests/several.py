@@ -40,7 +40,7 @@ RUNS = {
     "bf16": (train_grpo, f"{GRPO} --steps 2"),
     "lora": (train_grpo, f"{GRPO} --task cls,det --lora 4 --steps 2 --heldout 8"),
     "sft lora": (train_sft, f"{SFT} --lora 4"),
-    # of the embedded default, whose answers differ; those to the tests' data are all the same
+    # of the included default, whose answers differ; those to the tests' data are all the same
     "eval": (evaluate, "--task det --model tiny --data synthetic --limit 33 --batch 4"),
 }
 

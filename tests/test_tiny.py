@@ -1,4 +1,4 @@
-"""The embedded checkpoint: small, in the format for every task, as accurate as its card says, with room for GRPO."""
+"""The included checkpoint: small, in the format for every task, as accurate as its card says, with room for GRPO."""
 
 from dataclasses import replace
 from pathlib import Path

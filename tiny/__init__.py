@@ -1,1 +1,1 @@
-"""The embedded default: the checkpoint, its architecture from scratch, and the scenes."""
+"""The included default: the checkpoint, its architecture from scratch, and the scenes."""

@@ -1,4 +1,4 @@
-"""Procedural scenes with exact ground truth: the embedded data set. No download, no end.
+"""Procedural scenes with exact ground truth: the included data set. No download, no end.
 
 A scene is land of one class with 0 to 6 objects on it. `make_scene` is a pure function of (seed,
 index), `draw_scene` makes an image of it, and `ask_question` a question of a task with the answer

@@ -5,7 +5,7 @@
     python tools/ablate.py beta group-4 --seeds 0  # a question and a variant
 
 Writes OUT/VARIANT/SEED/ (the runs), OUT/table.md and OUT/curves.png. The same command continues
-after an interruption. The table scores every model alike: the same held-out scenes, temperature 1,
+after an interruption. The table scores every model on the same held-out scenes, temperature 1,
 the task's own reward. The curves show each run's own reward and temperature.
 """
 

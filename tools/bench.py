@@ -157,9 +157,7 @@ def build(size, px, B, checkpointing, vocabulary=None):
     model, processor = new_tiny_model([format_prompt(s) + format_target(s) for s in samples], px)
     if size != "tiny":
         config = mid_config() if size == "mid" else sizing.shape(size)
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id",
-                     "vision_end_token_id"):
-            setattr(config, name, getattr(model.config, name))
+        sizing.copy_token_ids(model.config, config)
         with torch.device(device()):
             model = use_fused_layers(Qwen._from_config(config, attn_implementation=ATTENTION))
     if vocabulary:

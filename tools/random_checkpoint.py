@@ -23,9 +23,7 @@ from tools import sizing
 
 def save_random_checkpoint(config: Qwen2_5_VLConfig, folder: Path, file_size: str = "2GB") -> None:
     tiny, processor = load_model("tiny", image_size=448)
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id",
-                 "vision_end_token_id"):
-        setattr(config, name, getattr(tiny.config, name))
+    sizing.copy_token_ids(tiny.config, config)
     torch.manual_seed(0)
     model = Qwen._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=file_size)

@@ -44,6 +44,13 @@ def shape(size: str) -> Qwen2_5_VLConfig:
                             tie_word_embeddings=text["tie_word_embeddings"])
 
 
+def copy_token_ids(source: Qwen2_5_VLConfig, config: Qwen2_5_VLConfig) -> None:
+    """Give the config the vision tokens of another one, that of the tokenizer."""
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id",
+                 "vision_end_token_id"):
+        setattr(config, name, getattr(source, name))
+
+
 @cache
 def parameters(size: str) -> dict[str, int]:
     """Number of weights: all, of a decoder layer, of the vision tower, and of LoRA's adapters per
