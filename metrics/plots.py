@@ -57,7 +57,9 @@ def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> N
     """One metric of one run; with the accuracy reward the held-out ones, as dots."""
     steps = range(1, len(rows) + 1)
     values = np.array([row.get(name) for row in rows], float)  # null, not finite, becomes NaN
-    lines = {"each step": (steps, values), "mean of the last 10": (steps, smooth(values))}
+    borders = [i for i in range(1, len(rows)) if rows[i].get("stage") != rows[i - 1].get("stage")]
+    means = np.concatenate([smooth(part) for part in np.split(values, borders)])
+    lines = {"each step": (steps, values), "mean of the last 10": (steps, means)}
     if name == "accuracy":
         for kind in ("sampled", "greedy"):
             scored = held_out_scores(rows, kind)
@@ -65,9 +67,8 @@ def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> N
                 lines[f"held out, {kind}"] = tuple(zip(*scored))
     for label, line in lines.items():
         axis.plot(*line, label=label, **{"color": colour} | STYLES[label])
-    for i in range(1, len(rows)):
-        if rows[i].get("stage") != rows[i - 1].get("stage"):
-            axis.axvline(i + .5, label="next task", **STYLES["next task"])
+    for i in borders:
+        axis.axvline(i + .5, label="next task", **STYLES["next task"])
     axis.set(xlabel="step", ylabel=LABELS.get(name, name))
 
 
@@ -80,7 +81,7 @@ def held_out_scores(rows: Sequence[dict], kind: str) -> list[tuple[float, float]
 
 
 def smooth(values: np.ndarray, window: int = 10) -> list[float]:
-    """Mean over the last `window` values, without those that are not finite."""
+    """Mean over the last `window` values of a stage, without those that are not finite."""
     windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return [float(w[np.isfinite(w)].mean()) if np.isfinite(w).any() else np.nan for w in windows]
 

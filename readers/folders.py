@@ -25,7 +25,7 @@ from readers.box_formats import (
 from readers.cross_view import read_pairs
 from readers.files import IMAGE_SUFFIXES, find_image, first_image_size, split_of_name, user_error_on
 from readers.json_records import CHANGE_QUESTION, read_mask, read_records
-from runtime.errors import NotServedError, UserError
+from runtime.errors import NotServedError, UserError, warn
 from sample import BOX_TASKS, INSTRUCTIONS, Sample, read_image_size
 
 FMOW_VIEWS = 4  # images of a place in a question, as in EarthDial
@@ -137,6 +137,8 @@ def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
         raise UserError(f"{path}: has images directly in it; --data is the folder above, whose "
                         "folders are the classes")
     request.notes["folders without images left out"] += len(set(names) - set(classes))
+    if len(classes) == 1:
+        warn(f"{path}: {classes[0]} is its only class, so there is nothing to tell apart")
     question = f"Which class does this scene belong to? Classes: {', '.join(classes)}."
     for folder, root in root_of.items():
         for file in images[folder]:

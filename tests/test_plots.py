@@ -29,6 +29,12 @@ def test_each_step_and_the_mean_of_the_last_ten_over_steps_counted_from_1():
     assert lines["mean of the last 10"].get_ydata()[[0, 9, 18, 19]].tolist() == [1, 5.5, 14.5, 15]
 
 
+def test_the_mean_begins_anew_with_each_stage():
+    """It went on across the border: after an easy task, ten steps of a hard one looked better than they were."""
+    _, lines = drawn([row(step, value, stage) for step, (value, stage) in enumerate([(1, 0), (1, 0), (0, 1), (.5, 1)], 1)], "accuracy")
+    assert lines["mean of the last 10"].get_ydata().tolist() == [1, 1, 0, .25]
+
+
 def test_held_out_scores_are_dots_beside_the_accuracy_reward():
     scores = {"sampled": .25, "greedy": .5, "format": 1}
     rows = [row(1, 0), row(2, 0, heldout=scores), row(3, 0, heldout={})]  # {}: the source holds none out
