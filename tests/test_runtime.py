@@ -81,7 +81,7 @@ def test_new_run_moves_the_old_one_aside(out, capsys):
     (out / "model").mkdir()
     Run(run_args(out), {}, FRESH).close()
     said = capsys.readouterr().out
-    assert f"held results, which are now in {out}.2" in said and f"goes on with --resume --out {out}.1\n" in said
+    assert f"held results, which are now in {out}.2" in said and f"continues with --resume --out {out}.1\n" in said
     assert contents(Path(f"{out}.1")) | {"notes.txt": b"mine"} == before
     assert [path.name for path in Path(f"{out}.2").iterdir()] == ["model"]
     assert contents(out) == {"notes.txt": b"mine"}
