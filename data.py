@@ -145,7 +145,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
 def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],
                        eval_parts: Sequence[tuple[Source, Sequence[Sample]]]) -> None:
     """Raises UserError for a source of one task in both flags that has no splits of its own, and
-    says where the classes of cls differ: questions list them, so the two ask something else."""
+    says if the held-out questions of cls are others, as those of folders list their classes."""
     if any(isinstance(samples, Scenes) for _, samples in (*parts, *eval_parts)):
         return  # 100,000 scenes are too many to draw
     for source, samples in parts:
@@ -154,11 +154,12 @@ def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],
             raise UserError(f"{source.path}: in --data and in --eval-data, but it has no val or "
                             "test split; set `split` in each record, or leave out --eval-data")
     if parts[0][1][0].task == "cls":
-        classes, eval_classes = ({sample.gt_answer for _, samples in side for sample in samples}
-                                 for side in (parts, eval_parts))
-        if classes != eval_classes:
-            warn("warning: --data and --eval-data differ in the classes of cls: "
-                 f"{', '.join(sorted(classes ^ eval_classes))[:200]} are in one of them alone")
+        questions, eval_questions = ({sample.question for _, samples in side for sample in samples}
+                                     for side in (parts, eval_parts))
+        others = sorted(eval_questions - questions)
+        if others and len(questions) < 10:  # more are of records, in many words
+            warn("warning: --eval-data asks of cls what --data does not, such as "
+                 f"{others[0][:200]!r}; do both have the same classes?")
 
 
 def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: int, seed: int = 0,
@@ -344,7 +345,7 @@ def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:
     """The error of a source whose split is empty."""
     hints = {"train": "; all its images are held out; add images, or set `split` in each record",
              "heldout": "; it holds nothing out: it has too few images, or the name of a training "
-                        "split; add images, or set `split` in each record"}
+                        "split, or no records but of train; add images, or set `split` in each"}
     return UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
                      + ("" if published_split(samples) else hints[split]))
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from boxes import format_boxes, obb_to_hbb
 from runtime.errors import UserError
@@ -80,6 +80,10 @@ BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold b
 KEEPS_SHAPE = ("pair", "geo")  # tasks without boxes whose images are panoramas and photographs
 END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> what a whole file has at its end:
 TAIL = 2**10  # in its last bytes, so many
+FLIP = Image.Transpose
+UPRIGHT = {2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE,
+           6: FLIP.ROTATE_270, 7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_90}  # orientation in EXIF -> turn
+BITS = 258  # tag of a TIFF: bits of each band
 OFFSETS_AND_SIZES = ((273, 279), (324, 325))  # tags of a TIFF: where its strips or its tiles are
 TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 
@@ -151,7 +155,9 @@ def load_images(sample: Sample) -> list[Image.Image]:
                                 "to 8 bits per band first")
             keeps_shape = sample.task in KEEPS_SHAPE
             if keeps_shape:  # cameras say which side is up; the boxes of other tasks lie as stored
-                image = ImageOps.exif_transpose(image)
+                # Not ImageOps.exif_transpose: it writes all tags again, and fails for odd ones.
+                turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+                image = image if turn is None else image.transpose(turn)
             size = fit_size(image.size, sample.image_size) if keeps_shape else square
             loaded.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     return loaded
@@ -205,16 +211,20 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
 def header_size(path: Path) -> tuple[int, int]:
     """(width, height). A file that looks cut off, as half a download is, is decoded: its error
     would end the run when its turn comes. Raises ValueError for colours of 16 bits, of which PIL
-    keeps the upper 8: the reflectances of Sentinel-2, up to some 3,000, would be nearly black."""
+    keeps 8: the reflectances of Sentinel-2, up to some 3,000, would be nearly black or noise."""
     with open(path, "rb") as file, Image.open(file) as image:
-        if image.mode.startswith("RGB") and ";16" in str(image.tile):
+        is_deep = image.format == "PNG" and ";16" in str(image.tile)
+        if image.format == "TIFF":
+            is_deep = max(image.tag_v2.get(BITS, (8,))) > 8
+        if is_deep and image.mode[0] not in "IF":
             raise ValueError("it has 16 bits per band; convert it to 8 first")
         num_bytes = file.seek(0, 2)
         file.seek(max(num_bytes - TAIL, 0))
         is_cut = END_OF_FILE.get(image.format, b"") not in file.read()
         if image.format == "TIFF":
             parts = [zip(image.tag_v2[offset], image.tag_v2[size])
-                     for offset, size in OFFSETS_AND_SIZES if offset in image.tag_v2]
+                     for offset, size in OFFSETS_AND_SIZES
+                     if offset in image.tag_v2 and size in image.tag_v2]
             is_cut = any(offset + size > num_bytes for part in parts for offset, size in part)
         if is_cut:
             file.seek(0)

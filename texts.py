@@ -83,7 +83,8 @@ def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
 # --------------------------------------------------------------------------------------------------
 # Counts and positions
 
-MINUS = str.maketrans("\N{MINUS SIGN}\N{EN DASH}", "--")  # what texts write for `-`
+MINUS = re.compile("\N{MINUS SIGN}|(?<![\\w°])\N{EN DASH}")  # what texts write for the sign `-`
+POINT = r"(?<![\w.])\."  # that begins a number: not the one of `No.7` or `...7`
 
 
 def parse_count(text: str) -> int | None:
@@ -91,8 +92,8 @@ def parse_count(text: str) -> int | None:
     none, several, a negative one, a decimal fraction, or has more than 9 digits."""
     if len(text) > MAX_TEXT:
         return None
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.translate(MINUS))
-    numbers = set(re.findall(r"[-.]?[0-9]+(?:[.,][0-9]+)?", text))
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", MINUS.sub("-", text))
+    numbers = set(re.findall(rf"(?:-|{POINT})?[0-9]+(?:[.,][0-9]+)?", text))
     number = numbers.pop() if len(numbers) == 1 else ""
     return int(number) if re.fullmatch(r"[0-9]{1,9}", number) else None
 
@@ -102,9 +103,9 @@ def parse_position(text: str) -> tuple[float, float] | None:
     fewer or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
     if len(text) > MAX_TEXT:
         return None
-    text = text.lower().translate(MINUS)
+    text = MINUS.sub("-", text.lower())
     hemisphere = r"(north|south|east|west|[nsew])\b"
-    number = rf"((?:- |[-.])?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"
+    number = rf"((?:- ?|{POINT})?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"
     found = re.findall(number, text)
     rest = re.sub(number, " ", text)
     if any(number.startswith(("- ", ".")) for number, _ in found):  # a sign, or a dash?

@@ -45,8 +45,8 @@ def step_metrics(rollout: Rollout, rewards: Tensor, reward_parts: dict[str, Tens
                  logprob_diffs: list[Tensor], losses: list[Tensor],
                  grad_norms: list[Tensor]) -> dict:
     """The step's metrics, means over all ranks; NaN where nothing was measured. `rewards` and each
-    reward part are (B, G), `loss_mask` is (B, G, C); `stats` and `logprob_diffs` hold sums over the tokens of each micro-batch; `losses` and `grad_norms` have an
-    entry for each inner step."""
+    reward part are (B, G), `loss_mask` is (B, G, C); `stats` and `logprob_diffs` hold sums over the
+    tokens of each micro-batch; `losses` and `grad_norms` have an entry for each inner step."""
     num_completions = rewards.numel()
     num_tokens = rollout.mask.sum()
     num_loss_tokens = loss_mask.sum() * len(losses)             # of all inner steps

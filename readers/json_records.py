@@ -65,7 +65,8 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
     source, document = first[0] if first and isinstance(first[0][1], dict) else (str(path), {})
     if len(first) == 1 and document and not format_of(document):
         with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
-            records = iter(list(records_of_document(path, source, document, notes)))
+            rows = list(records_of_document(path, source, document, notes))
+            records, document = iter(rows), rows[0][1] if rows else {}
     is_chat = not {"conversations", "messages"}.isdisjoint(document)
     marked = is_chat and has_match(MARKED_TEXT, path, table)
     image_folder = image_folder or path.parent
@@ -146,7 +147,7 @@ def records_of_document(path: Path, source: str, document: dict,
         names = {c["id"]: c["name"] for c in document["categories"]}
         objects = defaultdict(list)
         for a in document["annotations"]:
-            if a.get("iscrowd"):
+            if int(a.get("iscrowd") or 0):
                 for counts in notes.values():
                     counts["boxes of a crowd (iscrowd) left out"] += 1
             else:

@@ -46,9 +46,10 @@ def read_adapters(model: Qwen, folder: str) -> "PeftModel":  # noqa: F821  peft 
     except Exception as error:  # peft raises several types
         raise UserError(f"--model {folder}: its adapters cannot be read "
                         f"({first_line(error)})") from error
-    if model.config.tie_word_embeddings and hasattr(model.lm_head, "lora_A"):
-        raise UserError(f"--model {folder}: its adapters change lm_head, whose weights are also "
-                        "those of the embeddings; train adapters without lm_head")
+    tied = (model.lm_head, model.get_input_embeddings())
+    if model.config.tie_word_embeddings and any(hasattr(layer, "lora_A") for layer in tied):
+        raise UserError(f"--model {folder}: its adapters change lm_head or embed_tokens, which "
+                        "have the same weights in this model; train adapters without them")
     return adapters
 
 

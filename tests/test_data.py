@@ -791,10 +791,15 @@ def test_a_source_of_nothing_but_training_records_holds_nothing_out(folder, caps
     assert len(split.train) == 20 and "0 held out" in split.summary and "no scores will tell" in split.summary
 
 
-def test_a_document_of_splits_trains_on_none_of_its_test_records(folder):
+@pytest.mark.parametrize("mark", ["", "[classify] "])
+def test_a_document_of_splits_trains_on_none_of_its_test_records(folder, mark):
     """It was read as NWPU-Captions, whose lists are classes: `test` was one of them."""
     records = {name: json.loads(Path(scenes_of(folder, f"{name}.json", ["sea"] * n)).read_text())
                for name, n in (("train", 9), ("test", 4))}
+    for record in records["train"] + records["test"]:
+        record["conversations"][0]["value"] = mark + record["conversations"][0]["value"]
+    if mark:
+        records["train"].append(chat("[refer] where is it?", "{<1><2><30><40>}", image="train_0.png"))
     (folder / "both.json").write_text(json.dumps(records))
     split = load_split(parse_sources([str(folder / "both.json")]), [], "cls", F)
     assert len(split.train) == 9 and {s.images[0].name[:5] for s in split.held_out} == {"test_"}
@@ -814,7 +819,12 @@ def test_a_published_split_may_be_named_by_both_flags(folder, capsys):
 def test_classes_that_differ_between_the_flags_are_named(folder, capsys):
     train, test = scenes_of(folder, "a.json", ["sea", "land"] * 9), scenes_of(folder, "b.json", ["land", "city"])
     load_split(parse_sources([train]), parse_sources([test]), "cls", F)
-    assert "differ in the classes of cls: city, sea are in one of them alone" in capsys.readouterr().err
+    assert "asks of cls" not in capsys.readouterr().err  # records whose questions are alike
+    for name in ("train/sea/1.png", "train/land/1.png", "test/sea/2.png"):
+        (folder / "f" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (30, 30 + len(name))).save(folder / "f" / name)
+    load_split(parse_sources([str(folder / "f" / "train")]), parse_sources([str(folder / "f" / "test")]), "cls", F)
+    assert "asks of cls what --data does not, such as 'Which class does this scene belong to? Classes: sea.'" in capsys.readouterr().err
 
 
 def test_a_label_with_a_slash_does_not_fix_the_order(folder):

@@ -464,10 +464,11 @@ def test_adapters_that_cannot_be_saved_again_are_not_continued(tmp_path, more):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_adapters_of_a_head_that_is_tied_are_refused(tmp_path, merge):
-    """Merged, they changed the embeddings too."""
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_adapters_of_a_head_that_is_tied_are_refused(tmp_path, merge, name):
+    """Merged, they changed the embeddings too, or those the head."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["lm_head"], base_model_name_or_path="tiny")
+    config = peft.LoraConfig(r=4, target_modules=[name], base_model_name_or_path="tiny")
     peft.get_peft_model(load_model("tiny")[0], config).save_pretrained(tmp_path)
     write_base(tmp_path)
     with pytest.raises(UserError, match="its adapters change lm_head"):
