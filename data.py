@@ -312,12 +312,12 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
     samples of a source without such splits on that side; one that is named as a few-shot or
     training split holds nothing out.
     """
-    if not whole and (NAMED_TRAIN.search(Path(source).stem)
-                      or all(sample.split == "train" for sample in samples)):
-        whole = "train"
     if isinstance(samples, Scenes):
         scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
         return Split(samples, scenes, "other scenes")
+    if not whole and (NAMED_TRAIN.search(Path(source).stem)
+                      or all(sample.split == "train" for sample in samples)):
+        whole = "train"
     published = published_split(samples, order)
     if published:
         train = [sample for sample in samples if sample.split == "train"]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -213,23 +214,30 @@ def header_size(path: Path) -> tuple[int, int]:
     would end the run when its turn comes. Raises ValueError for colours of 16 bits, of which PIL
     keeps 8: the reflectances of Sentinel-2, up to some 3,000, would be nearly black or noise."""
     with open(path, "rb") as file, Image.open(file) as image:
-        is_deep = image.format == "PNG" and ";16" in str(image.tile)
-        if image.format == "TIFF":
-            is_deep = max(image.tag_v2.get(BITS, (8,))) > 8
-        if is_deep and image.mode[0] not in "IF":
+        if image.mode[0] not in "IF" and has_16_bits(image):
             raise ValueError("it has 16 bits per band; convert it to 8 first")
-        num_bytes = file.seek(0, 2)
-        file.seek(max(num_bytes - TAIL, 0))
-        is_cut = END_OF_FILE.get(image.format, b"") not in file.read()
-        if image.format == "TIFF":
-            parts = [zip(image.tag_v2[offset], image.tag_v2[size])
-                     for offset, size in OFFSETS_AND_SIZES
-                     if offset in image.tag_v2 and size in image.tag_v2]
-            is_cut = any(offset + size > num_bytes for part in parts for offset, size in part)
-        if is_cut:
+        if looks_cut_off(file, image):
             file.seek(0)
             image.load()
         return image.size
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether the bands of a PNG or TIFF, as opened, have more than 8 bits in the file."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS, (8,))) > 8
+    return image.format == "PNG" and ";16" in str(image.tile)
+
+
+def looks_cut_off(file: BinaryIO, image: Image.Image) -> bool:
+    """Whether the file ends before a JPEG, PNG or TIFF does, by its end or its offsets."""
+    num_bytes = file.seek(0, 2)
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        return any(offset + size > num_bytes for offsets, sizes in OFFSETS_AND_SIZES
+                   for offset, size in zip(tags.get(offsets, ()), tags.get(sizes, ())))
+    file.seek(max(num_bytes - TAIL, 0))
+    return END_OF_FILE.get(image.format, b"") not in file.read()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -159,7 +159,6 @@ def main(args: Namespace) -> None:
             # From here on B counts this rank's prompts, and C is its longest completion. Without
             # --resample the loop over attempts runs once, with all prompts.
             t0 = time.perf_counter()
-            data_s = t0 - step_end                              # waiting for images
             todo = list(range(len(samples)))                    # prompts whose groups to sample
             scored = [None] * len(samples)                      # B x G x {part: reward}
             rollout, resampled = None, 0
@@ -263,12 +262,13 @@ def main(args: Namespace) -> None:
             metrics = step_metrics(rollout, rewards, reward_parts, resampled, loss_mask, stats,
                                    logprob_diffs, losses, grad_norms)
             t2 = time.perf_counter()                            # step_metrics waited for the GPU
+            seconds = t2 - step_end
             row = {"step": stage * args.steps + step + 1, "stage": stage,
                    "task": "+".join(tasks), **metrics, "lr": lr, "skipped": guard.skipped,
-                   "data_s": data_s, "rollout_s": t1 - t0, "update_s": t2 - t1,
+                   "data_s": t0 - step_end, "rollout_s": t1 - t0, "update_s": t2 - t1,
                    **step_speed(args, sampling_model, prompts, lengths, keep, len(losses),
-                                metrics["len_mean"], data_s + t2 - t0)}
-            console.print_step(row, data_s + t2 - t0, texts[0][0], rewards[0, 0])
+                                metrics["len_mean"], seconds)}
+            console.print_step(row, seconds, texts[0][0], rewards[0, 0])
             if step == 0 and before:
                 row["heldout_before"] = held_out_row(before, tasks, part_weights)["heldout"]
             if (step + 1) % args.eval_every == 0 or is_stage_end:

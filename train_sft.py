@@ -112,7 +112,6 @@ def main(args: Namespace) -> None:
     for step, samples, prompts in prefetch(steps, partial(encode, processor)):
         run.doing = f"finishing step {step + 1}"
         t0 = time.perf_counter()
-        data_s = t0 - step_end  # waiting for images
         targets = [tokenize_target(processor, sample) for sample in samples]
         # T counts the tokens of all micro-batches and ranks, so their losses add up to the mean
         T = int(all_reduce_sum(torch.tensor(sum(map(len, targets)), device=device())))
@@ -133,11 +132,11 @@ def main(args: Namespace) -> None:
         optimizer.zero_grad()
 
         mean_loss = all_reduce_sum(loss).item()  # waits for the GPU
-        update_s = time.perf_counter() - t0
-        seconds = data_s + update_s
+        t1 = time.perf_counter()
+        seconds = t1 - step_end
         row = {"step": step + 1, "task": args.task, "loss": mean_loss,
                "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"],
-               "skipped": guard.skipped, "data_s": data_s, "update_s": update_s,
+               "skipped": guard.skipped, "data_s": t0 - step_end, "update_s": t1 - t0,
                "tokens_per_s": T / seconds}
         metrics_log.write(row)
         is_last = step + 1 == args.steps

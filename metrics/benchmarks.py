@@ -107,9 +107,10 @@ def accuracy_by_type(answers: Answers, samples: Samples, **_: object) -> Scores:
     right = [(s.subset, exact_match_reward(a or "", s)) for a, s in zip(answers, samples)]
     types = sorted({subset for subset, _ in right} - {""})
     scores = {name: mean(value for subset, value in right if subset == name) for name in types}
-    averaged = [(a, s) for a, s in zip(answers, samples) if s.subset not in ("count", "area")]
-    scores["average"] = mean(exact_match_reward(a or "", s) for a, s in averaged)
-    return scores | token_recall(*zip(*averaged)) if averaged else scores
+    apart = ("count", "area")
+    scores["average"] = mean(value for subset, value in right if subset not in apart)
+    others = [(a, s) for a, s in zip(answers, samples) if s.subset not in apart]
+    return scores | token_recall(*zip(*others)) if others else scores
 
 
 def choice_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:

@@ -127,10 +127,9 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
     """iter_json_records. A file whose first line opens an object and does not close it, as of
     LEVIR-CC and many COCO files, holds one object."""
     with user_error_on("a JSON document", str(path)), path.open("rb") as file:
-        line = file.readline(99).removeprefix(codecs.BOM_UTF8).lstrip()
-        if line.startswith(b"{"):  # not of an array, which may be a file of one line
-            line += b"" if line.endswith(b"\n") else file.readline()
-        if line.startswith(b"{") and line.rstrip().endswith((b"{", b"[", b",")):
+        is_object = file.read(99).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+        file.seek(0)  # an array is not read further: all of it may be one line
+        if is_object and file.readline().rstrip().endswith((b"{", b"[", b",")):
             return iter([(str(path), json.loads(path.read_text(encoding="utf-8-sig")))])
     return iter_json_records(path)
 
