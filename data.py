@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from readers.cross_view import check_candidates
 from readers.files import held_out_tenth
 from readers.folders import read_samples
 from readers.shared_images import check_shared_images
@@ -184,7 +185,7 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
                 found[task].append((source, orient_samples(samples, source.path)))
             else:
                 if task == "pair":
-                    check_candidates(source, samples)
+                    check_candidates(source.path, samples, source.choices, source.negatives)
                 found[task].append((source, samples))
     for task, parts in found.items():
         if not parts:
@@ -262,18 +263,6 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
             raise no_samples(source, samples, split)
         samples = kept
     return few_shots(samples, shots) if shots else samples
-
-
-def check_candidates(source: Source, samples: Sequence[Sample]) -> None:
-    """Raises UserError if --choices or --negatives has no effect on the questions of pair."""
-    k, from_table = len(samples[0].choices), bool(samples[0].place)
-    if source.choices not in (None, k):
-        raise UserError(f"--choices {source.choices}: the questions of {source.path} have {k} "
-                        f"candidates{', as it has too few places' if from_table else ''}; leave "
-                        f"--choices out{' or add pairs' if from_table else ''}")
-    if source.negatives and not from_table:
-        raise UserError(f"--negatives {source.negatives}: the questions of {source.path} have "
-                        "their candidates already; leave --negatives out")
 
 
 def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:

@@ -5,7 +5,7 @@ import csv
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,19 @@ def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
         candidates = (*wrong[:right], satellite, *wrong[right:])
         yield make_sample(source, request, (ground, *candidates), question, letters[right],
                           choices=letters, category=city, place=names[i])
+
+
+def check_candidates(source: str, samples: Sequence[Sample], choices: int | None,
+                     negatives: str | None) -> None:
+    """Raises UserError if --choices or --negatives has no effect on the questions of pair."""
+    k, from_table = len(samples[0].choices), bool(samples[0].place)
+    if choices not in (None, k):
+        raise UserError(f"--choices {choices}: the questions of {source} have {k} candidates"
+                        f"{', as it has too few places' if from_table else ''}; leave --choices out"
+                        f"{' or add pairs' if from_table else ''}")
+    if negatives and not from_table:
+        raise UserError(f"--negatives {negatives}: the questions of {source} have their candidates "
+                        "already; leave --negatives out")
 
 
 def connected_names(places: list[tuple]) -> list[str]:
