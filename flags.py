@@ -125,8 +125,8 @@ def check_oriented(oriented: bool, tasks: Sequence[str]) -> None:
 def add_reward_flag(flags: argparse._ArgumentGroup) -> None:
     """The flag of all three scripts that parse_rewards reads."""
     flags.add_argument("--reward", nargs="+", default=[], metavar="TASK=FUNCTION",
-                       help="accuracy rewards in place of the tasks' own (SFT: in its scores "
-                            "alone): det=box_recall_reward shows how boxes multiply")
+                       help="accuracy rewards in place of the tasks' own (SFT: only in its "
+                            "scores), such as det=box_recall_reward, under which boxes multiply")
 
 
 def add_reward_model_flags(flags: argparse._ArgumentGroup) -> None:
@@ -138,7 +138,7 @@ def add_reward_model_flags(flags: argparse._ArgumentGroup) -> None:
 
 
 def add_training_data_flags(flags: argparse._ArgumentGroup) -> None:
-    """Those of the data in both training scripts."""
+    """Flags of the data in both training scripts."""
     add_data_flags(flags)
     flags.add_argument("--shots", type=positive_int,
                        help="train on at most this many samples of each category")
@@ -149,7 +149,7 @@ def add_training_data_flags(flags: argparse._ArgumentGroup) -> None:
 
 def add_optimisation_flags(parser: argparse.ArgumentParser, lr: float, real_lr: str, warmup: int,
                            weight_decay: float) -> argparse._ArgumentGroup:
-    """Those of the optimiser and of the hardware in both training scripts -> their group."""
+    """Flags of the optimiser and the hardware in both training scripts -> their group."""
     flags = parser.add_argument_group("optimisation")
     flags.add_argument("--lr", type=non_negative_float, default=lr,
                        help=f"peak learning rate (all weights of the real 3B model: {real_lr})")
@@ -171,7 +171,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, lr: float, real_lr: 
 
 
 def add_run_flags(flags: argparse._ArgumentGroup, save_every: int) -> None:
-    """Those of a run's folder in both training scripts. Call it last: args.defaults is what each
+    """Flags of a run's folder in both training scripts. Call it last: args.defaults is what each
     flag is unless it is given, and args.may_change names those that --resume lets change."""
     flags.add_argument("--save-every", type=positive_int, default=save_every,
                        help="steps between checkpoints")
@@ -228,8 +228,8 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="of sampling, and of the log-probs that are trained on")
     flags.add_argument("--resample", type=non_negative_int, default=0,
                        help="replace groups without signal by those of other prompts, up to this "
-                            "many times a step (DAPO); on a GPU each new number of them is a new "
-                            "shape to prepare, with --compile to compile")
+                            "many times a step (DAPO); on a GPU a decode step is prepared anew "
+                            "for each new number of groups")
     flags.add_argument("--seed", type=non_negative_int, default=0,
                        help="seed of the data order, of sampling and of synthetic scenes")
     flags.add_argument("--compile", action="store_true",

@@ -29,7 +29,7 @@ def compute_advantages(
     divide_by_std: bool,
     all_reduce_sum: Callable[[Tensor], Tensor],  # for statistics over all ranks
 ) -> tuple[Tensor, Tensor]:
-    """A_i = r_i - mean(r) over the group; divide_by_std: over std(r) + 1e-4 (GRPO, section 4.1.2).
+    """A_i = r_i - mean(r) of the group, divided by std(r) + 1e-4 if divide_by_std (GRPO, 4.1.2).
 
     The division favours prompts that are nearly solved or nearly hopeless, so Dr. GRPO leaves it
     out. The std is unbiased (divisor G - 1), as in TRL.
@@ -64,7 +64,7 @@ def token_weights(loss_mask: Tensor, loss: str, max_new_tokens: int,
                                  which DAPO's code is built (its eq. 8 prints one for each group)
         dr_grpo  1 / (N C_max)   constant: it depends on no length (Dr. GRPO, section 3.2)
 
-    N counts every completion of the step; one without loss is a zero. C_max is max_new_tokens.
+    N counts every completion of the step; one without loss adds 0. C_max is max_new_tokens.
     These are counts of the whole step over all ranks, from before it is split into micro-batches.
     So the losses of micro-batches and ranks simply add up, and their number changes nothing.
     """
@@ -83,7 +83,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     x = log pi_ref - log pi (GRPO, eq. 4; http://joschu.net/blog/kl-approx.html).
 
     Never negative; its mean over tokens sampled from the policy is KL[policy || reference]. Its
-    gradient is that of KL[reference || policy]; near the reference the two agree.
+    mean gradient is that of KL[reference || policy]; near the reference the two agree.
     """
     # clamp before exp: after it, the gradient would be inf * 0 = NaN
     x = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -107,7 +107,7 @@ def token_logprobs(model: Qwen, prompts: Prompts, tokens: Tensor, mask: Tensor,
         start = max_position_ids(prompts) + 1                                  # (B,)
         completion_position_ids = start[:, None] + torch.arange(C, device=tokens.device)
         completion_position_ids = completion_position_ids.repeat(1, G).expand(3, -1, -1)
-        position_ids = torch.cat([prompts.position_ids, completion_position_ids], 2)
+        position_ids = torch.cat([prompts.position_ids, completion_position_ids], 2)  # (3, B, L)
 
         shared_prompt = SharedPrompt("packed", P, G)
         if prompts.has_padding:

@@ -42,9 +42,9 @@ from texts import (
     lexical_similarity,
     normalize_label,
     overlap_f1,
+    parse_coordinates,
     parse_count,
     parse_labels,
-    parse_position,
     strip_boxes,
     tokenize,
 )
@@ -101,8 +101,8 @@ def exact_match_reward(answer: str, sample: Sample, **_: object) -> float:
     """1 if the answer is the target label, else 0: the recall of one label (ours; the paper says
     only "recall").
 
-    Case, blanks, `_`, `-` and a full stop at the end do not matter. Naming several classes is a
-    hedge that the paper's reviewers warned of, and earns 0.
+    Case, blanks, `_`, `-` and a full stop at the end do not matter. Naming several classes, a hack
+    that the paper's reviewers warned of, earns 0.
     """
     return float(normalize_label(answer) == normalize_label(sample.gt_answer))
 
@@ -122,8 +122,8 @@ def label_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
 def box_reward(answer: str, sample: Sample,
                score: Callable[[np.ndarray, np.ndarray], float]) -> float:
     """The score of the answer's boxes (n, 4) and the sample's (m, 4), pixels of the resized image;
-    (n, 5) and (m, 5) if the sample asks for theta. Boxes on one side only earn 0, on neither 1, and
-    an answer without boxes to read 0."""
+    (n, 5) and (m, 5) if the sample asks for theta. 0 if only one side has boxes, 1 if neither has,
+    0 if the answer cannot be parsed."""
     predicted = parse_boxes(answer, sample.oriented)
     if predicted is None:
         return 0.0
@@ -287,8 +287,8 @@ def geo_reward(answer: str, sample: Sample, **_: object) -> float:
 
 def distance_km(answer: str | None, sample: Sample) -> float | None:
     """From the position of the answer to that of the sample; None if the answer has none."""
-    position = parse_position(answer or "")
-    return position and great_circle_km(position, parse_position(sample.gt_answer))
+    position = parse_coordinates(answer or "")
+    return position and great_circle_km(position, parse_coordinates(sample.gt_answer))
 
 
 # --------------------------------------------------------------------------------------------------

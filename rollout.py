@@ -45,11 +45,11 @@ BLOCK = 512  # tokens; inverse_cdf first finds the block
 
 
 class Rollout(NamedTuple):
-    tokens: Tensor    # (B, G, C) padded after the stop token
+    tokens: Tensor    # (B, G, C), C the longest completion; padded after the stop token
     mask: Tensor      # (B, G, C) True on the completion's tokens, the stop token included
     logprobs: Tensor  # (B, G, C) of the sampled tokens, as sampled; 0 elsewhere
     entropy: Tensor   # (B, G, C) of the distributions they were sampled from, in nats; 0 elsewhere
-    stopped: Tensor   # (B, G) False where the completion was cut off at C tokens
+    stopped: Tensor   # (B, G) False where the completion was cut off at max_new_tokens
 
 
 def replace_groups(rollout: Rollout, indices: Sequence[int], new: Rollout) -> Rollout:
@@ -89,7 +89,7 @@ class DecodeState:
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def all_tensors(self) -> list[Tensor]:
-        """These and those of shared_prompt that outlast a decode step."""
+        """The same, and those of shared_prompt that live longer than a decode step."""
         cache = [x for layer in self.shared_prompt.cache.values() for x in layer]
         return [*self.named_tensors().values(), self.shared_prompt.prompt_lengths, *cache]
 

@@ -3,7 +3,7 @@
 Qwen2.5-VL speaks absolute pixels of the image that it is given. So an image is resized once, here,
 to a square of side `image_size`, and every box is converted to pixels of that resized image when
 its file is read. Prompts, answers, rewards and plots then need no conversion. The images of
-KEEPS_SHAPE, tasks without boxes, keep their shape.
+KEEPS_ASPECT_RATIO, tasks without boxes, keep it.
 """
 
 import json
@@ -39,7 +39,7 @@ class Sample:
     subset: str = ""        # row of the benchmark's table: object size, question type, uniqueness
     split: str = ""         # "train", "val" or "test" where the source says so
     place: str = ""         # pair, geo: samples of one place are held out together (default: those
-                            # whose first images have one name)
+                            # whose first image has the same file name)
     gt_mask: object = None  # seg: image or path, non-zero on the target
     oriented: bool = False  # det: the answer's boxes have five numbers, theta is the last
     thinking: bool = True   # prompt, target and format reward want the reasoning, too
@@ -78,9 +78,9 @@ INSTRUCTIONS = {  # task -> what follows the question
 ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned by theta degrees "
                 "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")
 BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
-KEEPS_SHAPE = ("pair", "geo")  # tasks without boxes whose images are panoramas and photographs
-END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> what a whole file has at its end:
-TAIL = 2**10  # in its last bytes, so many
+KEEPS_ASPECT_RATIO = ("pair", "geo")  # tasks without boxes, of panoramas and photographs
+END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> how a complete file ends
+TAIL = 2**10  # bytes at the end of a file that are searched for it
 FLIP = Image.Transpose
 UPRIGHT = {2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE,
            6: FLIP.ROTATE_270, 7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_90}  # orientation in EXIF -> turn
@@ -144,7 +144,7 @@ def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 # Images
 
 def load_images(sample: Sample) -> list[Image.Image]:
-    """The sample's images as RGB, resized to image_size x image_size; of KEEPS_SHAPE, to
+    """The sample's images as RGB, resized to image_size x image_size; of KEEPS_ASPECT_RATIO, to
     fit_size. Raises UserError for one that cannot be read."""
     square = (sample.image_size, sample.image_size)
     loaded = []
@@ -154,12 +154,12 @@ def load_images(sample: Sample) -> list[Image.Image]:
             if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
                 raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
                                 "to 8 bits per band first")
-            keeps_shape = sample.task in KEEPS_SHAPE
-            if keeps_shape:  # cameras say which side is up; the boxes of other tasks lie as stored
+            keeps_ratio = sample.task in KEEPS_ASPECT_RATIO
+            if keeps_ratio:  # cameras say which side is up; the boxes of other tasks lie as stored
                 # Not ImageOps.exif_transpose: it writes all tags again, and fails for odd ones.
                 turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
                 image = image if turn is None else image.transpose(turn)
-            size = fit_size(image.size, sample.image_size) if keeps_shape else square
+            size = fit_size(image.size, sample.image_size) if keeps_ratio else square
             loaded.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     return loaded
 

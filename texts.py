@@ -1,4 +1,4 @@
-"""What an answer says in words and numbers: read it and compare it. Boxes have a file of their own.
+"""Parse and compare what an answer says in words, counts and coordinates. Boxes: boxes.py.
 
 A model under optimisation wrote these texts, so no text makes anything here raise.
 """
@@ -98,7 +98,7 @@ def parse_count(text: str) -> int | None:
     return int(number) if re.fullmatch(r"[0-9]{1,9}", number) else None
 
 
-def parse_position(text: str) -> tuple[float, float] | None:
+def parse_coordinates(text: str) -> tuple[float, float] | None:
     """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° East`. None for
     fewer or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
     if len(text) > MAX_TEXT:

@@ -2,10 +2,10 @@
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-specific accuracy reward, advantages
 relative to the group, a clipped ratio, a KL penalty to a frozen reference model, one stage per
-task. Different from it: the ratio is that of a token, not of a completion (--loss geovlm),
-advantages are not divided by the group's std (--divide-by-std), a group's prompt is computed once
-for all its completions, groups whose rewards are all equal are left out; prompts (--system), the
-form of boxes and some rewards are ours. docs/method.md has the whole list, and says why.
+task. Different from it (a flag in brackets restores the paper's way): the ratio is that of a token
+(--loss geovlm), advantages are not divided by the group's std (--divide-by-std), a group's prompt
+is computed once for all its completions, groups whose rewards are all equal are left out; prompts,
+the form of boxes and some rewards are ours. docs/method.md has the whole list, and says why.
 
 A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
 
@@ -80,9 +80,10 @@ def main(args: Namespace) -> None:
     torch.manual_seed(args.seed)
     model, processor = load_model(args.model, args.image_size, merge=not args.lora)
     adapters = None
-    if args.lora:  # new ones change nothing: the first stage's reference is the bare model
+    if args.lora:  # new adapters are 0: the first stage's reference is the model without them
         starts_adapted = len(stages) > 1 or has_adapters(args.model)
-        adapters = add_adapters(model, args.lora, args.model, args.beta and starts_adapted)
+        with_reference = args.beta > 0 and starts_adapted
+        adapters = add_adapters(model, args.lora, args.model, with_reference)
     if args.freeze:
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -109,7 +110,7 @@ def main(args: Namespace) -> None:
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)
     completions_log = JsonlLog(args.out / "samples.jsonl", run.steps_done, args.group)
     run.install_signal_handlers()
-    # A copy generates where weights are sharded, or float32 on a GPU: decoding these is slow.
+    # Decoding is slow with sharded weights, and with float32 on a GPU: a whole copy generates.
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     sampler = Sampler(sampling_model, processor, args.compile)
     score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
@@ -119,7 +120,7 @@ def main(args: Namespace) -> None:
     for stage in range(progress["stage"], len(stages)):
         tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
         ref_model = optimizer = None                            # frees the previous stage's memory
-        gc.collect()                                            # FSDP's modules lie in cycles
+        gc.collect()                                            # FSDP modules are in cycles
         if adapters:                    # the reference is the policy with its present adapters
             update_reference(policy)
         elif args.beta:
@@ -194,7 +195,8 @@ def main(args: Namespace) -> None:
                 if args.overlong_buffer:
                     reward_parts["overlong"] = grpo.overlong_punishment(
                         lengths, args.max_new_tokens, args.overlong_buffer)
-                rewards = sum(part_weights[name] * r for name, r in reward_parts.items()).float()
+                weighted = [part_weights[name] * r for name, r in reward_parts.items()]
+                rewards = sum(weighted).float()                                 # (B, G)
                 todo = (~grpo.groups_with_signal(rewards)).nonzero()[:, 0].tolist()
                 if not todo:
                     break

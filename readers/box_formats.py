@@ -23,10 +23,9 @@ import numpy as np
 
 from boxes import clip_and_round, convert_box, format_boxes, format_json, obb_to_hbb, parse_boxes
 from readers.files import first_image_size, one_line
-from rewards import strip_boxes
 from runtime.errors import UserError
 from sample import BOX_TASKS, Sample
-from texts import MAX_TEXT, parse_count, parse_position
+from texts import MAX_TEXT, parse_coordinates, parse_count, strip_boxes
 
 MAX_BOXES_PER_QUESTION = 100  # COCO's limit; the 536 ships of one DOTA tile are 5,000 tokens
 FAR = 1e6  # pixels from the image: an answer's numbers have at most six digits
@@ -275,7 +274,7 @@ def check_target(source: str, task: str, question: str, think: str, gt_answer: s
         wrong = "has brackets that are no box [x1, y1, x2, y2]; write them as (..)"
     elif task == "count" and parse_count(gt_answer) is None:
         wrong = "is no whole number, which count needs"
-    elif task == "geo" and parse_position(gt_answer) is None:
+    elif task == "geo" and parse_coordinates(gt_answer) is None:
         wrong = "is no latitude and longitude in degrees such as 48.86, 2.35, which geo needs"
     else:
         return

@@ -27,7 +27,7 @@ from torch.nn import Module, Parameter
 from runtime.errors import UserError
 from runtime.ranks import rank, world_size
 
-TIMEOUT = timedelta(hours=1)  # how long ranks wait, as for the first one's work as a run begins
+TIMEOUT = timedelta(hours=1)  # how long a rank waits, for example while the first one reads data
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
 
 

@@ -75,7 +75,7 @@ def window_attention(
 
     cu_seq_lens_q  (windows + 1,) where the windows begin and end, on the CPU
 
-    Windows of one size are rows of one call: 1 instead of 64 for 448 px, in each of 28 layers.
+    Windows of one size are rows of one call: 1 instead of 16 for 448 px, in each of 28 layers.
     """
     lengths = cu_seq_lens_q.diff().tolist()
     if len(set(lengths)) == 1:

@@ -28,8 +28,8 @@ def shorten(text: str, width: int) -> str:
 
 class JsonlLog:
     """A file of JSON lines that the first rank writes, equally many for each step. The first write
-    cuts it back to those of the first `steps`; no earlier moment does, so that a --resume that is
-    refused changes nothing. Raises UserError if one of them is damaged or missing."""
+    drops the lines after the first `steps` steps; not earlier, so that a refused --resume changes
+    nothing. Raises UserError if one of the kept lines is damaged or missing."""
 
     def __init__(self, path: Path, steps: int, lines_per_step: int = 1) -> None:
         self.path = path

@@ -59,9 +59,9 @@ from texts import (
     great_circle_km,
     lcs_length,
     lexical_similarity,
+    parse_coordinates,
     parse_count,
     parse_labels,
-    parse_position,
 )
 
 A, B, C = (10, 10, 50, 50, 0), (60, 60, 100, 90, 0), (0, 70, 30, 110, 0)  # three boxes that do not touch
@@ -650,7 +650,7 @@ def test_count_reward_is_one_minus_the_relative_error(a, g):
     ("", None), ("Paris", None), ("48.86", None), ("48.86, 2.35, 3", None), ("2.35 E, 48.86 N", None), ("48.86 E, 2.35", None),
     ("90.1, 0", None), ("0, 180.1", None), ("9" * 400 + ", 1", None), ("nan, nan", None), ("48°51'24\", 2°21'3\"", None)])
 def test_a_position_is_two_numbers_on_earth(answer, position):
-    assert parse_position(answer) == position
+    assert parse_coordinates(answer) == position
 
 
 degrees = st.tuples(st.floats(-90, 90), st.floats(-180, 180))

@@ -20,8 +20,8 @@ def new_tiny_model(corpus: list[str], image_size: int = 112) -> tuple[Qwen, Proc
     """A new model with 1.5 M random weights, and a tokenizer trained on `corpus`.
 
     Apart from its size it differs from Qwen2.5-VL-3B in two ways, both to shorten completions: a
-    number of up to three digits is one token (Qwen: one per digit), and so is each think and answer
-    tag and each piece of a JSON answer.
+    number of up to three digits that is frequent in the corpus is one token (Qwen: one per digit),
+    and so is each think and answer tag and each piece of a JSON answer.
     """
     tokenizer = new_tokenizer(corpus)
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
@@ -50,8 +50,8 @@ def new_tiny_model(corpus: list[str], image_size: int = 112) -> tuple[Qwen, Proc
 
 
 def new_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's special tokens, one token for a number of up to three
-    digits, and one for each tag and JSON piece."""
+    """A byte-level BPE tokenizer with Qwen's special tokens, one token for a frequent number of
+    up to three digits, and one for each tag and JSON piece."""
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
