@@ -24,7 +24,7 @@ from readers.shared_images import check_shared_images
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError, warn
 from runtime.ranks import rank
-from sample import BOX_TASKS, TOKEN_SIZE, Sample, header_size, to_oriented
+from sample import BOX_TASKS, TOKEN_SIZE, Sample, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
 HELD_OUT_SEED = 2**31   # of synthetic scenes: outside the range of --seed
@@ -222,7 +222,6 @@ def read_source(source: Source, tasks: Sequence[str], image_size: int,
     path = Path(source.path)
     if not path.exists():
         raise UserError(f"--data {path}: no such file or folder (or write: synthetic)")
-    header_size.cache_clear()
     notes = {task: Counter() for task in tasks}
     image_folder = Path(source.images) if source.images else None
     gc.disable()  # the search for cycles in the new objects takes as long as reading

@@ -11,9 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -78,15 +76,6 @@ INSTRUCTIONS = {  # task -> what follows the question
 ORIENTED_DET = ("Answer with a box [x1,y1,x2,y2,theta] for each, which is turned by theta degrees "
                 "clockwise about its center, in pixels of {image_size}x{image_size}, or none.")
 BOX_TASKS = ("det", "ground", "rec", "ovd", "seg")  # tasks whose answers hold boxes
-KEEPS_ASPECT_RATIO = ("pair", "geo")  # tasks without boxes, of panoramas and photographs
-END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> how a complete file ends
-TAIL = 2**10  # bytes at the end of a file that are searched for it
-FLIP = Image.Transpose
-UPRIGHT = {2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE,
-           6: FLIP.ROTATE_270, 7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_90}  # orientation in EXIF -> turn
-BITS = 258  # tag of a TIFF: bits of each band
-OFFSETS_AND_SIZES = ((273, 279), (324, 325))  # tags of a TIFF: where its strips or its tiles are
-TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
 
 
 def format_prompt(sample: Sample) -> str:
@@ -143,6 +132,13 @@ def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
 # --------------------------------------------------------------------------------------------------
 # Images
 
+KEEPS_ASPECT_RATIO = ("pair", "geo")  # tasks without boxes, of panoramas and photographs
+FLIP = Image.Transpose
+UPRIGHT = {2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE,
+           6: FLIP.ROTATE_270, 7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_90}  # orientation in EXIF -> turn
+TOKEN_SIZE = 28  # Qwen2.5-VL makes one token of 28 x 28 pixels, 2 x 2 patches
+
+
 def load_images(sample: Sample) -> list[Image.Image]:
     """The sample's images as RGB, resized to image_size x image_size; of KEEPS_ASPECT_RATIO, to
     fit_size. Raises UserError for one that cannot be read."""
@@ -189,55 +185,6 @@ def open_image(image: object) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     return Image.open(image if isinstance(image, (str, Path)) else image.open("rb"))
-
-
-def read_image_size(path: Path, source: str) -> tuple[int, int]:
-    """(width, height) from the file's header. Raises UserError if it is missing, no image, or one
-    pixel thin. `source` names the record."""
-    try:
-        size = header_size(path)
-    except FileNotFoundError:
-        raise UserError(f"{source}: image {path} does not exist; name the folder of the images by "
-                        "--images, or --data SOURCE@FOLDER")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{source}: image {path} cannot be read ({error}); replace it, or "
-                        "leave it out")
-    if min(size) < 2:
-        raise UserError(f"{source}: image {path} is {size[0]} x {size[1]} pixels, too thin to show "
-                        "anything; replace it, or leave it out")
-    return size
-
-
-@lru_cache(maxsize=2**18)  # many samples share an image; emptied before a source is read
-def header_size(path: Path) -> tuple[int, int]:
-    """(width, height). A file that looks cut off, as half a download is, is decoded: its error
-    would end the run when its turn comes. Raises ValueError for colours of 16 bits, of which PIL
-    keeps 8: the reflectances of Sentinel-2, up to some 3,000, would be nearly black or noise."""
-    with open(path, "rb") as file, Image.open(file) as image:
-        if image.mode[0] not in "IF" and has_16_bits(image):
-            raise ValueError("it has 16 bits per band; convert it to 8 first")
-        if looks_cut_off(file, image):
-            file.seek(0)
-            image.load()
-        return image.size
-
-
-def has_16_bits(image: Image.Image) -> bool:
-    """Whether the bands of a PNG or TIFF, as opened, have more than 8 bits in the file."""
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(BITS, (8,))) > 8
-    return image.format == "PNG" and ";16" in str(image.tile)
-
-
-def looks_cut_off(file: BinaryIO, image: Image.Image) -> bool:
-    """Whether the file ends before a JPEG, PNG or TIFF does, by its end or its offsets."""
-    num_bytes = file.seek(0, 2)
-    if image.format == "TIFF":
-        tags = image.tag_v2
-        return any(offset + size > num_bytes for offsets, sizes in OFFSETS_AND_SIZES
-                   for offset, size in zip(tags.get(offsets, ()), tags.get(sizes, ())))
-    file.seek(max(num_bytes - TAIL, 0))
-    return END_OF_FILE.get(image.format, b"") not in file.read()
 
 
 # --------------------------------------------------------------------------------------------------

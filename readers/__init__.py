@@ -4,6 +4,7 @@ folders.py       entry point `read_samples`; folder layouts, such as DOTA's or x
 cross_view.py    pairs of ground and satellite images
 json_records.py  records, of which the keys tell the format
 files.py         files of records: JSON, JSON lines, EarthDial shards, parquet; images
+image_headers.py is an image file whole, and how large
 box_formats.py   how data sets write boxes and questions; makes the Sample
 shared_images.py no image is trained on and held out
 """

@@ -25,8 +25,8 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
+from readers.image_headers import read_image_size
 from runtime.errors import UserError, first_line
-from sample import read_image_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's

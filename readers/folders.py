@@ -24,9 +24,10 @@ from readers.box_formats import (
 )
 from readers.cross_view import read_pairs
 from readers.files import IMAGE_SUFFIXES, find_image, first_image_size, split_of_name, user_error_on
+from readers.image_headers import header_size, read_image_size
 from readers.json_records import CHANGE_QUESTION, read_mask, read_records
 from runtime.errors import NotServedError, UserError, warn
-from sample import BOX_TASKS, INSTRUCTIONS, Sample, read_image_size
+from sample import BOX_TASKS, INSTRUCTIONS, Sample
 
 FMOW_VIEWS = 4  # images of a place in a question, as in EarthDial
 NWPU_CLASSES = dict(enumerate((
@@ -47,6 +48,7 @@ def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder
     """The Samples of a file or folder for each task, in its order; an error for a task that its
     format does not serve. `notes`, for each task, `choices` and `negatives` are those of a Request.
     Raises UserError for what a user has to fix."""
+    header_size.cache_clear()
     with user_error_on("readable", str(path)):
         file, name, served, reader = layout_of(path)
         found = {task: not_served(path, task, name, served, reader) for task in tasks}
