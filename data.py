@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from readers.box_formats import Request
 from readers.cross_view import check_candidates
 from readers.files import held_out_tenth
 from readers.folders import read_samples
@@ -222,17 +223,18 @@ def read_source(source: Source, tasks: Sequence[str], image_size: int,
     path = Path(source.path)
     if not path.exists():
         raise UserError(f"--data {path}: no such file or folder (or write: synthetic)")
-    notes = {task: Counter() for task in tasks}
     image_folder = Path(source.images) if source.images else None
+    requests = {task: Request(task, image_size, image_folder, Counter(), choices=source.choices,
+                              negatives=source.negatives) for task in tasks}
     gc.disable()  # the search for cycles in the new objects takes as long as reading
     try:
-        found = read_samples(path, tasks, image_size, image_folder, notes, source.choices,
-                             source.negatives)
+        found = read_samples(path, requests)
     finally:
         gc.freeze()  # the rest of the run does not search them either
         gc.enable()
     for task, samples in found.items():
-        reasons = "".join(f"; {n} {what}" for what, n in sorted(notes[task].items()) if n)
+        notes = sorted(requests[task].notes.items())
+        reasons = "".join(f"; {n} {what}" for what, n in notes if n)
         if isinstance(samples, list) and not samples:
             found[task] = NotServedError(f"{path}: no samples of task {task}{reasons}")
         elif reasons and samples:

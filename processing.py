@@ -5,7 +5,7 @@ Shapes: B prompts, P prompt tokens (padded on the right), E hidden size.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -142,13 +142,11 @@ def prefetch(steps: Iterable[tuple[object, list]],
     images, which is most of the work, releases Python's lock.
     """
     pool = ThreadPoolExecutor(max_workers=4)
-    current = None
+    submitted = ((step, samples, [pool.submit(encode, sample) for sample in samples])
+                 for step, samples in steps)
     try:
-        for step, samples in chain(steps, [(None, [])]):  # the empty one yields the last real step
-            upcoming = step, samples, [pool.submit(encode, sample) for sample in samples]
-            if current:
-                step, samples, encoded = current
-                yield step, samples, [future.result() for future in encoded]
-            current = upcoming
+        # pairwise draws the next step, whose threads so begin, before it hands over the current one
+        for (step, samples, futures), _ in pairwise(chain(submitted, [None])):
+            yield step, samples, [future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -3,7 +3,7 @@ the content of the folder, or the keys of the records. docs/forking.md says how 
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -42,31 +42,28 @@ DISASTERS = {  # part of an xBD file's name -> class
     "matthew": "wind", "michael": "wind"}
 
 
-def read_samples(path: Path, tasks: Sequence[str], image_size: int, image_folder: Path | None,
-                 notes: dict[str, Counter], choices: int | None = None,
-                 negatives: str | None = None) -> dict[str, list[Sample] | NotServedError]:
-    """The Samples of a file or folder for each task, in its order; an error for a task that its
-    format does not serve. `notes`, for each task, `choices` and `negatives` are those of a Request.
-    Raises UserError for what a user has to fix."""
+def read_samples(path: Path,
+                 requests: dict[str, Request]) -> dict[str, list[Sample] | NotServedError]:
+    """{task: Request} -> the Samples of a file or folder for each task, in its order, or an error
+    if its format does not serve it. Raises UserError for what a user has to fix."""
     header_size.cache_clear()
     with user_error_on("readable", str(path)):
         file, name, served, reader = layout_of(path)
-        found = {task: not_served(path, task, name, served, reader) for task in tasks}
-        tasks = [task for task in found if task in served]
+        found = {task: not_served(path, task, name, served, reader) for task in requests}
+        requests = {task: requests[task] for task in requests if task in served}
         if reader is read_records:
-            found |= read_records(file, tasks, image_size, image_folder, notes)
+            found |= read_records(file, requests)
         else:
-            for task in tasks:
-                request = Request(task, image_size, image_folder, notes[task],
-                                  choices=choices, negatives=negatives)
+            for task, request in requests.items():
                 try:
                     found[task] = list(reader(file, request))
                 except NotServedError as error:
                     found[task] = error
-        for task in tasks:
-            if isinstance(found[task], list) and notes[task][NO_AREA] > len(found[task]):
-                raise UserError(f"{path}: {notes[task][NO_AREA]} boxes have no area, as x2 <= x1 or"
-                                " y2 <= y1; boxes are x1, y1, x2, y2 (COCO: x, y, width, height)")
+        for task, request in requests.items():
+            number = request.notes[NO_AREA]
+            if isinstance(found[task], list) and number > len(found[task]):
+                raise UserError(f"{path}: {number} boxes have no area, as x2 <= x1 or y2 <= y1; "
+                                "boxes are x1, y1, x2, y2 (COCO: x, y, width, height)")
     return found
 
 

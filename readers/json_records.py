@@ -52,10 +52,10 @@ OTHER_MARK = "turns with the mark of another task, such as [vqa], left out"
 CHANGE_QUESTION = "What has changed from the first image to the second?"
 
 
-def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder: Path | None,
-                 notes: dict[str, Counter]) -> dict[str, list[Sample] | NotServedError]:
-    """The Samples of each task, from one reading of a JSON array or document, JSON lines, an
-    EarthDial shard or parquet; an error for a task that the records do not serve."""
+def read_records(path: Path,
+                 requests: dict[str, Request]) -> dict[str, list[Sample] | NotServedError]:
+    """{task: Request} -> the Samples of each task, from one reading of a JSON array or document,
+    JSON lines, an EarthDial shard or parquet; an error for a task that the records do not serve."""
     file_split = split_of_name(path) or split_of_name(next(path.glob("**/*.parquet"), path))
     is_table = path.is_dir() or path.suffix == ".parquet"
     table = open_table(path) if is_table else None
@@ -65,15 +65,16 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
     source, document = first[0] if first and isinstance(first[0][1], dict) else (str(path), {})
     if len(first) == 1 and document and not format_of(document):
         with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
+            notes = [request.notes for request in requests.values()]
             rows = list(records_of_document(path, source, document, notes))
             records, document = iter(rows), rows[0][1] if rows else {}
     is_chat = not {"conversations", "messages"}.isdisjoint(document)
     marked = is_chat and has_match(MARKED_TEXT, path, table)
-    image_folder = image_folder or path.parent
-    rsvqa_answers = cache(lambda: read_rsvqa_answers(image_folder))
-    requests = {task: Request(task, image_size, image_folder, notes[task], marked, rsvqa_answers)
-                for task in tasks}
-    found, not_served = {task: [] for task in tasks}, {}  # the first error of a task
+    image_folder = next((r.image_folder for r in requests.values()), None) or path.parent
+    about_file = {"image_folder": image_folder, "marked": marked,
+                  "rsvqa_answers": cache(lambda: read_rsvqa_answers(image_folder))}
+    requests = {task: request._replace(**about_file) for task, request in requests.items()}
+    found, not_served = {task: [] for task in requests}, {}  # the first error of a task
     for source, record in read_headers_ahead(records, image_folder):
         if not isinstance(record, dict):
             raise UserError(f"{source}: expected an object, found {type(record).__name__}")
@@ -91,16 +92,16 @@ def read_records(path: Path, tasks: Sequence[str], image_size: int, image_folder
                 "completion" in record or "answer" in record and not image_names(record)):
             raise UserError(f"{source}: a model's answer; evaluate.py --predictions scores these")
         marks = tasks_of_turns(record) if marked and reader is read_conversation else served
-        for task in tasks:
+        for task, request in requests.items():
             if task in served and task not in marks:
-                notes[task][OTHER_MARK] += len(record["conversations"]) // 2
+                request.notes[OTHER_MARK] += len(record["conversations"]) // 2
                 continue
             try:
                 with user_error_on(name, source):
                     if task not in served:
                         raise NotServedError(f"{source}: {name} serves {', '.join(served)}, not "
                                              f"{task}{OTHER_FORMATS.get(task, '')}")
-                    for sample in reader(source, record, requests[task]):
+                    for sample in reader(source, record, request):
                         named = split or sample.split or file_split
                         found[task].append(sample if named == sample.split
                                            else replace(sample, split=named))
@@ -132,13 +133,13 @@ def tasks_of_turns(record: dict) -> set[str]:
 
 
 def records_of_document(path: Path, source: str, document: dict,
-                        notes: dict[str, Counter]) -> Iterator[tuple[str, dict]]:
+                        notes: Sequence[Counter]) -> Iterator[tuple[str, dict]]:
     """The records of a document that keeps them in several lists, joined by their ids."""
     if "questions" in document:  # RSVQA
         answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
         active = [q for q in document["questions"] if q.get("active", True)]
         inactive = len(document["questions"]) - len(active)
-        for counts in notes.values():
+        for counts in notes:
             counts["questions of other splits left out"] += inactive
         for q in active:
             answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
@@ -148,7 +149,7 @@ def records_of_document(path: Path, source: str, document: dict,
         objects = defaultdict(list)
         for a in document["annotations"]:
             if int(a.get("iscrowd") or 0):
-                for counts in notes.values():
+                for counts in notes:
                     counts["boxes of a crowd (iscrowd) left out"] += 1
             else:
                 objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))

@@ -366,8 +366,8 @@ def test_the_example_format_is_read(tmp_path, pasted):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "labels.jsonl").write_text('{"file": "a.png", "label": "ship"}\n')
     json_records = pasted("readers/json_records.py")
-    notes = {"cls": Counter()}
-    found = json_records.read_records(tmp_path / "labels.jsonl", ["cls"], 112, None, notes)
+    request = json_records.Request("cls", 112, None, Counter())
+    found = json_records.read_records(tmp_path / "labels.jsonl", {"cls": request})
     (sample,) = found["cls"]
     assert (sample.gt_answer, sample.category) == ("ship", "ship")
     assert sample.images == (tmp_path / "a.png",)

@@ -70,7 +70,8 @@ def chat(*turns, image="a.png"):
 
 
 def read(path, task, images=None, notes=None, image_size=F):
-    found = read_samples(Path(path), [task], image_size, images, {task: Counter() if notes is None else notes})[task]
+    request = Request(task, image_size, images, Counter() if notes is None else notes)
+    found = read_samples(Path(path), {task: request})[task]
     if isinstance(found, NotServedError):
         raise found
     return found
