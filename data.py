@@ -106,42 +106,44 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
     read = partial(read_sources, tasks=tasks, image_size=image_size, oriented=oriented,
                    thinking=thinking, system=system)
     found = read(sources, seed=seed)
-    eval_found = eval_sources and read(eval_sources, flag="--eval-data")
+    eval_found = read(eval_sources, flag="--eval-data") if eval_sources else found
     splits, trained, held = {}, [], []
     for task, parts in found.items():
+        paths, eval_parts = [source.path for source, _ in parts], eval_found[task]
         train, held_out, rules = split_sources(parts, whole="train" if eval_sources else None)
         for (source, samples), part in zip(parts, train):
             if not part:
                 raise no_samples(source.path, samples, "train")
-            trained.append((source.path, part))
         if eval_sources:
-            _, held_out, rules = split_sources(eval_found[task], "heldout")
-            check_eval_sources(parts, eval_found[task])
-            paths = [source.path for source, _ in parts]
-            rules = [*rules, f"trained on {', '.join(paths)}"]
-            held += [(source.path if source.path in paths else "--eval-data", part)
-                     for (source, _), part in zip(eval_found[task], held_out)]
-        else:
-            held += [(source.path, part) for (source, _), part in zip(parts, held_out)]
+            _, held_out, rules = split_sources(eval_parts, "heldout")
+            check_eval_sources(parts, eval_parts)
+            rules.append(f"trained on {', '.join(paths)}")
+        trained += zip(paths, train)
+        held += [(source.path if source.path in paths else "--eval-data", part)
+                 for (source, _), part in zip(eval_parts, held_out)]
         train, held_out = join(train), join(held_out)
         if shots:
             train = few_shots(train, shots)
-        first_answers = (train[i].gt_answer for i in range(min(8, len(train))))
-        if task not in BOX_TASKS and all(re.match(r"\[[\d., ]+\]", a) for a in first_answers):
-            warn(f"warning: the targets of {task} are boxes, such as {train[0].gt_answer[:60]}; "
-                 "which task are they for?")
-        scored = held_out[:heldout]
+        warn_of_boxes(task, train)
         if len(held_out) < 10 and heldout != 0:
             few = "so few tell little" if held_out else "so no scores will tell what was learned"
-            rules = [*rules, few if eval_sources else f"{few}; --eval-data names others"]
+            rules.append(few if eval_sources else f"{few}; --eval-data names others")
+        scored = held_out[:heldout]
         of_them = f", {len(scored)} of them scored" if len(scored) < len(held_out) else ""
-        summary = (f"{task}: {len(train):,} train, {len(held_out):,} held out{of_them} "
-                   f"({'; '.join(rules)})")
-        splits[task] = Split(train, scored, summary)
+        splits[task] = Split(train, scored, f"{task}: {len(train):,} train, {len(held_out):,} held "
+                                            f"out{of_them} ({'; '.join(rules)})")
     if rank() == 0:  # it compares images for all; rendered scenes are no files
         check_shared_images(*([part for part in parts if not isinstance(part[1], Scenes)]
                               for parts in (trained, held)))
     return splits
+
+
+def warn_of_boxes(task: str, train: Sequence[Sample]) -> None:
+    """Say if the targets of a task without boxes are boxes."""
+    first = [train[i].gt_answer for i in range(min(8, len(train)))]
+    if task not in BOX_TASKS and all(re.match(r"\[[\d., ]+\]", answer) for answer in first):
+        warn(f"warning: the targets of {task} are boxes, such as {first[0][:60]}; which task are "
+             "they for?")
 
 
 def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],
@@ -182,29 +184,35 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[str], image_size: in
                 if source.task:
                     raise samples
                 reasons[task].append(str(samples))
-            elif oriented and task == "det":
-                found[task].append((source, orient_samples(samples, source.path)))
-            else:
-                if task == "pair":
-                    check_candidates(source.path, samples, source.choices, source.negatives)
-                found[task].append((source, samples))
+                continue
+            if task == "pair":
+                check_candidates(source.path, samples, source.choices, source.negatives)
+            samples = set_prompt(samples, source.path, oriented and task == "det", thinking, system)
+            found[task].append((source, samples))
     for task, parts in found.items():
         if not parts:
             raise UserError("; ".join(reasons[task])
                             or f"{flag} has no source for task {task}: add {task}=SOURCE")
         if reasons[task]:
             warn(f"{task}: not from {'; '.join(reasons[task])}")
-    if thinking and system is None:
-        return found
-    return {task: [(source, set_prompt(samples, thinking, system)) for source, samples in parts]
-            for task, parts in found.items()}
+    return found
 
 
-def set_prompt(samples: Sequence[Sample], thinking: bool,
+def set_prompt(samples: Sequence[Sample], source: str, oriented: bool, thinking: bool,
                system: str | None) -> Sequence[Sample]:
-    """The samples, asked with or without reasoning and with this system prompt."""
-    ask = partial(replace, thinking=thinking, system=system)
-    return ask(samples) if isinstance(samples, Scenes) else [ask(sample) for sample in samples]
+    """The samples, asked for oriented boxes or not, with or without reasoning, and with this system
+    prompt. A line says if they are asked for oriented boxes, and none of theirs is turned."""
+    form = {"thinking": thinking, "system": system}
+    if isinstance(samples, Scenes):
+        return replace(samples, oriented=oriented, **form)
+    if oriented:
+        if not any(box[4] for sample in samples for box in sample.gt_boxes):
+            warn(f"{source}: no target box is turned, so every theta is 0 ([x1,y1,x2,y2,theta] in "
+                 "pixels is read as its horizontal envelope)")
+        samples = [to_oriented(sample) for sample in samples]
+    if thinking and system is None:
+        return samples
+    return [replace(sample, **form) for sample in samples]
 
 
 def read_source(source: Source, tasks: Sequence[str], image_size: int,
@@ -264,16 +272,6 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
             raise no_samples(source, samples, split)
         samples = kept
     return few_shots(samples, shots) if shots else samples
-
-
-def orient_samples(samples: Sequence[Sample], source: str) -> Sequence[Sample]:
-    """The det samples with answers of oriented boxes. A line says if none of them is turned."""
-    if isinstance(samples, Scenes):
-        return replace(samples, oriented=True)
-    if not any(box[4] for sample in samples for box in sample.gt_boxes):
-        warn(f"{source}: no target box is turned, so every theta is 0 ([x1,y1,x2,y2,theta] in "
-             "pixels is read as its horizontal envelope)")
-    return [to_oriented(sample) for sample in samples]
 
 
 def split_sources(found: Sequence[tuple[Source, Sequence[Sample]]], whole: str | None = None,
