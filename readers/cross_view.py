@@ -7,6 +7,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -21,6 +22,15 @@ from sample import Sample
 PAIR_CANDIDATES = 4  # satellite images to choose from, without --choices
 
 
+class Place(NamedTuple):
+    """A line of a table."""
+    source: str
+    ground: Path                          # image
+    satellite: Path                       # image
+    position: tuple[float, float] | None  # longitude, latitude in degrees
+    city: str
+
+
 def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     """Questions with a ground image and satellite images, one of them right; for geo, those of
     ask_position. The right letters follow the rank of a hash, so that their counts differ by at
@@ -32,38 +42,38 @@ def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     if request.task == "geo":
         yield from ask_position(places, names, request)
         return
-    positions = [place[3] for place in places]
+    positions = [place.position for place in places]
     near = request.negatives != "random" and None not in positions
     if request.negatives == "near" and not near:
         raise UserError(f"{path}: has places without a position; leave out --negatives near")
     everyone, held_out_names = range(len(places)), held_out_tenth(names)
     train = [i for i in everyone if names[i] not in held_out_names]
     held_out = [i for i in everyone if names[i] in held_out_names]
-    num_train_images = len({places[i][2] for i in train})
+    num_train_images = len({places[i].satellite for i in train})
     k = min(request.choices or PAIR_CANDIDATES, max(num_train_images, 2), len(places))
     letters = tuple("ABCDEFGHIJ"[:k])
-    hashes = [zlib.crc32(os.fsencode(ground.name)) for _, ground, *_ in places]
+    hashes = [zlib.crc32(os.fsencode(place.ground.name)) for place in places]
     by_hash = sorted(everyone, key=hashes.__getitem__)
     right_of = {i: rank % k for rank, i in enumerate(by_hash)}
     others_of = defaultdict(list)
     for members, pool in ((train, train if num_train_images > 1 else everyone),
                           (held_out, held_out), (held_out, everyone)):
-        images = {places[j][2]: positions[j] for j in pool}
+        images = {places[j].satellite: positions[j] for j in pool}
         others = other_images([positions[i] for i in members], images, 4 * k, near)
         for i, found in zip(members, others):
             others_of[i] += found
-    for i, (source, ground, satellite, _, city) in enumerate(places):
+    for i, place in enumerate(places):
         others = dict.fromkeys(others_of[i])
-        wrong = [other for other in others if other != satellite][: k - 1]
+        wrong = [other for other in others if other != place.satellite][: k - 1]
         if len(wrong) < max(k - 1, 1):
-            raise UserError(f"{source}: {len(wrong)} other places to choose from, expected "
+            raise UserError(f"{place.source}: {len(wrong)} other places to choose from, expected "
                             f"{max(k - 1, 1)}; add pairs")
         question = (f"The first image is taken on the ground, the others, A to {letters[-1]}, from "
                     "above. Which of them shows the same place?")
         right = right_of[i]
-        candidates = (*wrong[:right], satellite, *wrong[right:])
-        yield make_sample(source, request, (ground, *candidates), question, letters[right],
-                          choices=letters, category=city, place=names[i])
+        images = (place.ground, *wrong[:right], place.satellite, *wrong[right:])
+        yield make_sample(place.source, request, images, question, letters[right],
+                          choices=letters, category=place.city, place=names[i])
 
 
 def check_candidates(source: str, samples: Sequence[Sample], choices: int | None,
@@ -79,34 +89,35 @@ def check_candidates(source: str, samples: Sequence[Sample], choices: int | None
                         "already; leave --negatives out")
 
 
-def connected_names(places: list[tuple]) -> list[str]:
+def connected_names(places: list[Place]) -> list[str]:
     """For each place the name by which it is held out: that of the first ground image, in the order
     of names, among the places that share an image with it, directly or through others."""
     ids = {}
-    edges = np.array([[ids.setdefault(image, len(ids)) for image in place[1:3]]
-                      for place in places], int).reshape(-1, 2)                  # ground, satellite
+    edges = np.array([[ids.setdefault(image, len(ids)) for image in (place.ground, place.satellite)]
+                      for place in places], int).reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), edges.T), (len(ids), len(ids)))
     component_of = connected_components(graph, directed=False)[1][edges[:, 0]]
     name_of = {}
-    for component, (_, ground, *_) in zip(component_of, places):
-        name_of[component] = min(ground.name, name_of.get(component, ground.name))
+    for component, place in zip(component_of, places):
+        name = place.ground.name
+        name_of[component] = min(name, name_of.get(component, name))
     return [name_of[component] for component in component_of]
 
 
-def ask_position(places: list[tuple], names: list[str], request: Request) -> Iterator[Sample]:
+def ask_position(places: list[Place], names: list[str], request: Request) -> Iterator[Sample]:
     """Where each ground image was taken, in degrees with three decimals: to 0.1 km."""
-    for (source, ground, _, position, city), name in zip(places, names):
-        if position is None:
-            raise NotServedError(f"{source}: `aerial,ground` has no position, so it serves pair, "
-                                 "not geo")
-        longitude, latitude = position
-        yield make_sample(source, request, (ground,), "Where on Earth was this image taken?",
-                          f"{latitude:.3f}, {longitude:.3f}", category=city, place=name)
+    for place, name in zip(places, names):
+        if place.position is None:
+            raise NotServedError(f"{place.source}: `aerial,ground` has no position, so it serves "
+                                 "pair, not geo")
+        longitude, latitude = place.position
+        question = "Where on Earth was this image taken?"
+        yield make_sample(place.source, request, (place.ground,), question,
+                          f"{latitude:.3f}, {longitude:.3f}", category=place.city, place=name)
 
 
-def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
-    """(source, ground image, satellite image, (longitude, latitude) or None, city) of the lines of
-    tables without a header: `aerial,ground[,annotation]` (CVUSA) or
+def read_places(path: Path, image_folder: Path | None) -> list[Place]:
+    """The lines of tables without a header: `aerial,ground[,annotation]` (CVUSA) or
     `name,longitude,latitude,city,aerial,ground` (CV-Cities, <city>/img_info.csv)."""
     places, files = [], [path]
     if path.is_dir():
@@ -129,7 +140,7 @@ def read_places(path: Path, image_folder: Path | None) -> list[tuple]:
                     aerial, ground = line[:2]
                     position, city, root = None, "", image_folder or file.parent
                 first_image_size((root / ground, root / aerial), source)
-                places.append((source, root / ground, root / aerial, position, city))
+                places.append(Place(source, root / ground, root / aerial, position, city))
     return places
 
 

@@ -45,18 +45,18 @@ def main() -> None:
     images = sources[0].images
     places = read_places(Path(sources[0].path), images and Path(images))
     positions_of = defaultdict(list)  # satellite image -> positions of its ground images
-    for _, _, satellite, position, _ in places:
-        positions_of[satellite].append(position)
+    for place in places:
+        positions_of[place.satellite].append(place.position)
     train_ids = {sample.id for sample in split_sources(found)[0][0]}
     lines = []
-    for sample, (_, _, satellite, position, city) in zip(samples, places, strict=True):
-        distances = [] if position is None else [
-            0.0 if image == satellite else min(distance_km(position, p) for p in
-                                               positions_of[image])
+    for sample, place in zip(samples, places, strict=True):
+        distances = [] if place.position is None else [
+            0.0 if image == place.satellite
+            else min(distance_km(place.position, other) for other in positions_of[image])
             for image in sample.images[1:]]
         texts = [format_distance(distance) for distance in distances]
         if texts.count("0 m") <= 1:  # else a wrong candidate is right as well
-            think = write_think(sample, position, city, texts)
+            think = write_think(sample, place.position, place.city, texts)
             split = "train" if sample.id in train_ids else "test"
             lines.append(json.dumps(to_record(sample, think, split, args.out.parent)) + "\n")
     args.out.parent.mkdir(parents=True, exist_ok=True)
