@@ -54,11 +54,11 @@ from metrics.suite import read_suite, suite_table
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
-from runtime.checkpoint import TRAINED, clear, lock, move_aside
 from runtime.command_line import run_main
 from runtime.distributed import all_gather_object, barrier, init_distributed
 from runtime.errors import UserError, errors_as_warnings
 from runtime.logging import print0
+from runtime.out_folder import TRAINED, clear, lock, move_aside
 from runtime.ranks import rank
 from runtime.signals import Stoppable
 from sample import Sample

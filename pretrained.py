@@ -21,11 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from model import ATTENTION, STOP_TOKENS, Qwen, vision_token_ids
 from processing import Processor
-from runtime.checkpoint import is_unfinished
 from runtime.errors import UserError, first_line, why_not_loaded
 from runtime.layers import use_fused_layers
 from runtime.logging import print0
 from runtime.lora import has_adapters, merged_weight, read_adapters, save_adapters
+from runtime.out_folder import is_unfinished
 from runtime.ranks import rank
 from sample import chat_template
 

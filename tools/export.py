@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Policy
 from pretrained import load_model, save_model
-from runtime.checkpoint import last_checkpoint, read_run_json, read_tensors, saved_weights
+from runtime.checkpoint import read_run_json, read_tensors, saved_weights
 from runtime.command_line import run_main
 from runtime.errors import UserError
 from runtime.lora import add_adapters
+from runtime.out_folder import last_checkpoint
 
 
 def main() -> None:
