@@ -51,6 +51,7 @@ from metrics.report import write_report
 from metrics.reward_models import load_reward_models
 from metrics.rows import sample_from_row, sample_to_row
 from metrics.suite import read_suite, suite_table
+from readers.earthdial_results import read_earthdial_results
 from readers.files import iter_json_records
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
@@ -256,7 +257,7 @@ def read_predictions(path: Path, task: str) -> tuple[list[Sample], list[str]]:
     if not records:
         raise UserError(f"{path}: no predictions")
     if not (isinstance(records[0][1], dict) and "completion" in records[0][1]):
-        samples, answers = published.read_earthdial_results(path, task)
+        samples, answers = read_earthdial_results(path, task)
         return samples, [f"<answer>{answer}</answer>" for answer in answers]
     samples, completions = [], []
     for source, row in records:

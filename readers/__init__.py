@@ -6,5 +6,6 @@ json_records.py  records, of which the keys tell the format
 files.py         files of records: JSON, JSON lines, EarthDial shards, parquet; images
 image_headers.py is an image file whole, and how large
 box_formats.py   how data sets write boxes and questions; makes the Sample
+earthdial_results.py answers that EarthDial released, to score
 shared_images.py no image is trained on and held out
 """

@@ -36,8 +36,9 @@ from metrics.benchmarks import (
     rouge,
     think_agreement,
 )
-from metrics.published import BENCHMARKS, envelope_scores, read_earthdial_results, table
+from metrics.published import BENCHMARKS, envelope_scores, table
 from metrics.rows import sample_to_row
+from readers.earthdial_results import read_earthdial_results
 from rewards import TASKS
 from runtime.errors import UserError
 from sample import Sample, format_target
