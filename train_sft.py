@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import fingerprint, get_batch, get_mixed_batch, load_splits, parse_sources, parse_tasks
-from metrics.held_out import held_out_rewards
+from metrics.held_out import held_out_by_task
 from metrics.plots import plot_curves
 from metrics.reward_choices import parse_rewards
 from metrics.training import Console
@@ -154,16 +154,14 @@ def main(args: Namespace) -> None:
 
     sync_sampling_model(sampling_model.to(device()), policy)
     sampler = Sampler(sampling_model, processor)
-    for task in dict.fromkeys(tasks):  # rewards without SBERT and SAM
-        rewards = held_out_rewards(sampler, held_out[task], args.max_new_tokens,
-                                   should_stop=run.should_stop,
-                                   task_rewards=task_rewards)
-        if rewards is None:
-            run.print_stopped()
-            return
-        if rewards:
-            means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
-            print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
+    scores = held_out_by_task(sampler, held_out, args.max_new_tokens, 1.0, run.should_stop, tasks,
+                              task_rewards=task_rewards)  # without SBERT and SAM
+    if scores is None:
+        run.print_stopped()
+        return
+    for task, rewards in scores.items():
+        means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
+        print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
     chat = {"system": args.system, "thinking": not args.no_think}
     if adapters:
         save_model(policy.model, processor, args.out / "adapter", **chat, adapters=adapters)

@@ -35,7 +35,7 @@ def main() -> None:
                         help="curves of the reward paid and of the task's own, and one answer")
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
     args = parser.parse_args()
-    entries = list(read_entries(args.samples))
+    entries = read_entries(args.samples)
     groups = [entry for entry in entries if entry[1][0].get("step") == args.step]
     if not groups:
         sys.exit(f"error: {args.samples} has no step {args.step}")
@@ -52,7 +52,7 @@ def main() -> None:
         figure.savefig(args.out)
         return
     figure, axes = plt.subplots(2, 2, figsize=(8.6, 3.3), height_ratios=(2, 1), dpi=120)
-    mean = sum(completion["reward"] for completion in completions) / len(completions)
+    mean = fmean(completion["reward"] for completion in completions)
     figure.suptitle(f"{sample.question}  Best and worst of {len(completions)} completions, whose "
                     f"mean reward is {mean:.2f}", fontsize=10, x=0.02, ha="left")
     for picture, text, completion in zip(*axes, (completions[-1], completions[0])):
@@ -70,8 +70,7 @@ def plot_hacking(axes, entries):
     paid = [fmean(c["parts"]["accuracy"] for c in group) for _, group in entries]
     own = [fmean(score_completion(c["text"], sample)["accuracy"] for c in group)
            for sample, group in entries]
-    boxes = [fmean(len(boxes_of(c["text"])) for c in group)
-             for _, group in entries]
+    boxes = [fmean(len(boxes_of(c["text"])) for c in group) for _, group in entries]
     for values, label in ((paid, "reward paid"), (own, "the task's own")):
         axes[0].plot(smooth(np.array(values), 20), label=label)
     axes[1].plot(smooth(np.array(boxes), 20), color="C3")

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,7 +67,8 @@ def run_trials(trials: Sequence[Trial], args: argparse.Namespace) -> dict[str, l
 def run_trial(trial: Trial, seed: int, out: Path, scenes: int) -> dict:
     """Accuracy rewards of held-out scenes before and after GRPO, {"before" or "after": {"sampled"
     or "greedy": one for each scene}}, of temperature 1 and by the task's own reward."""
-    folder, scores = out / trial.name / str(seed), out / trial.name / str(seed) / "scores.json"
+    folder = out / trial.name / str(seed)
+    scores = folder / "scores.json"
     settings = f"{trial} of {scenes} scenes\n"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "settings.txt", "a+") as file:
@@ -105,11 +105,9 @@ def score_scenes(model: Path, tasks: str, thinking: bool, n: int) -> dict[str, l
     """The accuracy reward of n held-out scenes of each task."""
     torch.set_num_threads(1)
     sampler = load_sampler(str(model))
-    form = {} if thinking else {"thinking": False}
     rewards = {"sampled": [], "greedy": []}
     for task in re.split("[,+]", tasks):
-        scenes = Scenes(task, sampler.processor.image_size, HELD_OUT_SEED, n)
-        samples = [replace(scene, **form) for scene in scenes]
+        samples = list(Scenes(task, sampler.processor.image_size, HELD_OUT_SEED, n, thinking=thinking))
         for first in range(0, n, BATCH_SIZE):
             batch = samples[first : first + BATCH_SIZE]
             prompts = [encode(sampler.processor, sample) for sample in batch]
