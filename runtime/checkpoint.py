@@ -7,7 +7,6 @@
 """
 
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -29,7 +28,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from runtime.distributed import all_gather_object, barrier
-from runtime.errors import ENDINGS, UserError, first_line, record_end
+from runtime.errors import END_FILES, UserError, first_line, record_end
 from runtime.logging import print0
 from runtime.out_folder import ENTRIES, clear, last_checkpoint, lock, print_last_end, remove
 from runtime.ranks import rank, world_size
@@ -106,10 +105,7 @@ class Run(Stoppable):
         if rank() == 0:
             remove(self.out / "ended.txt")
         barrier()
-        self.end_log = logging.FileHandler(self.out / "ended.txt", delay=True)
-        self.end_log.setFormatter(logging.Formatter(f"rank {rank()}, %(message)s"))
-        self.end_log.handleError = lambda _: None  # a full disk: stderr has to do
-        ENDINGS.addHandler(self.end_log)
+        END_FILES.append(self.out / "ended.txt")
 
     @property
     def steps_done(self) -> int:
@@ -126,7 +122,7 @@ class Run(Stoppable):
 
     def close(self) -> None:
         """Restore the signal handlers and unlock the folder."""
-        ENDINGS.removeHandler(self.end_log)
+        END_FILES.clear()
         self.restore_signal_handlers()
         if self.lock_file:
             self.lock_file.close()

@@ -1,7 +1,6 @@
 """Shared by all tests: the project root on the path, a fixed seed, and one tiny random model."""
 
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -16,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"      # bit for bit takes one thread: several
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime.errors import END_FILES  # noqa: E402
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
@@ -29,7 +30,7 @@ def seeded():
     """Every test starts from the same random state, whatever ran before it; torch only where it is loaded already. Nor is
     it in the run of an earlier test."""
     np.random.seed(0)
-    del logging.getLogger("endings").handlers[1:]
+    END_FILES.clear()
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
