@@ -49,14 +49,15 @@ def compute_image_embeds(model: Qwen, prompts: Prompts) -> Tensor:
 
 
 @torch.no_grad()
-def with_image_embeds(model: Qwen, prompts: list[Prompts]) -> list[Prompts]:
-    """The prompts with their image_embeds, for a vision tower that does not learn: every later pass
-    reuses them."""
+def add_image_embeds(model: Qwen, prompts: list[Prompts], indices: list[int]) -> None:
+    """Give the prompts at these indices their image_embeds, for a vision tower that does not learn:
+    every later pass reuses them."""
+    chosen = [prompts[i] for i in indices]
     with autocast():
-        image_embeds = compute_image_embeds(model, collate(prompts))
-    image_token_id = model.config.image_token_id
-    lengths = [int((p.input_ids == image_token_id).sum()) for p in prompts]
-    return [p._replace(image_embeds=e) for p, e in zip(prompts, image_embeds.split(lengths))]
+        image_embeds = compute_image_embeds(model, collate(chosen))
+    lengths = [int((p.input_ids == model.config.image_token_id).sum()) for p in chosen]
+    for i, embeds in zip(indices, image_embeds.split(lengths)):
+        prompts[i] = prompts[i]._replace(image_embeds=embeds)
 
 
 def run_decoder(model: Qwen, inputs_embeds: Tensor, position_ids: Tensor,

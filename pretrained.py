@@ -44,19 +44,8 @@ def load_model(name: str, image_size: int | None = None,
     """
     disable_progress_bar()  # transformers' own; it would break up the lines of a training run
     folder = base = Path(__file__).parent / "tiny" if name == "tiny" else name
-    run = Path(name).parent if Path(name).name == "model" else Path(name)
-    if is_unfinished(run):
-        raise UserError(f"--model {name}: {run} holds a run that is not complete, and model/ is "
-                        "written at its end; continue it with --resume, or take the model of its "
-                        f"last checkpoint: python tools/export.py {run} FOLDER")
-    if not Path(folder).exists():
-        if name.count("/") != 1:  # a hub id has one slash
-            raise UserError(f"--model {name}: no such folder")
-        if Path(name).parent.is_dir():  # a slip: the hub would be asked for a minute
-            raise UserError(f"--model {name}: no such folder; if it is a hub id, rename the folder "
-                            f"{Path(name).parent} that is here")
-    if Path(folder, "model").is_dir() and not Path(folder, "config.json").exists():
-        raise UserError(f"--model {name}: a run's folder; its model is {Path(folder, 'model')}")
+    if name != "tiny":
+        check_model_name(name)
     try:
         if has_adapters(name):
             base = json.loads(Path(name, "adapter_config.json").read_text())[
@@ -88,6 +77,24 @@ def load_model(name: str, image_size: int | None = None,
     # Saved with the model: this project and transformers' users then resize to the same square.
     image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     return use_fused_layers(model), Processor(tokenizer, image_processor, image_size)
+
+
+def check_model_name(name: str) -> None:
+    """Raises UserError for a folder without a model, and for neither a folder nor a hub id."""
+    folder = Path(name)
+    run = folder.parent if folder.name == "model" else folder
+    if is_unfinished(run):
+        raise UserError(f"--model {name}: {run} holds a run that is not complete, and model/ is "
+                        "written at its end; continue it with --resume, or take the model of its "
+                        f"last checkpoint: python tools/export.py {run} FOLDER")
+    if not folder.exists():
+        if name.count("/") != 1:  # a hub id has one slash
+            raise UserError(f"--model {name}: no such folder")
+        if folder.parent.is_dir():  # a slip: the hub would be asked for a minute
+            raise UserError(f"--model {name}: no such folder; if it is a hub id, rename the folder "
+                            f"{folder.parent} that is here")
+    if (folder / "model").is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"--model {name}: a run's folder; its model is {folder / 'model'}")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from metrics.training import (
     step_speed,
     write_pages,
 )
-from model import Policy, with_image_embeds
+from model import Policy, add_image_embeds
 from pretrained import load_model, save_model
 from processing import collate, encode, prefetch
 from rewards import REWARD_PARTS, score_completion
@@ -125,6 +125,7 @@ def main(args: Namespace) -> None:
             update_reference(policy)
         elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
+        reference = policy if adapters else ref_model
         trainable = [param for param in policy.parameters() if param.requires_grad]
         # Moments over 100 steps, not PyTorch's 1000: a stage has a few hundred.
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
@@ -173,9 +174,7 @@ def main(args: Namespace) -> None:
                     for b in todo:
                         samples[b], prompts[b] = others[b], encode(processor, others[b])
                 if args.freeze or args.lora:                    # then the tower does not learn
-                    new_prompts = with_image_embeds(sampling_model, [prompts[b] for b in todo])
-                    for b, prompt in zip(todo, new_prompts):
-                        prompts[b] = prompt
+                    add_image_embeds(sampling_model, prompts, todo)
                 random_numbers = uniforms((args.seed, stage, data_step),
                                           [local_prompts[b] for b in todo],
                                           args.group, args.max_new_tokens)
@@ -243,8 +242,7 @@ def main(args: Namespace) -> None:
                         ref_logprobs.append(None)
                         if args.beta:
                             with torch.no_grad(), reference_adapters(policy):
-                                ref_logprobs[i] = (policy if adapters else ref_model)(
-                                    inputs, tokens, mask, args.temperature)
+                                ref_logprobs[i] = reference(inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
                         advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],

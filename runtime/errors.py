@@ -23,8 +23,8 @@ class NotServedError(UserError):
 
 def record_end(code: int, why: str) -> bool:
     """Leave the reason in the run's folder, if this process has a run; returns whether it has."""
-    for path in END_FILES:
-        with suppress(OSError), open(path, "a", errors="replace") as file:  # a full disk: stderr has to do
+    for path in END_FILES:  # on a full disk stderr has to do
+        with suppress(OSError), open(path, "a", errors="replace") as file:
             print(f"rank {rank()}, exit code {code}: {why}", file=file)
     return bool(END_FILES)
 
