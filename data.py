@@ -394,28 +394,20 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Order
 
-def get_batch(samples: Sequence[Sample], step: int, size: int,
-              seed: tuple[int, ...]) -> list[Sample]:
+def get_batch(streams: Sequence[Sequence[Sample]], step: int, size: int, seed: tuple[int, ...],
+              part: tuple[int, int] = (0, 1)) -> list[Sample]:
     """The samples of one step: a function of (seed, step), so a resumed run sees the same data.
 
-    The stream is pass after pass over the data, each shuffled anew. A batch may span two passes, so
-    no pass drops its tail.
+    The tasks take turns. The stream of each is pass after pass over its data, each shuffled anew; a
+    batch may span two passes, so no pass drops its tail. `part` (rank, world size): the samples of
+    this rank.
     """
     batch = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, i = divmod(position, len(samples))
-        batch.append(samples[permutation(len(samples), seed, epoch)[i]])
-    return batch
-
-
-def get_mixed_batch(streams: Sequence[Sequence[Sample]], step: int, size: int,
-                    seed: tuple[int, ...], part: tuple[int, int] = (0, 1)) -> list[Sample]:
-    """The samples of one step; `part` (rank, world size): those of this rank. The tasks take turns,
-    each with a stream of its own."""
-    batch = []
     for position in range(step * size + part[0], (step + 1) * size, part[1]):
-        i, task_index = divmod(position, len(streams))
-        batch += get_batch(streams[task_index], i, 1, (*seed, task_index))
+        position_in_stream, task_index = divmod(position, len(streams))
+        samples = streams[task_index]
+        epoch, i = divmod(position_in_stream, len(samples))
+        batch.append(samples[permutation(len(samples), (*seed, task_index), epoch)[i]])
     return batch
 
 

@@ -34,7 +34,7 @@ from itertools import chain
 import torch
 
 import grpo
-from data import fingerprint, get_mixed_batch, load_splits, parse_sources, parse_stages
+from data import fingerprint, get_batch, load_splits, parse_sources, parse_stages
 from metrics.held_out import held_out_by_task, held_out_row
 from metrics.reward_models import load_reward_models
 from metrics.training import (
@@ -148,7 +148,7 @@ def main(args: Namespace) -> None:
             return
         policy.train()
 
-        local_batch = partial(get_mixed_batch, data[stage], size=args.prompts,
+        local_batch = partial(get_batch, data[stage], size=args.prompts,
                               seed=(args.seed, stage), part=(rank(), world_size()))
         steps = ((step, local_batch(step)) for step in range(progress["step"], args.steps))
         step_end = time.perf_counter()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import fingerprint, get_batch, get_mixed_batch, load_splits, parse_sources, parse_tasks
+from data import fingerprint, get_batch, load_splits, parse_sources, parse_tasks
 from metrics.held_out import held_out_by_task
 from metrics.plots import plot_curves
 from metrics.reward_choices import parse_rewards
@@ -74,7 +74,7 @@ def main(args: Namespace) -> None:
         image_size = args.image_size or 112
         splits = load(image_size=image_size)
         corpus = [format_prompt(sample) + format_target(sample) for task in tasks
-                  for sample in get_batch(splits[task].train, 0, 500, (args.seed,))]
+                  for sample in get_batch([splits[task].train], 0, 500, (args.seed,))]
         model, processor = new_tiny_model(corpus, image_size)
     else:
         model, processor = load_model(args.model, args.image_size, merge=not args.lora)
@@ -176,7 +176,7 @@ def main(args: Namespace) -> None:
 
 def local_batch(args: Namespace, data: list, step: int) -> list[Sample]:
     """This rank's samples of a step."""
-    samples = get_mixed_batch(data, step, args.batch, (args.seed,))
+    samples = get_batch(data, step, args.batch, (args.seed,))
     if args.half_no_think and step % 2:
         samples = [replace(sample, thinking=False) for sample in samples]
     if args.box_noise:

@@ -23,7 +23,6 @@ from data import (
     HELD_OUT_SEED,
     Source,
     get_batch,
-    get_mixed_batch,
     load_samples,
     load_splits,
     parse_sources,
@@ -289,7 +288,7 @@ def test_reference_box_is_where_the_thing_was_painted(image_size, n):
 @pytest.mark.parametrize("n, size", [(10, 4), (10, 5), (7, 16), (1, 3), (64, 64), (13, 1)])
 def test_each_pass_visits_every_sample_once(n, size):
     """A batch size that does not divide the data drops no tail: passes follow each other without a seam."""
-    stream = [i for step in range(3 * n) for i in get_batch(range(n), step, size, seed=(1,))]
+    stream = [i for step in range(3 * n) for i in get_batch([range(n)], step, size, seed=(1,))]
     passes = [stream[at : at + n] for at in range(0, len(stream) - n + 1, n)]
     assert all(sorted(one) == list(range(n)) for one in passes)
     assert n < 5 or passes[0] != passes[1]
@@ -297,27 +296,26 @@ def test_each_pass_visits_every_sample_once(n, size):
 
 def test_tasks_of_a_mixed_stage_take_turns_each_with_a_stream_of_its_own():
     """One task alone has the stream that it always had, and the ranks' parts are together the batch."""
-    assert get_mixed_batch([range(100)], 7, 8, seed=(3,)) == get_batch(range(100), 7, 8, seed=(3,))
-    batch = get_mixed_batch([range(10), range(100, 120)], 7, 5, seed=(3,))
-    streams = get_batch(range(10), 0, 20, seed=(3,)), get_batch(range(100, 120), 0, 20, seed=(3, 1))
+    batch = get_batch([range(10), range(100, 120)], 7, 5, seed=(3,))
+    streams = get_batch([range(10)], 0, 20, seed=(3,)), get_batch([range(100, 120)], 0, 20, seed=(3, 1))
     assert batch == [streams[position % 2][position // 2] for position in range(35, 40)]
-    parts = [get_mixed_batch([range(10), range(100, 120)], 7, 5, seed=(3,), part=(rank, 2)) for rank in range(2)]
+    parts = [get_batch([range(10), range(100, 120)], 7, 5, seed=(3,), part=(rank, 2)) for rank in range(2)]
     assert parts == [batch[::2], batch[1::2]]
 
 
 def test_no_two_of_seeds_stages_and_tasks_share_an_order():
     """Seeds were added: stage 1 of --seed 0 saw the batches of stage 0 of --seed 1, so seeds were no repetitions."""
-    orders = [get_mixed_batch([range(100), range(100)], 0, 40, seed=(seed, stage))[1::2] if task else
-              get_mixed_batch([range(100)], 0, 20, seed=(seed, stage))
+    orders = [get_batch([range(100), range(100)], 0, 40, seed=(seed, stage))[1::2] if task else
+              get_batch([range(100)], 0, 20, seed=(seed, stage))
               for seed in range(3) for stage in range(3) for task in range(2)]
     assert len(set(map(tuple, orders))) == len(orders)
 
 
 def test_batch_is_a_function_of_seed_and_step():
     """A resumed run begins anywhere in the stream and meets the samples that the unbroken one would have met."""
-    late = get_batch(range(100), 40, 8, seed=(3,))
+    late = get_batch([range(100)], 40, 8, seed=(3,))
     data.permutation.cache_clear()
-    assert [get_batch(range(100), step, 8, seed=(3,)) for step in range(41)][-1] == late != get_batch(range(100), 40, 8, seed=(4,))
+    assert [get_batch([range(100)], step, 8, seed=(3,)) for step in range(41)][-1] == late != get_batch([range(100)], 40, 8, seed=(4,))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

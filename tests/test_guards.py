@@ -161,7 +161,7 @@ def test_image_that_vanishes_during_a_run_is_named(sft, dataset, tmp_path, monke
     flags = ["--task", "cls", "--model", sft / "model", "--data", dataset, *GRPO,
              "--heldout", 0, "--out", tmp_path, "--save-every", 1]
     encode = train_grpo.encode
-    second_step = get_batch(load_samples(str(dataset), "cls", 112, split="train"), 1, 4, (0,))
+    second_step = get_batch([load_samples(str(dataset), "cls", 112, split="train")], 1, 4, (0,))
 
     def gone(processor, sample):
         if sample in second_step:

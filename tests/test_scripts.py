@@ -24,7 +24,7 @@ import evaluate
 import train_grpo
 import train_sft
 from conftest import GRPO, ROOT, SFT, rows, script, succeed
-from data import get_mixed_batch, load_samples
+from data import get_batch, load_samples
 from flags import parse_eval_args
 from metrics.plots import plot_curves
 from metrics.rows import sample_to_row
@@ -62,7 +62,7 @@ def test_sft_loss_is_that_of_transformers_on_target_and_end_of_turn(sft, dataset
     banned = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
     plain.lm_head.register_forward_hook(lambda _, inputs, logits: logits.index_fill(2, torch.tensor(banned), -1e9))
     data = [load_samples(str(dataset), task, 112, split="train") for task in ("det", "cls")]
-    for sample in get_mixed_batch(data, 0, 4, (0,)):
+    for sample in get_batch(data, 0, 4, (0,)):
         prompt, (target, end, _) = encode(processor, sample), format_target(sample).partition("<|im_end|>")
         target = processor.tokenizer(target + end, return_tensors="pt")["input_ids"]
         ids = torch.cat([prompt.input_ids, target], 1)
