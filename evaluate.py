@@ -36,15 +36,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import (
-    TEST_FIRST,
-    fingerprint,
-    join,
-    parse_sources,
-    published_split,
-    read_sources,
-    split_sources,
-)
+from data import fingerprint, join, parse_sources, read_sources, split_sources
 from metrics import benchmarks, published
 from metrics.batches import batches_by_length, is_partial, local_batches, read_partial
 from metrics.report import write_report
@@ -53,6 +45,7 @@ from metrics.rows import sample_from_row, sample_to_row
 from metrics.suite import read_suite, suite_table
 from readers.earthdial_results import read_earthdial_results
 from readers.files import iter_json_records
+from readers.splits import TEST_FIRST, published_split
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
 from runtime.command_line import run_main

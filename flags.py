@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from data import HELD_OUT_SAMPLES, HELD_OUT_SEED, check_task
+from data import check_task
 from metrics import published
+from readers.splits import HELD_OUT_SAMPLES, HELD_OUT_SEED
 from rewards import REWARD_PARTS, TASKS
 from runtime.errors import UserError
 from runtime.ranks import world_size

@@ -7,5 +7,6 @@ files.py         files of records: JSON, JSON lines, EarthDial shards, parquet; 
 image_headers.py is an image file whole, and how large
 box_formats.py   how data sets write boxes and questions; makes the Sample
 earthdial_results.py answers that EarthDial released, to score
+splits.py        what a source trains on and what it holds out
 shared_images.py no image is trained on and held out
 """

@@ -34,7 +34,7 @@ class Place(NamedTuple):
 def read_pairs(path: Path, request: Request) -> Iterator[Sample]:
     """Questions with a ground image and satellite images, one of them right; for geo, those of
     ask_position. The right letters follow the rank of a hash, so that their counts differ by at
-    most 1. data.split_samples holds out a tenth of the places. Wrong candidates of a training place
+    most 1. split_samples holds out a tenth of the places. Wrong candidates of a training place
     are of training places (unless there is one alone), so training shows no image of a held-out
     one. Those of a held-out place are of held-out places, as long as there are enough."""
     places = read_places(path, request.image_folder)

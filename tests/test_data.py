@@ -19,18 +19,11 @@ from PIL import Image
 import data
 import evaluate
 from boxes import convert_box, format_boxes, obb_to_hbb, parse_boxes
-from data import (
-    HELD_OUT_SEED,
-    Source,
-    get_batch,
-    load_samples,
-    load_splits,
-    parse_sources,
-    read_source,
-)
+from data import Source, get_batch, load_samples, load_splits, parse_sources, read_source
 from flags import check_oriented, non_negative_int, parse_grpo_args, read_system_prompt
 from metrics.rows import sample_from_row, sample_to_row
 from processing import prefetch
+from readers.splits import HELD_OUT_SEED
 from rewards import TASKS, format_reward, score_completion
 from runtime.errors import UserError
 from sample import (

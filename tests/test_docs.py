@@ -393,7 +393,7 @@ def test_all_examples_together_train(tmp_path):
     current = re.search(r"^ *beta = args\.beta\b.*\n", read("train_grpo.py"), re.MULTILINE)[0]
     edit("train_grpo.py", current, schedule)
     edit("train_grpo.py", '"lr": lr', '"lr": lr, "beta": beta')
-    edit("data.py", "HELD_OUT_SAMPLES = 256", "HELD_OUT_SAMPLES = 8")  # 256 take a minute
+    edit("readers/splits.py", "HELD_OUT_SAMPLES = 256", "HELD_OUT_SAMPLES = 8")  # 256 take a minute
     at_the_top, end_of_init, end_of_write = WANDB
     edit("runtime/logging.py", "import json\n", f"import json\n{at_the_top}")
     log = project / "runtime/logging.py"

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from data import HELD_OUT_SEED
 from metrics.held_out import BATCH_SIZE, NUM_SAMPLED
 from processing import encode
+from readers.splits import HELD_OUT_SEED
 from rewards import score_completion
 from rollout import load_sampler, predict
 from tiny.scenes import Scenes
