@@ -33,17 +33,13 @@ def parse_boxes(answer: str, oriented: bool = False) -> np.ndarray | None:
     brackets, such as Qwen's JSON, is ignored.
     """
     brackets = re.findall(r"\[([^\[\]]*)\]", answer)
-    if says_none(answer) or (len(brackets) == 1 and not brackets[0].strip()):
+    says_none = answer.strip().rstrip(".").lower() == "none"
+    if says_none or (len(brackets) == 1 and not brackets[0].strip()):
         return np.zeros((0, 5 if oriented else 4))
     if not 0 < len(brackets) <= MAX_BOXES:
         return None
     boxes = [parse_box(text) for text in brackets]
     return np.array(boxes if oriented else [obb_to_hbb(box) for box in boxes])
-
-
-def says_none(answer: str) -> bool:
-    """Whether the answer is `none`, as a model may write it."""
-    return answer.strip().rstrip(".").lower() == "none"
 
 
 def parse_box(text: str) -> tuple[float, float, float, float, float]:

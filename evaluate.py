@@ -61,36 +61,6 @@ from tiny.scenes import Scenes
 SCORING_TIMEOUT = timedelta(hours=3)  # the first rank scores a benchmark while the others wait
 
 
-def check_out(runs: Sequence[Namespace]) -> None:
-    """Raises UserError if a folder to write to holds a training run: its report.html would go."""
-    for out in (run.out for run in runs):
-        if any((out / name).exists() for name in TRAINED):
-            raise UserError(f"--out {out} holds a training run; choose another --out")
-
-
-def clear_suite(args: Namespace) -> None:
-    """Leave no older table beside new scores: a suite that is complete moves aside as a whole."""
-    table = args.out / "suite.md"
-    if table.exists() and not args.overwrite:
-        folders = [file.parent for file in sorted(args.out.glob("*/scores.json"))]
-        for folder in folders:
-            lock(folder).close()  # raises UserError if another run is writing there
-        move_aside(args.out, [table, *folders])
-    table.unlink(missing_ok=True)
-
-
-def suite_runs(args: Namespace) -> list[Namespace]:
-    """The flags of an evaluation for each benchmark of --suite."""
-    runs = []
-    for name, task, data, images in read_suite(args.suite):
-        benchmark = name if name in published.BENCHMARKS else None
-        of_pair = {} if task == "pair" else {"choices": None, "negatives": None}
-        runs.append(Namespace(**vars(args) | of_pair | {
-            "task": task, "benchmark": benchmark, "data": [data], "images": images,
-            "out": args.out / name}))
-    return runs
-
-
 def main(args: Namespace) -> None:
     check_eval_args(args)
     runs = suite_runs(args) if args.suite else [args]
@@ -131,6 +101,36 @@ def main(args: Namespace) -> None:
         for run in runs:
             (run.out / "predictions.partial").unlink(missing_ok=True)
     barrier()  # until the first rank has scored
+
+
+def check_out(runs: Sequence[Namespace]) -> None:
+    """Raises UserError if a folder to write to holds a training run: its report.html would go."""
+    for out in (run.out for run in runs):
+        if any((out / name).exists() for name in TRAINED):
+            raise UserError(f"--out {out} holds a training run; choose another --out")
+
+
+def clear_suite(args: Namespace) -> None:
+    """Leave no older table beside new scores: a suite that is complete moves aside as a whole."""
+    table = args.out / "suite.md"
+    if table.exists() and not args.overwrite:
+        folders = [file.parent for file in sorted(args.out.glob("*/scores.json"))]
+        for folder in folders:
+            lock(folder).close()  # raises UserError if another run is writing there
+        move_aside(args.out, [table, *folders])
+    table.unlink(missing_ok=True)
+
+
+def suite_runs(args: Namespace) -> list[Namespace]:
+    """The flags of an evaluation for each benchmark of --suite."""
+    runs = []
+    for name, task, data, images in read_suite(args.suite):
+        benchmark = name if name in published.BENCHMARKS else None
+        of_pair = {} if task == "pair" else {"choices": None, "negatives": None}
+        runs.append(Namespace(**vars(args) | of_pair | {
+            "task": task, "benchmark": benchmark, "data": [data], "images": images,
+            "out": args.out / name}))
+    return runs
 
 
 def score(args: Namespace, samples: list[Sample], completions: list[str],

@@ -11,7 +11,6 @@ right), V vocabulary, E hidden size, L tokens that go in, M tokens with a log-pr
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 from transformers.vision_utils import get_vision_position_ids
 
@@ -81,7 +80,7 @@ def next_token_logits(model: Qwen, hidden: Tensor, temperature: float) -> Tensor
     return logits.masked_fill_(is_vision, float("-inf"))
 
 
-def vision_token_ids(model: PreTrainedModel) -> list[int]:
+def vision_token_ids(model: Qwen) -> list[int]:
     """The tokens that no completion may have."""
     config = model.config
     return [config.image_token_id, config.video_token_id,

@@ -43,10 +43,11 @@ def held_out_rewards(sampler: Sampler, samples: Sequence[Sample], max_new_tokens
         batch = [samples[i] for i in indices]
         if batch:
             texts = predict(sampler, prompts, max_new_tokens)
-            greedy += score_all(texts, batch, reward_models)
+            scored = score_all(texts, batch, reward_models)
+            greedy += scored
             if 0 in indices:
                 at = indices.index(0)
-                print_example(batch[at], texts[at][0], greedy[at - len(batch)])
+                print_example(batch[at], texts[at][0], scored[at])
             texts = predict(sampler, prompts, max_new_tokens, NUM_SAMPLED, temperature, indices)
             sampled += score_all(texts, batch, reward_models)
     greedy_means = mean_parts(greedy)

@@ -208,7 +208,7 @@ def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
             tree = ElementTree.parse(file)
             objects = list(enumerate(tree.iter("object"), count))
             count += len(objects)
-            is_held_out = not {"val", "test"}.isdisjoint(split_of.get(i) for i, _ in objects)
+            is_held_out = any(split_of.get(i) in ("val", "test") for i, _ in objects)
             image = (request.image_folder or root / "JPEGImages") / tree.findtext("filename")
             for i, node in objects:
                 split = split_of.get(i, "")

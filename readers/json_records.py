@@ -68,7 +68,7 @@ def read_records(path: Path,
             notes = [request.notes for request in requests.values()]
             rows = list(records_of_document(path, source, document, notes))
             records, document = iter(rows), rows[0][1] if rows else {}
-    is_chat = not {"conversations", "messages"}.isdisjoint(document)
+    is_chat = "conversations" in document or "messages" in document
     marked = is_chat and has_match(MARKED_TEXT, path, table)
     image_folder = next((r.image_folder for r in requests.values()), None) or path.parent
     about_file = {"image_folder": image_folder, "marked": marked,
