@@ -77,6 +77,8 @@ def main(args: Namespace) -> None:
     stages = parse_stages(args.task)
     check_grpo_args(args, stages)
     mesh = init_distributed(args.shard_size)
+    all_tasks = list(dict.fromkeys(chain(*stages)))
+    reward_models = load_reward_models(all_tasks, args.sbert, args.sam, args.reward)
     torch.manual_seed(args.seed)
     model, processor = load_model(args.model, args.image_size, merge=not args.lora)
     adapters = None
@@ -93,13 +95,12 @@ def main(args: Namespace) -> None:
     console.print_model(args.model, model, processor.image_size)
     sources = parse_sources(args.data, args.images, args.choices, args.negatives)
     eval_sources = parse_sources(args.eval_data, args.images, args.choices, args.negatives)
-    splits = load_splits(sources, eval_sources, list(chain(*stages)), processor.image_size,
+    splits = load_splits(sources, eval_sources, all_tasks, processor.image_size,
                          args.seed, args.shots, args.oriented, not args.no_think, args.system,
                          args.heldout)
     data = [[splits[task].train for task in tasks] for tasks in stages]
     held_out = {task: split.held_out for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
-    reward_models = load_reward_models(list(splits), args.sbert, args.sam, args.reward)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
     part_weights["overlong"] = 1.0  # no flag: --overlong-buffer 0 turns it off
 
@@ -125,7 +126,6 @@ def main(args: Namespace) -> None:
             update_reference(policy)
         elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
-        reference = policy if adapters else ref_model
         trainable = [param for param in policy.parameters() if param.requires_grad]
         # Moments over 100 steps, not PyTorch's 1000: a stage has a few hundred.
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
@@ -242,7 +242,8 @@ def main(args: Namespace) -> None:
                         ref_logprobs.append(None)
                         if args.beta:
                             with torch.no_grad(), reference_adapters(policy):
-                                ref_logprobs[i] = reference(inputs, tokens, mask, args.temperature)
+                                ref_logprobs[i] = (policy if adapters else ref_model)(
+                                    inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
                         advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],
@@ -300,7 +301,8 @@ def main(args: Namespace) -> None:
     write_pages(args.out, args.task)
     barrier()  # until the first rank has saved
     run.close()
-    print0(f"model/, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
+    saved = "adapter/, model/" if adapters else "model/"
+    print0(f"{saved}, metrics.jsonl, samples.jsonl, curves.png and report.html are in {args.out}")
 
 
 if __name__ == "__main__":

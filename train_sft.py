@@ -171,7 +171,8 @@ def main(args: Namespace) -> None:
             plot_curves([args.out], ("loss", "grad_norm", "lr"), args.out / "curves.png")
     barrier()  # until the first rank has saved
     run.close()
-    print0(f"model/, metrics.jsonl and curves.png are in {args.out}")
+    saved = "adapter/, model/" if adapters else "model/"
+    print0(f"{saved}, metrics.jsonl and curves.png are in {args.out}")
 
 
 def local_batch(args: Namespace, data: list, step: int) -> list[Sample]:

@@ -244,8 +244,9 @@ def read_progress(folder: Path, config: dict[str, str], args: Namespace,
         raise UserError(f"--resume: {folder} is the checkpoint of another script; choose another "
                         "--out, or leave --resume out")
     before = flag_texts(args.defaults) | saved["settings"]
-    changes = {name: " ".join(f"{'' if '(as read)' in name else '--'}{name} was {before[name]} and "
-                              f"is now {value}".split())
+    changes = {name: " ".join(f"{'' if '(as read)' in name else '--'}{name} was "
+                              f"{before[name] or 'not given'} and is now "
+                              f"{value or 'not given'}".split())
                for name, value in config.items() if name in before and value != before[name]}
     refused = [change for name, change in changes.items() if f"--{name}" not in args.may_change]
     if refused:
