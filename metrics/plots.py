@@ -42,6 +42,8 @@ def plot_curves(runs: Sequence[Path], metrics: Sequence[str], out: Path) -> None
             if rows and not any(name in row for row in rows):
                 raise ValueError(f"{run / 'metrics.jsonl'} has no metric {name}; it has "
                                  f"{', '.join(rows[0])}")
+            if any(isinstance(row.get(name), (dict, str)) for row in rows):
+                raise ValueError(f"{run / 'metrics.jsonl'}: {name} is no number in each step")
             plot_metric(axis, rows, name, f"C{i}")
         if len(runs) > 1:
             legend.plot([], label=run.name, color=f"C{i}")
@@ -60,6 +62,10 @@ def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> N
     borders = [i for i in range(1, len(rows)) if rows[i].get("stage") != rows[i - 1].get("stage")]
     means = np.concatenate([smooth(part) for part in np.split(values, borders)])
     lines = {"each step": (steps, values), "mean of the last 10": (steps, means)}
+    if name.startswith("heldout_"):  # every --eval-every steps
+        kind = "greedy" if name == "heldout_greedy" else "sampled"
+        scored = np.flatnonzero(np.isfinite(values))
+        lines = {f"held out, {kind}": (scored + 1, values[scored])}
     if name == "accuracy":
         for kind in ("sampled", "greedy"):
             scored = held_out_scores(rows, kind)
@@ -92,9 +98,11 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold metrics.jsonl")
     parser.add_argument("--metrics", nargs="+", default=METRICS, metavar="METRIC",
                         help="fields of metrics.jsonl, or parts of the reward")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser.add_argument("--out", type=Path, default=Path("curves.png"),
+                        help="the picture (default: curves.png in the current folder)")
     args = parser.parse_args()
     try:
         plot_curves(args.runs, args.metrics, args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    print(f"the curves are in {args.out}")

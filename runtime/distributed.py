@@ -195,7 +195,8 @@ def all_reduce_max(value: int) -> int:
 def all_reduce_means(pairs: dict[str, tuple[Tensor | float, Tensor | float]]) -> dict[str, float]:
     """{name: (this rank's sum, its count)} -> {name: mean over all ranks}, NaN where the count is
     0. One all-reduce for all of them."""
-    local = [torch.as_tensor(x, device=device()).double() for pair in pairs.values() for x in pair]
+    local = [torch.as_tensor(x, dtype=torch.float64, device=device())
+             for pair in pairs.values() for x in pair]
     sums, counts = all_reduce_sum(torch.stack(local)).view(-1, 2).unbind(1)
     return dict(zip(pairs, (sums / counts).tolist()))
 

@@ -46,6 +46,13 @@ def test_held_out_scores_are_dots_beside_the_accuracy_reward():
     assert set(drawn(rows, "kl")[1]) == {"each step", "mean of the last 10"}
 
 
+def test_a_held_out_metric_is_dots_alone_the_last_step_included():
+    """Most steps have none: as a line of single points it was invisible, and its mean hid the last score."""
+    rows = [row(1, 0), row(2, 0, heldout_greedy=.25), row(3, 0), row(4, 0, heldout_greedy=.5)]
+    _, lines = drawn(rows, "heldout_greedy")
+    assert {label: line.get_xydata().tolist() for label, line in lines.items()} == {"held out, greedy": [[2, .25], [4, .5]]}
+
+
 def test_held_out_scores_before_a_stage_are_dots_where_it_begins():
     """With one dot at the end a reader could not see what a run had gained."""
     first, last, other = ({"sampled": value, "greedy": value} for value in (.25, .5, .75))
@@ -68,5 +75,7 @@ def test_picture_of_several_runs(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     plot_curves([tmp_path / "seed0", tmp_path / "seed1"], METRICS, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="parts is no number in each step"):
+        plot_curves([tmp_path / "seed0"], ["parts"], tmp_path / "curves.png")
     with pytest.raises(ValueError, match="no metric speed; it has reward"):
         plot_curves([tmp_path / "seed0"], ["speed"], tmp_path / "curves.png")

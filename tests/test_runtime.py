@@ -21,7 +21,7 @@ from metrics.training import Console
 from runtime import checkpoint, signals
 from runtime.checkpoint import Run
 from runtime.command_line import RESUME_HINT, run_main
-from runtime.distributed import init_distributed
+from runtime.distributed import all_reduce_means, init_distributed
 from runtime.errors import UserError
 from runtime.logging import JsonlLog
 from runtime.signals import replace_broken_pipes
@@ -72,6 +72,11 @@ def contents(folder):
 
 # --------------------------------------------------------------------------------------------------
 # A new run where one is
+
+def test_means_over_ranks_keep_the_precision_of_float64():
+    """Numbers of Python became float32 first, so a metric changed in its eighth digit with the number of ranks."""
+    assert all_reduce_means({"reward": (0.1, 1), "none": (0.0, 0)})["reward"] == 0.1
+
 
 def test_new_run_moves_the_old_one_aside(out, capsys):
     """The README's command given twice once erased the first run. What is not the run's stays."""
