@@ -85,7 +85,9 @@ def iter_json_records(path: Path) -> Iterator[tuple[str, object]]:
                     with user_error_on("valid JSON", f"{path}: line {i}"):
                         value = json.loads(line)
                     yield f"{path}: line {i}", value
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})")
 
 

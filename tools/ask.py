@@ -41,6 +41,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a .png file, for the first image with the boxes")
     args = parser.parse_args()
     check_oriented(args.oriented, [args.task])
+    if args.task == "change" and len(args.image) < 2:
+        raise UserError("--task change compares two dates: give --image for each")
+    missing = [str(image) for image in args.image if not image.is_file()]
+    if missing:
+        raise UserError(f"--image {', '.join(missing)}: no such file")
     if args.out and args.out.resolve() in [image.resolve() for image in args.image]:
         raise UserError(f"--out {args.out} is the --image, which it would replace")
     if args.out:

@@ -23,6 +23,7 @@ from boxes import parse_boxes
 from metrics.plots import smooth
 from metrics.report import PREDICTED_COLOUR, TARGET_COLOUR, read_entries
 from rewards import extract_answer, score_completion
+from runtime.command_line import run_main
 from sample import BOX_TASKS, gt_hbbs, load_images
 
 
@@ -50,6 +51,7 @@ def main() -> None:
         draw_boxes(axes[2], sample, completions[-1]["text"])
         axes[2].set_title(textwrap.fill(f"step {args.step}: {sample.question}", 44), fontsize=9)
         figure.savefig(args.out)
+        print(f"the picture is in {args.out}")
         return
     figure, axes = plt.subplots(2, 2, figsize=(8.6, 3.3), height_ratios=(2, 1), dpi=120)
     mean = fmean(completion["reward"] for completion in completions)
@@ -63,6 +65,7 @@ def main() -> None:
                   loc="center", bbox_to_anchor=(0.41, 0.8), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1), pad=0.5)
     figure.savefig(args.out)
+    print(f"the picture is in {args.out}")
 
 
 def plot_hacking(axes, entries):
@@ -108,4 +111,4 @@ def write_completion(axis, completion):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")
