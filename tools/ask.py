@@ -43,11 +43,11 @@ def main() -> None:
     check_oriented(args.oriented, [args.task])
     if args.task == "change" and len(args.image) < 2:
         raise UserError("--task change compares two dates: give --image for each")
+    if args.out and args.out.resolve() in [image.resolve() for image in args.image]:
+        raise UserError(f"--out {args.out} is the --image, which it would replace")
     missing = [str(image) for image in args.image if not image.is_file()]
     if missing:
         raise UserError(f"--image {', '.join(missing)}: no such file")
-    if args.out and args.out.resolve() in [image.resolve() for image in args.image]:
-        raise UserError(f"--out {args.out} is the --image, which it would replace")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     sampler = load_sampler(args.model)
