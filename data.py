@@ -133,8 +133,10 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
 
 def warn_of_boxes(task: str, train: Sequence[Sample]) -> None:
     """Say if the targets of a task without boxes are boxes."""
+    if task in BOX_TASKS:
+        return
     first = [train[i].gt_answer for i in range(min(8, len(train)))]
-    if task not in BOX_TASKS and all(re.match(r"\[[\d., ]+\]", answer) for answer in first):
+    if all(re.match(r"\[[\d., ]+\]", answer) for answer in first):
         warn(f"warning: the targets of {task} are boxes, such as {first[0][:60]}; which task are "
              "they for?")
 

@@ -60,12 +60,13 @@ def plot_metric(axis: object, rows: Sequence[dict], name: str, colour: str) -> N
     steps = range(1, len(rows) + 1)
     values = np.array([row.get(name) for row in rows], float)  # null, not finite, becomes NaN
     borders = [i for i in range(1, len(rows)) if rows[i].get("stage") != rows[i - 1].get("stage")]
-    means = np.concatenate([smooth(part) for part in np.split(values, borders)])
-    lines = {"each step": (steps, values), "mean of the last 10": (steps, means)}
     if name.startswith("heldout_"):  # every --eval-every steps
         kind = "greedy" if name == "heldout_greedy" else "sampled"
         scored = np.flatnonzero(np.isfinite(values))
         lines = {f"held out, {kind}": (scored + 1, values[scored])}
+    else:
+        means = np.concatenate([smooth(part) for part in np.split(values, borders)])
+        lines = {"each step": (steps, values), "mean of the last 10": (steps, means)}
     if name == "accuracy":
         for kind in ("sampled", "greedy"):
             scored = held_out_scores(rows, kind)

@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 from boxes import format_boxes
 from readers.box_formats import plain_text
 from readers.files import iter_json_records
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 from sample import Sample
 
 # The first of these keys that a record has -> (key of its target, key of its subset, its tasks)
@@ -60,7 +59,7 @@ def read_earthdial_results(path: Path, task: str) -> tuple[list[Sample], list[st
         raise UserError(f"{path}: no results")
     if left_out:
         notes = ", ".join(f"{n} {what}" for what, n in left_out.items())
-        print(f"{path}: left out as by EarthDial's scorers: {notes}", file=sys.stderr)
+        warn(f"{path}: left out as by EarthDial's scorers: {notes}")
     return samples, answers
 
 

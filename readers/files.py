@@ -30,6 +30,7 @@ from runtime.errors import UserError, first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 IMAGE_COLUMNS = ("jpg", "jpg_A", "jpg_B", "jpg_C", "jpg_D", "jpg_pre", "jpg_post")  # EarthDial's
+ANY_COLUMN = set(IMAGE_COLUMNS)
 SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "validation": "val"}
 # In names of folders (tier1, tier3 and hold are xBD's) and files (EVAL is VRSBench's)
 NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
@@ -285,7 +286,8 @@ def image_path(image_folder: Path, name: str) -> Path:
 
 def image_names(record: dict) -> list | None:
     """What the record names as its images: file names or TableImages. None if that is no list."""
-    names = [record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
+    names = [] if ANY_COLUMN.isdisjoint(record) else [
+        record[key] for key in IMAGE_COLUMNS if record.get(key) is not None]
     names = names or record.get("image") or record.get("images")
     if isinstance(names, str):
         return [names]

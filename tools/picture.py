@@ -50,20 +50,18 @@ def main() -> None:
         plot_hacking(axes, entries)
         draw_boxes(axes[2], sample, completions[-1]["text"])
         axes[2].set_title(textwrap.fill(f"step {args.step}: {sample.question}", 44), fontsize=9)
-        figure.savefig(args.out)
-        print(f"the picture is in {args.out}")
-        return
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 3.3), height_ratios=(2, 1), dpi=120)
-    mean = fmean(completion["reward"] for completion in completions)
-    figure.suptitle(f"{sample.question}  Best and worst of {len(completions)} completions, whose "
-                    f"mean reward is {mean:.2f}", fontsize=10, x=0.02, ha="left")
-    for picture, text, completion in zip(*axes, (completions[-1], completions[0])):
-        draw_boxes(picture, sample, completion["text"])
-        write_completion(text, completion)
-    figure.legend(handles=[plt.Line2D([], [], color=TARGET_COLOUR, label="target"),
-                           plt.Line2D([], [], color=PREDICTED_COLOUR, ls="--", label="predicted")],
-                  loc="center", bbox_to_anchor=(0.41, 0.8), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1), pad=0.5)
+    else:
+        figure, axes = plt.subplots(2, 2, figsize=(8.6, 3.3), height_ratios=(2, 1), dpi=120)
+        mean = fmean(completion["reward"] for completion in completions)
+        figure.suptitle(f"{sample.question}  Best and worst of {len(completions)} completions, whose "
+                        f"mean reward is {mean:.2f}", fontsize=10, x=0.02, ha="left")
+        for picture, text, completion in zip(*axes, (completions[-1], completions[0])):
+            draw_boxes(picture, sample, completion["text"])
+            write_completion(text, completion)
+        figure.legend(handles=[plt.Line2D([], [], color=TARGET_COLOUR, label="target"),
+                               plt.Line2D([], [], color=PREDICTED_COLOUR, ls="--", label="predicted")],
+                      loc="center", bbox_to_anchor=(0.41, 0.8), frameon=False, fontsize=9)
+        figure.tight_layout(rect=(0, 0, 1, 1), pad=0.5)
     figure.savefig(args.out)
     print(f"the picture is in {args.out}")
 
