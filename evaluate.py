@@ -43,6 +43,7 @@ from metrics.report import write_report
 from metrics.reward_models import load_reward_models
 from metrics.rows import sample_from_row, sample_to_row
 from metrics.suite import read_suite, suite_table
+from processing import warn_of_long_targets
 from readers.earthdial_results import read_earthdial_results
 from readers.files import iter_json_records
 from readers.splits import TEST_FIRST, published_split
@@ -182,6 +183,7 @@ def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str
     with the batches that it had.
     """
     samples = load_evaluation(args, sampler.processor.image_size)
+    warn_of_long_targets(sampler.processor, {args.task: samples}, args.max_new_tokens)
     file, settings = args.out / "predictions.partial", prediction_settings(args, samples)
     kept = None
     if rank() == 0:

@@ -3,7 +3,7 @@
 Shapes: B prompts, P prompt tokens (padded on the right), E hidden size.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -16,7 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from runtime.distributed import device
-from sample import Sample, format_prompt, load_images
+from runtime.errors import warn
+from sample import Sample, format_prompt, format_target, load_images
+
+TARGETS_MEASURED = 100  # of each task, as a run begins
 
 
 class Processor(NamedTuple):
@@ -77,6 +80,25 @@ def encode_chat(processor: Processor, text: str, images: list[Image.Image]) -> P
         lengths=torch.tensor([len(input_ids)]).to(device()),
         pixel_values=processed["pixel_values"].to(device()),
         image_grid_thw=image_grid_thw)
+
+
+def tokenize_target(processor: Processor, sample: Sample) -> Tensor:
+    """The completion that SFT imitates, (C,) token ids."""
+    ids = processor.tokenizer(format_target(sample), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids).to(device())
+
+
+def warn_of_long_targets(processor: Processor, samples: Mapping[str, Sequence[Sample]],
+                         max_new_tokens: int) -> None:
+    """Say for which tasks --max-new-tokens is too short: completions that are cut off have no
+    answer, so long answers could never be learned."""
+    for task, of_task in samples.items():
+        lengths = [len(tokenize_target(processor, s)) for s in of_task[:TARGETS_MEASURED]]
+        too_long = sum(length > max_new_tokens for length in lengths)
+        if too_long:
+            warn(f"warning: {too_long} of the first {len(lengths)} targets of {task} are longer "
+                 f"than --max-new-tokens {max_new_tokens}, the longest has {max(lengths)} tokens; "
+                 "completions as long as that are cut off, and have no answer")
 
 
 def pad_prompts(prompts: Prompts, num_pads: int) -> Prompts:

@@ -47,7 +47,7 @@ from metrics.training import (
 )
 from model import Policy, add_image_embeds
 from pretrained import load_model, save_model
-from processing import collate, encode, prefetch
+from processing import collate, encode, prefetch, warn_of_long_targets
 from rewards import REWARD_PARTS, score_completion
 from rollout import Sampler, replace_groups, uniforms
 from runtime.checkpoint import Run, run_config
@@ -101,6 +101,8 @@ def main(args: Namespace) -> None:
     data = [[splits[task].train for task in tasks] for tasks in stages]
     held_out = {task: split.held_out for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
+    warn_of_long_targets(processor, {task: split.train for task, split in splits.items()},
+                         args.max_new_tokens)
     part_weights = {name: getattr(args, f"{name}_weight") for name in REWARD_PARTS}
     part_weights["overlong"] = 1.0  # no flag: --overlong-buffer 0 turns it off
 

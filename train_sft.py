@@ -37,7 +37,7 @@ from metrics.reward_choices import parse_rewards
 from metrics.training import Console
 from model import Policy
 from pretrained import load_model, save_model
-from processing import Processor, collate, encode, prefetch
+from processing import collate, encode, prefetch, tokenize_target, warn_of_long_targets
 from rollout import Sampler
 from runtime.checkpoint import Run, run_config
 from runtime.command_line import run_main
@@ -88,6 +88,7 @@ def main(args: Namespace) -> None:
     data = [splits[task].train for task in tasks]
     held_out = {task: split.held_out for task, split in splits.items()}
     print0("\n".join(split.summary for split in splits.values()))
+    warn_of_long_targets(processor, held_out, args.max_new_tokens)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = run_config(args, (fingerprint(split.train) for split in splits.values()),
@@ -186,12 +187,6 @@ def local_batch(args: Namespace, data: list, step: int) -> list[Sample]:
     # Similar lengths go together: less padding in a micro-batch.
     samples.sort(key=lambda sample: (len(sample.images), len(format_target(sample))))
     return samples[rank() :: world_size()]
-
-
-def tokenize_target(processor: Processor, sample: Sample) -> Tensor:
-    """The completion to imitate, (C,) token ids."""
-    ids = processor.tokenizer(format_target(sample), add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids).to(device())
 
 
 def pad_completions(targets: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -721,6 +721,22 @@ def test_wrong_system_prompt_is_an_error_of_its_flag(tmp_path, monkeypatch, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_targets_that_do_not_fit_into_max_new_tokens_are_counted(sft, dataset, tmp_path, monkeypatch, capsys):
+    """Their completions are cut off before the answer ends. With the real tokenizer, 96 tokens hold some 5 boxes."""
+    processor = load_model(str(sft / "model"))[1]
+    for main, more in ((train_sft.main, ("--steps", 1)), (train_grpo.main, ("--steps", 1, "--group", 2, "--prompts", 1)),
+                       (evaluate.main, ("--split", "train", "--limit", 5))):
+        split = "heldout" if main is train_sft.main else "train"
+        samples = load_samples(str(dataset), "det", 112, split=split)[: 5 if main is evaluate.main else None]
+        lengths = [len(processor.tokenizer(format_target(sample))["input_ids"]) for sample in samples]
+        for limit in (max(lengths), max(lengths) - 1):
+            here(monkeypatch, main, "--task", "det", "--model", sft / "model", "--data", dataset, *more,
+                 "--max-new-tokens", limit, "--out", tmp_path / f"{main.__module__}{limit}")
+            warning = (f"warning: {sum(n > limit for n in lengths)} of the first {len(lengths)} targets of det are longer than "
+                       f"--max-new-tokens {limit}, the longest has {max(lengths)} tokens")
+            assert (warning in capsys.readouterr().err) == (limit < max(lengths))
+
+
 def test_error_is_the_last_line_a_user_sees(tmp_path):
     done = script("train_grpo.py", "--task", "det", "--model", tmp_path, "--out", tmp_path / "out")
     assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith("error: --model")
