@@ -27,7 +27,7 @@ from runtime.logging import print0
 from runtime.lora import has_adapters, merged_weight, read_adapters, save_adapters
 from runtime.out_folder import is_unfinished
 from runtime.ranks import rank
-from sample import chat_template
+from sample import TOKEN_SIZE, chat_template
 
 MAX_FILE_SIZE = "500MB"  # of a saved model; a larger tensor has a file of its own
 
@@ -73,7 +73,9 @@ def load_model(name: str, image_size: int | None = None,
     min_pixels = image_processor.size["shortest_edge"]  # both are areas, in spite of their names
     max_pixels = image_processor.size["longest_edge"]
     if image_size is None:  # Qwen's own files give a range
-        image_size = math.isqrt(max_pixels) if min_pixels == max_pixels else 448
+        side = math.isqrt(max_pixels)
+        is_square = min_pixels == max_pixels == side**2 and side % TOKEN_SIZE == 0
+        image_size = side if is_square else 448
     # Saved with the model: this project and transformers' users then resize to the same square.
     image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     return use_fused_layers(model), Processor(tokenizer, image_processor, image_size)

@@ -798,11 +798,13 @@ def test_image_size_survives_save_and_load(sharp, tmp_path):
     assert load_model(name)[1].image_size == 140
 
 
-def test_a_checkpoint_of_others_is_read_at_448(sharp, tmp_path):
-    """Qwen's own files give a range of sizes."""
+@pytest.mark.parametrize("least, most", [(3136, 12845056), (500**2, 500**2), (112 * 140, 112 * 140)])
+def test_a_checkpoint_of_others_is_read_at_448(sharp, tmp_path, least, most):
+    """Qwen's own files give a range of sizes. One number that is no square of whole vision tokens was taken for
+    an --image-size that nobody had given."""
     save_model(*sharp, tmp_path / "m")
     images = copy.deepcopy(sharp[1].image_processor)
-    images.size = {"shortest_edge": 3136, "longest_edge": 12845056}
+    images.size = {"shortest_edge": least, "longest_edge": most}
     images.save_pretrained(tmp_path / "m")
     assert load_model(str(tmp_path / "m"))[1].image_size == 448
 
