@@ -20,7 +20,6 @@ at most C completion tokens, W slots of the cache that are read, V vocabulary, E
 """
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +35,7 @@ from model import STOP_TOKENS, Qwen, embed_prompts, embed_tokens, next_token_log
 from pretrained import load_model
 from processing import Processor, Prompts, collate, max_position_ids, pad_prompts
 from runtime.distributed import autocast, device, to_compute_dtype
-from runtime.errors import first_line
+from runtime.errors import first_line, warn
 
 DROP_ROWS_EVERY = 8    # eager decode steps between two looks for stopped rows
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
@@ -240,8 +239,8 @@ class Sampler:
             # a pool whose captures have all failed trips an assertion at the next one.
             torch.cuda.set_stream(current_stream)
             self.graph_pool = torch.cuda.graph_pool_handle()
-            print("a decode step cannot be captured as a CUDA graph, and runs slower: "
-                  f"{first_line(error)}", file=sys.stderr)
+            warn("a decode step cannot be captured as a CUDA graph, and runs slower: "
+                 f"{first_line(error)}")
             return run_decode_step
         state.shared_prompt.end_decode_step()
         return graph.replay

@@ -10,7 +10,6 @@ that says what it is. Next to it is what the table's heading promises.
 import importlib
 import io
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -30,7 +29,7 @@ from rewards import (
     multiple_choice_reward,
     predicted_mask,
 )
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, warn
 from sample import BOX_TASKS, Sample, gt_hbbs, gt_obbs, gt_texts_of, load_gt_mask
 from texts import EARTH_RADIUS, parse_count, parse_labels, tokenize
 
@@ -343,9 +342,9 @@ def meteor(answers: Answers, samples: Samples, **_: object) -> Scores:
     except (LookupError, OSError, ValueError) as error:
         missing = isinstance(error, LookupError)
         reason = "is missing" if missing else f"cannot be read ({first_line(error)})"
-        print(f"no METEOR: WordNet {reason}; run `python -m nltk.downloader wordnet`, or copy the "
-              "files of Debian's wordnet-base and wordnet-sense-index, and a `lexnames`, to "
-              "corpora/wordnet in a folder that NLTK_DATA names", file=sys.stderr)
+        warn(f"no METEOR: WordNet {reason}; run `python -m nltk.downloader wordnet`, or copy the "
+             "files of Debian's wordnet-base and wordnet-sense-index, and a `lexnames`, to "
+             "corpora/wordnet in a folder that NLTK_DATA names")
         return {}
     values = []
     for answer, sample in zip(answers, samples):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.errors import warn
+
 METRICS = ("reward", "accuracy", "kl", "len_mean", "entropy")
 LABELS = {"accuracy": "accuracy reward", "kl": "KL to reference (nats/token)",
           "len_mean": "completion length (tokens)", "entropy": "entropy (nats/token)"}
@@ -28,7 +30,7 @@ def plot_curves(runs: Sequence[Path], metrics: Sequence[str], out: Path) -> None
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {out.name}: to plot it, pip install matplotlib", file=sys.stderr)
+        warn(f"no {out.name}: to plot it, pip install matplotlib")
         return
     cells = len(metrics) + 1  # the last one has the legend
     columns = math.ceil(math.sqrt(cells))

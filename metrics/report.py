@@ -26,7 +26,7 @@ from boxes import parse_boxes
 from metrics.rows import sample_from_row
 from readers.files import iter_json_records
 from rewards import TAGS, extract_answer, format_reward
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 from sample import BOX_TASKS, Sample, gt_texts_of, load_images
 
 TARGET_COLOUR = "#1f93ff"     # of boxes; colour-blind readers can tell the two colours apart,
@@ -65,8 +65,7 @@ def write_report(path: Path, entries: Iterable[Entry], title: str, limit: int = 
     missing = []
     cards = "\n".join(render_card(f"i{n}", entry, missing) for n, entry in enumerate(shown))
     if missing:
-        print(f"{path}: {len(missing)} images are missing from the page; the first: {missing[0]}",
-              file=sys.stderr)
+        warn(f"{path}: {len(missing)} images are missing from the page; the first: {missing[0]}")
     rem = max([26, *(4 + 9 * len(completions) for _, completions in shown)])
     variables = (f":root {{ --target: {TARGET_COLOUR}; --predicted: {PREDICTED_COLOUR}; "
                  f"--card-width: {rem}rem; }}")

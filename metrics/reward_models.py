@@ -5,7 +5,6 @@ Both are optional. Without SBERT the reward is its lexical half alone; without S
 instance is its box. `load_reward_models` says so once.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from metrics.reward_choices import parse_rewards
 from rewards import TASKS, Sam, Sbert, hybrid_reward, mask_reward
 from runtime.distributed import device
-from runtime.errors import UserError, why_not_loaded
-from runtime.ranks import rank
+from runtime.errors import UserError, warn, why_not_loaded
 from sample import Sample, load_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SAM's images are normalised with these
@@ -44,8 +42,8 @@ def load_reward_models(tasks: Sequence[str], sbert: str | None, sam: str | None,
                             f"{why_not_loaded(model, error)}") from error
         users = [task for task in tasks
                  if task_rewards.get(task, TASKS[task].reward) is reward]
-        if users and not model and rank() == 0:
-            print(f"{', '.join(users)}: no --{name}, so {without}", file=sys.stderr)
+        if users and not model:
+            warn(f"{', '.join(users)}: no --{name}, so {without}")
     return models
 
 
