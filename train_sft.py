@@ -153,6 +153,7 @@ def main(args: Namespace) -> None:
             return
         step_end = time.perf_counter()
 
+    run.doing = "stopping before the held-out scores and model/"
     sync_sampling_model(sampling_model.to(device()), policy)
     sampler = Sampler(sampling_model, processor)
     scores = held_out_by_task(sampler, held_out, args.max_new_tokens, 1.0, run.should_stop, tasks,
