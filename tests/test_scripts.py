@@ -99,6 +99,76 @@ def test_grpo_raises_the_reward(sft, dataset, tmp_path, monkeypatch):
     assert np.mean(reward[3:]) > np.mean(reward[:3])
 
 
+@pytest.mark.parametrize("loss, clip_norm, weight_decay, more", [
+    ("grpo", 0.05, 0.1, ["--divide-by-std"]), ("dapo", 1.0, 0.0, ["--mask-truncated", "--max-new-tokens", 18, "--pack-tokens", 1]),
+    ("gspo", 1.0, 0.0, [])])
+def test_grpo_steps_are_those_of_plain_transformers_and_the_papers_formulas(
+        loss, clip_norm, weight_decay, more, sft, dataset, tmp_path, monkeypatch):
+    """Two steps of two inner steps, again from the papers: one completion at a time, with transformers' own forward and AdamW.
+    Loss, KL, clipped tokens and gradient norm have to agree. No test noticed when the script swapped --clip-low and --clip-high."""
+    rollouts, generate = [], train_grpo.Sampler.generate
+
+    def recorded(self, prompts, *args):
+        rollouts.append((prompts, generate(self, prompts, *args)))
+        return rollouts[-1][1]
+
+    def parts_of(text, *_, **__):  # they differ within each group
+        return {"format": len(text) % 3 / 2, "accuracy": text.count("e") / 10}
+    monkeypatch.setattr(train_grpo.Sampler, "generate", recorded)
+    monkeypatch.setattr(train_grpo, "score_completion", parts_of)
+    here(monkeypatch, train_grpo.main, "--task", "det+cls", "--model", sft / "model", "--data", dataset, "--prompts", 3, "--group", 4,
+         "--max-new-tokens", 32, "--steps", 2, "--inner-steps", 2, "--lr", 4e-4, "--warmup", 1, "--temperature", 1.2, "--beta", 0.3,
+         "--clip-low", 0.02, "--clip-high", 0.2, "--format-weight", 0.5, "--loss", loss, "--clip-norm", clip_norm,
+         "--weight-decay", weight_decay, *more, "--heldout", 0, "--out", tmp_path)
+    policy, reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(sft / "model") for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay)
+    tokenizer = load_model(str(sft / "model"))[1].tokenizer
+    banned = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+
+    def logprobs_of(model, b, completion):
+        prompt = prompts.input_ids[b : b + 1, : prompts.lengths[b]]
+        ids = torch.cat([prompt, completion[None]], 1)
+        logits = model(input_ids=ids, mm_token_type_ids=(ids == banned[2]).int(), pixel_values=prompts.pixel_values.chunk(3)[b],
+                       image_grid_thw=prompts.image_grid_thw[b : b + 1]).logits[0, prompt.shape[1] - 1 : -1]
+        logprobs = (logits.index_fill(1, torch.tensor(banned), -1e9) / 1.2).log_softmax(-1)
+        return logprobs.gather(1, completion[:, None])[:, 0]
+
+    for row, lr, (prompts, rollout) in zip(rows(tmp_path / "metrics.jsonl"), (2e-4, 4e-4), rollouts, strict=True):
+        completions = {i: rollout.tokens[i][rollout.mask[i]] for i in itertools.product(range(3), range(4))}
+        texts = [tokenizer.decode(c[:-1] if rollout.stopped[i] else c) for i, c in completions.items()]
+        rewards = np.array([0.5 * parts_of(text)["format"] + parts_of(text)["accuracy"] for text in texts]).reshape(3, 4)
+        advantages = rewards - rewards.mean(1, keepdims=True)
+        if "--divide-by-std" in more:
+            advantages /= rewards.std(1, ddof=1, keepdims=True) + 1e-4
+        completions = {i: completion for i, completion in completions.items() if np.ptp(rewards[i[0]]) > 0
+                       and (rollout.stopped[i] or "--mask-truncated" not in more)}
+        num_tokens = sum(map(len, completions.values()))
+        old, losses, norms, clipped, kls = {}, [], [], [], []
+        for _ in range(2):
+            total = 0
+            for i, completion in completions.items():
+                logprobs, A = logprobs_of(policy, i[0], completion), advantages[i]
+                log_rho = logprobs - old.setdefault(i, logprobs.detach())
+                rho = (log_rho.mean().expand_as(log_rho) if loss == "gspo" else log_rho).exp()
+                with torch.no_grad():
+                    x = logprobs_of(reference, i[0], completion)
+                kl = (x - logprobs).exp() - (x - logprobs) - 1
+                weight = 1 / num_tokens if loss == "dapo" else 1 / (12 * len(completion))
+                total -= weight * (torch.minimum(rho * A, rho.clamp(0.98, 1.2) * A) - 0.3 * kl).sum()
+                clipped += (rho > 1.2 if A > 1e-6 else rho < (0.98 if A < -1e-6 else 0)).tolist()
+                kls += kl.tolist()
+            total.backward()
+            losses.append(total.item())
+            norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), clip_norm).item())
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+        assert row["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-3)
+        assert row["kl"] == pytest.approx(np.mean(kls), rel=1e-3)
+        assert row["clip_frac"] == pytest.approx(np.mean(clipped), abs=0.005) and row["clip_frac"] > 0
+
+
 def test_each_stage_is_held_near_its_own_start(staged):
     """The KL to the reference is 0 in the first step of every stage, and no longer in the second."""
     kl = [row["kl"] for row in rows(staged / "metrics.jsonl")]
