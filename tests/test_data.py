@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import evaluate
@@ -31,6 +31,8 @@ from sample import (
     Sample,
     format_prompt,
     format_target,
+    gt_hbbs,
+    gt_obbs,
     jitter_boxes,
     load_images,
     to_oriented,
@@ -197,6 +199,14 @@ def test_box_noise_moves_the_edges_and_not_theta():
     assert noisy[:, 4].tolist() == [0, 30] and 2 < np.abs(noisy - sample.gt_boxes)[:, :4].mean() < 6
     horizontal = parse_boxes(jitter_boxes(sample, 4, (0,)).gt_answer)
     assert horizontal[0].tolist() == noisy[0, :4].tolist()
+
+
+def test_box_noise_has_no_direction_and_the_std_that_was_asked_for():
+    """In both forms, about the box that the form has without noise."""
+    sample = Sample("x", "det", (), "q", "", 448, ((100, 120, 200, 180, 0), (150, 100, 250, 150, 30)))
+    for form, boxes in ((to_oriented(sample), gt_obbs(sample)), (sample, gt_hbbs(sample))):
+        noise = [parse_boxes(jitter_boxes(form, 4, (0, i)).gt_answer, oriented=form.oriented)[:, :4] - boxes[:, :4] for i in range(200)]
+        assert abs(np.mean(noise)) < 0.4 and 3.7 < np.std(noise) < 4.3
 
 
 @pytest.mark.parametrize("source", ["synthetic", "file"])
@@ -519,6 +529,16 @@ def test_image_cut_off_is_named_with_its_record(folder, suffix, keep):
     refuse(str(error.value), "data.jsonl: line 2", file.name, "cannot be read")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_pillow_turns_them(folder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.effect_noise((400, 100), 50).convert("RGB").save(folder / "turned.png", exif=exif)
+    image, = load_images(Sample("x", "geo", (folder / "turned.png",), "", "", F))
+    upright = ImageOps.exif_transpose(Image.open(folder / "turned.png"))
+    assert image.tobytes() == upright.resize(image.size, Image.Resampling.BICUBIC).tobytes()
+
+
 def test_photographs_stand_upright_and_maps_stay_as_their_boxes_are(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -689,6 +709,16 @@ def scenes_of(folder, name, labels, **fields):
         Image.new("RGB", (20 + i, 30), color).save(folder / image)
         records.append({**chat("Which class? Classes: sea, land", label, image=image), **fields})
     return write(folder, *records, name=name)
+
+
+def test_joined_sources_are_mixed_and_shots_are_of_training_alone(tmp_path):
+    """The first held-out samples are not those of one source, and --shots leaves the held-out ones as they are."""
+    files = [scenes_of(tmp_path, f"{name}.jsonl", ["sea", "land"] * 15, split="train") for name in "ab"]
+    held = [scenes_of(tmp_path, f"{name}.jsonl", ["sea", "land"] * 15, split="val") for name in "cd"]
+    split = load_splits(parse_sources(files), parse_sources(held), ["cls"], F, shots=2, heldout=20)["cls"]
+    assert Counter(sample.category for sample in split.train) == {"sea": 2, "land": 2}
+    assert len(split.held_out) == 20
+    assert {Path(sample.id.partition(": ")[0]).name for sample in split.held_out} == {"c.jsonl", "d.jsonl"}
 
 
 @pytest.mark.parametrize("value, source", [

@@ -26,10 +26,10 @@ import rollout
 import train_grpo
 from attention import SharedPrompt, decode_attention, flash_attn_for
 from conftest import GRPO, rows
-from model import STOP_TOKENS, Policy, compute_image_embeds, token_logprobs
+from model import STOP_TOKENS, Policy, add_image_embeds, compute_image_embeds, token_logprobs
 from pretrained import load_model, save_model
 from processing import collate, encode_chat, max_position_ids
-from rollout import Rollout, Sampler, inverse_cdf, uniforms
+from rollout import Rollout, Sampler, inverse_cdf, predict, replace_groups, uniforms
 from runtime.distributed import sync_sampling_model
 from runtime.errors import UserError
 from runtime.layers import AlignedMLP, FusedRMSNorm, use_fused_layers
@@ -431,6 +431,38 @@ def test_completions_depend_on_their_own_uniforms_only(sharp):
         assert torch.equal(alone.tokens[0], together.tokens[b, :2, :k])
     other = generate(model, processor, collate(prompts), C, uniforms((4, 1), range(4), G, C), G)
     assert not torch.equal(other.tokens, together.tokens)
+
+
+def test_no_two_completions_share_their_uniforms():
+    """Nor does the second completion of a prompt have those of the first of the next prompt."""
+    rows = torch.cat([uniforms(seed, range(4), 4, 8) for seed in ((3, 1), (3, 2), (4, 1))])
+    assert len(rows.unique(dim=0)) == 3 * 4 * 4 and 0.4 < rows.mean() < 0.6
+
+
+def test_a_sampled_text_depends_on_the_prompts_id_and_not_on_its_batch(sharp):
+    prompts = [encode(sharp[1], name) for name in MIXED]
+    together = predict(Sampler(*sharp), prompts, 8, 2, 1.0, [7, 5, 6, 4])
+    assert [predict(Sampler(*sharp), [p], 8, 2, 1.0, [i])[0] for p, i in zip(prompts, (7, 5, 6, 4))] == together
+
+
+def test_replaced_groups_stand_where_the_old_ones_stood():
+    old, new = (Rollout(*(start + torch.arange(B * 4 * C).view(B, 4, C) for _ in range(4)), start + torch.arange(B * 4).view(B, 4))
+                for B, C, start in ((4, 5, 0), (3, 2, 1000)))
+    found = replace_groups(old, [1, 3, 0], new)
+    assert torch.equal(found.tokens[[1, 3, 0], :, :2], new.tokens) and torch.equal(found.tokens[2], old.tokens[2])
+    assert not found.mask[[1, 3, 0], :, 2:].any()
+    assert torch.equal(found.stopped[[1, 3, 0, 2]], torch.cat([new.stopped, old.stopped[2:3]]))
+
+
+def test_image_embeds_go_to_the_prompt_whose_images_they_are(sharp):
+    """Of prompts with one and with two images, of unlike sizes."""
+    prompts = [encode(sharp[1], name) for name in MIXED]
+    with torch.no_grad():
+        alone = [compute_image_embeds(sharp[0], prompt) for prompt in prompts]
+        add_image_embeds(sharp[0], prompts, [1, 3, 2])
+    assert prompts[0].image_embeds is None
+    for prompt, embeds in list(zip(prompts, alone))[1:]:
+        torch.testing.assert_close(prompt.image_embeds, embeds, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
