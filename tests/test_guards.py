@@ -272,8 +272,8 @@ def test_resume_with_other_data_is_refused(staged, dataset, tmp_path):
         Run(args, config, dict.fromkeys(("stage", "step", "before", "skipped")))
 
 
-@pytest.mark.parametrize("other", [{"choices": ("sea", "ice")}, {"gt_mask": Path("b.png")}])
-def test_changed_choices_or_masks_are_other_data(other):
+@pytest.mark.parametrize("other", [{"choices": ("sea", "ice")}, {"gt_mask": Path("b.png")}, {"gt_boxes": ((1, 2, 3, 4, 0),)}])
+def test_changed_choices_masks_or_boxes_are_other_data(other):
     """What a reward reads and no other field shows: both were once left out."""
     before = Sample("a.json: record 0", "mlc", (), "Which?", "sea", 112, choices=("sea", "land"), gt_mask=Path("a.png"))
     assert fingerprint([before]) != fingerprint([dataclasses.replace(before, **other)])
