@@ -152,11 +152,17 @@ def test_every_task_is_asked_for_the_format_at_the_end_of_the_users_turn(thinkin
 
 
 @pytest.mark.parametrize("source", ["synthetic", "file"])
-def test_prompt_flags_reach_all_samples(folder, source):
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompt_flags_reach_all_samples(folder, source, thinking):
     if source == "file":
         source = write(folder, {**GOOD, "image": "a.png"}, {**GOOD, "image": "b.png"})
-    split = load_splits(parse_sources([source]), [], ["det"], F, thinking=False, system="Be brief.")["det"]
-    assert all(not part[0].thinking and part[0].system == "Be brief." for part in (split.train, split.held_out))
+    split = load_splits(parse_sources([source]), [], ["det"], F, thinking=thinking, system="Be brief.")["det"]
+    assert all(part[0].thinking == thinking and part[0].system == "Be brief." for part in (split.train, split.held_out))
+
+
+def test_the_seed_is_that_of_the_scenes_to_train_on_and_no_other():
+    one, other = (load_splits(parse_sources(["synthetic"]), [], ["det"], F, seed=seed)["det"] for seed in (1, 2))
+    assert one.train[0] != other.train[0] and one.held_out[0].gt_answer == other.held_out[0].gt_answer
 
 
 @pytest.mark.parametrize("content, says", [
@@ -712,7 +718,7 @@ def scenes_of(folder, name, labels, **fields):
 
 
 def test_joined_sources_are_mixed_and_shots_are_of_training_alone(tmp_path):
-    """The first held-out samples are not those of one source, and --shots leaves the held-out ones as they are."""
+    """End to end, those that a run is scored on would be those of the first source. And --shots leaves the held-out ones as they are."""
     files = [scenes_of(tmp_path, f"{name}.jsonl", ["sea", "land"] * 15, split="train") for name in "ab"]
     held = [scenes_of(tmp_path, f"{name}.jsonl", ["sea", "land"] * 15, split="val") for name in "cd"]
     split = load_splits(parse_sources(files), parse_sources(held), ["cls"], F, shots=2, heldout=20)["cls"]
@@ -920,11 +926,9 @@ def test_synthetic_is_not_joined_with_files(folder):
         load_split(parse_sources(["synthetic", scenes_of(folder, "a.json", ["sea"] * 20)]), [], "cls", F)
 
 
-def test_joined_sources_are_mixed_and_share_no_image(folder, capsys):
-    """End to end, the 256 samples that a run is scored on would be those of the first source."""
+def test_joined_sources_share_no_image(folder):
     one, two = scenes_of(folder, "one.json", ["sea"] * 60), scenes_of(folder, "two.json", ["land"] * 60)
-    held_out = load_split(parse_sources([one, two]), [], "cls", F).held_out
-    assert {s.gt_answer for s in held_out[: len(held_out) // 2 + 1]} == {"sea", "land"}
+    load_split(parse_sources([one, two]), [], "cls", F)
     shutil.copy(folder / "one.json", folder / "train_1shot.json")
     with pytest.raises(UserError, match="holds it out"):
         load_split(parse_sources([one, str(folder / "train_1shot.json")]), [], "cls", F)
