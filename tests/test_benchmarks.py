@@ -259,6 +259,7 @@ def test_coco_ap_of_one_image_is_that_of_the_reward(answer, boxes):
 def test_coco_ap_counts_false_boxes_where_there_is_no_target():
     """Found one of two: precision 1 up to recall 0.5, 51 of 101 points. A false box before it halves the precision."""
     assert coco_ap([text(A), None], [det(A), det(B)])["ap"] == pytest.approx(51 / 101)
+    assert coco_ap([None, text(A)], [det(B), det(A)])["ap"] == pytest.approx(51 / 101)  # no answer is no box
     found = coco_ap([text(C), text(A), None], [det(), det(A), det(B)])
     assert found == pytest.approx({"ap": 51 / 202, "ap50": 51 / 202})
 
