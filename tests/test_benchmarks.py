@@ -29,12 +29,14 @@ from metrics.benchmarks import (
     count_error,
     earthdial_tokens,
     geo_accuracy,
+    in_percent,
     mask_iou,
     matched_boxes,
     meteor,
     multilabel,
     rouge,
     think_agreement,
+    token_recall,
 )
 from metrics.published import BENCHMARKS, envelope_scores, table
 from metrics.rows import sample_to_row
@@ -171,6 +173,11 @@ def test_token_recall_of_a_perfect_list_is_below_1():
     """The published quirk: "a,b,c" has five tokens, but only four different ones."""
     found = multilabel(["sea, sand, reef"], [sample("mlc", "sea, sand, reef", choices=("sea", "sand", "reef"))])
     assert found == {"precision": 1, "recall": 1, "f1": 1, "token_recall": pytest.approx(4 / 5)}
+
+
+def test_blanks_of_a_right_label_cost_no_token():
+    samples = [Sample("x", "cls", (), "", label, 112) for label in ("storage tank", "sea lake")]
+    assert token_recall(["storage tank", "SeaLake"], samples) == {"token_recall": 1}
 
 
 def test_labels_with_commas_are_one_label_and_wrong_ones_cost_precision():
@@ -528,6 +535,10 @@ def test_another_number_of_candidates_than_the_published_is_said(choices, says, 
     table("cross-view", {"accuracy": .3}, [sample("pair", "A", choices=tuple(choices))] * 2)
     warned = capsys.readouterr().err
     assert says in warned and bool(warned) == bool(says)
+
+
+def test_counts_of_tokens_are_no_shares():
+    assert in_percent("completion_tokens", 20) == 20 and in_percent("accuracy", 0.2) == 20
 
 
 def test_columns_of_the_tables_are_names_of_scores():

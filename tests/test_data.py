@@ -18,12 +18,12 @@ from PIL import Image, ImageOps
 
 import data
 import evaluate
-from boxes import convert_box, format_boxes, obb_to_hbb, parse_boxes
+from boxes import clip_and_round, convert_box, format_boxes, obb_to_hbb, parse_boxes
 from data import Source, get_batch, load_samples, load_splits, parse_sources, read_source
 from flags import check_oriented, non_negative_int, parse_grpo_args, read_system_prompt
 from metrics.rows import sample_from_row, sample_to_row
 from processing import prefetch
-from readers.splits import HELD_OUT_SEED
+from readers.splits import HELD_OUT_SEED, split_samples
 from rewards import TASKS, format_reward, score_completion
 from runtime.errors import UserError
 from sample import (
@@ -80,6 +80,11 @@ def test_box_follows_its_image_into_the_frame():
 def test_box_survives_a_round_trip(source, to):
     box = (3.5, 7, 21, 29, 0)
     assert convert_box(convert_box(box, source, to), to, source) == pytest.approx(box)
+
+
+@pytest.mark.parametrize("box, whole", [((111.6, 50, 112, 60), [111, 50, 112, 60]), ((50, 111.6, 60, 112), [50, 111, 60, 112])])
+def test_box_at_the_far_edge_stays_in_the_image(box, whole):
+    assert clip_and_round(box, 112) == whole
 
 
 def test_turned_box_stays_turned_only_where_both_axes_scale_alike():
@@ -318,6 +323,11 @@ def test_no_two_of_seeds_stages_and_tasks_share_an_order():
               get_batch([range(100)], 0, 20, seed=(seed, stage))
               for seed in range(3) for stage in range(3) for task in range(2)]
     assert len(set(map(tuple, orders))) == len(orders)
+
+
+def test_a_later_pass_of_one_seed_is_no_pass_of_another():
+    passes = [tuple(get_batch([range(20)], epoch, 20, seed=(seed, 0))) for seed in range(3) for epoch in range(3)]
+    assert len(set(passes)) == 9
 
 
 def test_batch_is_a_function_of_seed_and_step():
@@ -620,6 +630,12 @@ def test_first_held_out_samples_are_of_all_classes(folder):
     for split in ("heldout", "train"):
         labels = [s.gt_answer for s in load_samples(str(folder / "set"), "cls", F, split=split)]
         assert set(labels[:20]) == {"desert", "forest", "sea"} and labels != sorted(labels)
+
+
+def test_records_without_a_split_beside_those_of_train_are_split_by_image():
+    samples = [Sample(f"d.json: record {i}", "cls", (Path(f"{i}.png"),), "q", "sea", 112, split="train" if i % 2 else "")
+               for i in range(100)]
+    assert 0 < len(split_samples(samples, "d.json").held_out) < 30
 
 
 def test_published_splits_are_kept(tmp_path):

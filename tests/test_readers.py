@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from boxes import obb_to_hbb
+from boxes import clip_and_round, obb_to_hbb
 from data import Source, few_shots, load_samples, load_splits, parse_sources
 from readers import box_formats
 from readers.box_formats import (
     Request,
+    clip_boxes,
     min_area_rect,
     parse_label_list,
     rewrite_boxes,
@@ -158,6 +159,16 @@ def test_boxes_of_every_notation_become_pixels_anywhere_in_a_text():
         "<p>two</p>{<0><0><25><25>}<delim>{<50><50><75><75>|<90>} and [0, 0, 100, 25].", SIZE, request("det", notes), "here")
     assert text == "1 ship [28,56,56,84] at left, two [0,0,28,28],[56,56,84,84] and [0,0,56,56]."
     assert [box[4] for box in boxes] == [0, 0, 90, 0] and not notes
+
+
+def test_small_and_thin_boxes_earn_three_quarters_of_their_own_reward():
+    """An answer has whole pixels: a box that it could not reach becomes that of its own answer."""
+    rng = np.random.default_rng(0)
+    for x, y, w, h in [(10.5, 10, 1.9, 50), (10, 10.5, 50, 1.9), *rng.uniform((5, 5, 1, 1), (90, 90, 9, 9), (500, 4))]:
+        (x1, y1, x2, y2, _), = clip_boxes([(x, y, x + w, y + h, 0)], request("det", Counter()))
+        a1, b1, a2, b2 = clip_and_round((x1, y1, x2, y2), 112)
+        common = (min(x2, a2) - max(x1, a1)) * (min(y2, b2) - max(y1, b1))
+        assert common / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - common) >= 0.75
 
 
 def test_noisy_grid_boxes_in_a_text_are_clipped_or_left_out_and_counted():

@@ -624,6 +624,7 @@ def test_masks_of_several_instances_are_united():
 @pytest.mark.parametrize("answer, count", [
     ("7", 7), ("There are 7 ships.", 7), ("7 ships, so 7", 7), ("0", 0), ("1,200", 1200), ("1,234,567", 1234567), ("007", 7),
     ("", None), ("seven", None), ("7 or 8", None), ("7-8", None), ("-7", None), ("7.5", None), ("1,2", None), ("[1,2,3]", None),
+    ("1,2000", None), ("10,0000", None),
     ("9" * 10, None), ("9" * 9999, None), ("7" + " " * 10_000, None), ("٧", None), ("\u22127", None), (".7", None), ("No.7", 7), ("Total\u20137", 7)])
 def test_a_count_is_one_whole_number(answer, count):
     assert parse_count(answer) == count
@@ -648,6 +649,7 @@ def test_count_reward_is_one_minus_the_relative_error(a, g):
     ("\u221233.9, \u20137", (-33.9, -7)), ("- 33.9, 151.2", None), ("-33.9, .5", None), ("33.9 - 151.2", None), ("48.86\u20132.35", (48.86, 2.35)),
     ("S33.9 E151.2", None), ("South 33.9, 151.2", None), ("33.9 degrees S, 151.2 E", None),
     ("", None), ("Paris", None), ("48.86", None), ("48.86, 2.35, 3", None), ("2.35 E, 48.86 N", None), ("48.86 E, 2.35", None),
+    ("48.86 N, 2.35 N", None), ("48.86, 2.35 S", None),
     ("90.1, 0", None), ("0, 180.1", None), ("9" * 400 + ", 1", None), ("nan, nan", None), ("48°51'24\", 2°21'3\"", None)])
 def test_a_position_is_two_numbers_on_earth(answer, position):
     assert parse_coordinates(answer) == position
