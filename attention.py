@@ -33,8 +33,8 @@ from transformers import AttentionInterface
 
 flash_attn = None  # optional: PyTorch's own attention gives the same result
 if torch.cuda.is_available():
-    with suppress(ImportError):
-        import flash_attn
+    with suppress(ImportError):  # `import flash_attn` alone would find flash-attn-4, too
+        from flash_attn import flash_attn_interface as flash_attn
 
 
 @dataclass

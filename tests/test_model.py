@@ -5,7 +5,9 @@ import contextlib
 import copy
 import itertools
 import math
+import runpy
 import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP, Qwen2_5_VLRMSNorm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -651,6 +653,19 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
 
 
 FLASH = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
+
+
+@pytest.mark.parametrize("version, found", [(2, True), (4, False)])
+def test_only_flash_attn_2_has_the_functions(version, found, tmp_path, monkeypatch):
+    """flash-attn-4 puts other ones into a folder of the same name, so `import flash_attn` succeeded and the first prompt failed."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / {2: "flash_attn_interface.py", 4: "cute.py"}[version]).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(AttentionInterface, "register", lambda *_: None)
+    assert (runpy.run_path(attention.__file__)["flash_attn"] is not None) == found
+    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+        sys.modules.pop(name, None)
 
 
 def test_flash_attention_gives_the_same_logprobs(sharp, monkeypatch):
