@@ -58,7 +58,7 @@ def add_adapters(model: Qwen, rank: int, folder: str = "",
     """Add LoRA to all linear layers of the language model, or continue the adapters of a folder.
 
     Only A and B learn, so the rest is cast to compute_dtype. `with_reference` adds a frozen copy of
-    A and B, for update_reference. Raises UserError if the folder's adapters have another rank.
+    A and B, for update_reference. Raises UserError if the folder's adapters cannot be continued.
     """
     peft = import_peft()
     to_compute_dtype(model)
@@ -76,6 +76,10 @@ def add_adapters(model: Qwen, rank: int, folder: str = "",
             raise UserError(f"--model {folder}: only plain LoRA of linear layers can be continued, "
                             "no DoRA, biases, embeddings, convolutions, tokens or modules_to_save; "
                             "leave --lora out to train all weights")
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise UserError(f"--model {folder}: its adapters change the vision tower alone, and "
+                            "--lora trains those of the language model; leave --lora out to train "
+                            "all weights")
     else:
         targets = r".*language_model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)

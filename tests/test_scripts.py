@@ -445,6 +445,14 @@ def test_adapters_of_a_head_that_is_tied_are_refused(tmp_path, merge, name):
         add_adapters(model, 4, str(tmp_path))
 
 
+def test_adapters_that_would_leave_nothing_to_learn_are_refused(tmp_path):
+    """With --lora the vision tower is frozen, and these adapt nothing else: the optimiser got no weights."""
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(load_model("tiny")[0], peft.LoraConfig(r=4, target_modules=r".*visual.*\.qkv")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its adapters change the vision tower alone"):
+        add_adapters(load_model("tiny")[0], 4, str(tmp_path))
+
+
 def write_base(folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(ROOT / "tiny")}))
