@@ -304,19 +304,19 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 # Order
 
 def get_batch(streams: Sequence[Sequence[Sample]], step: int, size: int, seed: tuple[int, ...],
-              part: tuple[int, int] = (0, 1)) -> list[Sample]:
+              part: range | None = None) -> list[Sample]:
     """The samples of one step: a function of (seed, step), so a resumed run sees the same data.
 
     The tasks take turns. The stream of each is pass after pass over its data, each shuffled anew; a
-    batch may span two passes, so no pass drops its tail. `part` (rank, world size): the samples of
-    this rank.
+    batch may span two passes, so no pass drops its tail. `part`: which ones of the batch; None for
+    all.
     """
     batch = []
-    for position in range(step * size + part[0], (step + 1) * size, part[1]):
-        position_in_stream, task_index = divmod(position, len(streams))
+    for i in range(size) if part is None else part:
+        position_in_stream, task_index = divmod(step * size + i, len(streams))
         samples = streams[task_index]
-        epoch, i = divmod(position_in_stream, len(samples))
-        batch.append(samples[permutation(len(samples), (*seed, task_index), epoch)[i]])
+        epoch, index = divmod(position_in_stream, len(samples))
+        batch.append(samples[permutation(len(samples), (*seed, task_index), epoch)[index]])
     return batch
 
 

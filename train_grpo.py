@@ -118,7 +118,9 @@ def main(args: Namespace) -> None:
     sampler = Sampler(sampling_model, processor, args.compile)
     score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
                              args.temperature, run.should_stop, **reward_models)
-    local_prompts = range(rank(), args.prompts, world_size())   # this rank's prompts of each step
+    # This rank's prompts of each step. Neighbours, since in a mixed stage the tasks take turns.
+    num_local = args.prompts // world_size()
+    local_prompts = range(rank() * num_local, (rank() + 1) * num_local)
 
     for stage in range(progress["stage"], len(stages)):
         tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
@@ -151,7 +153,7 @@ def main(args: Namespace) -> None:
         policy.train()
 
         local_batch = partial(get_batch, data[stage], size=args.prompts,
-                              seed=(args.seed, stage), part=(rank(), world_size()))
+                              seed=(args.seed, stage), part=local_prompts)
         steps = ((step, local_batch(step)) for step in range(progress["step"], args.steps))
         step_end = time.perf_counter()
         for step, samples, prompts in prefetch(steps, partial(encode, processor)):

@@ -115,7 +115,7 @@ def log_completions(log: JsonlLog, row: dict, samples: list[Sample], texts: list
     """Write the completions of one of the step's groups. All ranks call this; one has the group.
     `rewards` and each part are (B, G), `advantages` (B, G, 1 or C)."""
     completions = []
-    b, owner = divmod((row["step"] - 1) % (len(samples) * world_size()), world_size())
+    owner, b = divmod((row["step"] - 1) % (len(samples) * world_size()), len(samples))
     if rank() == owner:
         for g, text in enumerate(texts[b]):
             parts = {name: values[b, g].item() for name, values in reward_parts.items()}

@@ -313,8 +313,8 @@ def test_tasks_of_a_mixed_stage_take_turns_each_with_a_stream_of_its_own():
     batch = get_batch([range(10), range(100, 120)], 7, 5, seed=(3,))
     streams = get_batch([range(10)], 0, 20, seed=(3,)), get_batch([range(100, 120)], 0, 20, seed=(3, 1))
     assert batch == [streams[position % 2][position // 2] for position in range(35, 40)]
-    parts = [get_batch([range(10), range(100, 120)], 7, 5, seed=(3,), part=(rank, 2)) for rank in range(2)]
-    assert parts == [batch[::2], batch[1::2]]
+    parts = [get_batch([range(10), range(100, 120)], 7, 5, seed=(3,), part=part) for part in (range(3), range(3, 5))]
+    assert parts == [batch[:3], batch[3:]]
 
 
 def test_no_two_of_seeds_stages_and_tasks_share_an_order():

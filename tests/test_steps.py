@@ -17,7 +17,7 @@ from data import get_batch, load_samples
 from pretrained import load_model
 from processing import encode
 from sample import format_target
-from test_scripts import here
+from test_scripts import Killed, here
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The same step from independent code
@@ -214,6 +214,22 @@ def test_further_attempts_have_prompts_and_uniforms_of_no_step(sft, dataset, tmp
     here(monkeypatch, train_grpo.main, "--task", "cls", "--model", sft / "model", "--data", dataset, *GRPO, "--resample", 2,
          "--heldout", 0, "--out", tmp_path)
     assert sorted(batches) == [0, 1, 2, 3, 4, 5] and len(set(seeds)) == 6
+
+
+def test_each_rank_of_a_mixed_stage_has_prompts_of_both_tasks(sft, dataset, tmp_path, monkeypatch):
+    """Every second prompt is of the second task: with every second prompt, one of two ranks had all of the long answers."""
+    monkeypatch.setattr(train_grpo, "rank", lambda: 1)
+    monkeypatch.setattr(train_grpo, "world_size", lambda: 2)
+    batches = []
+
+    def stop_at_first(*args, **more):
+        batches.append(get_batch(*args, **more))
+        raise Killed
+    monkeypatch.setattr(train_grpo, "get_batch", stop_at_first)
+    with pytest.raises(Killed):
+        here(monkeypatch, train_grpo.main, "--task", "cls+det", "--model", sft / "model", "--data", dataset, *GRPO, "--heldout", 0,
+             "--out", tmp_path)
+    assert [sample.task for sample in batches[0]] == ["cls", "det"]
 
 
 def test_every_other_step_is_without_reasoning_and_every_box_has_noise_of_its_own():
