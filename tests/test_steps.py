@@ -205,15 +205,15 @@ def test_groups_without_signal_are_replaced_and_no_others(sft, dataset, tmp_path
     assert found[5][0]["zero_std_frac"] <= found[1][0]["zero_std_frac"] <= row["zero_std_frac"] > found[5][0]["zero_std_frac"]
 
 
-def test_further_attempts_have_prompts_and_uniforms_of_no_step(sft, dataset, tmp_path, monkeypatch):
+def test_no_two_steps_attempts_and_stages_share_their_prompts_or_uniforms(sft, dataset, tmp_path, monkeypatch):
     """Else --resample would draw the same completions, or prompts that the next step has as well."""
     batches, seeds, uniforms = [], [], train_grpo.uniforms
     monkeypatch.setattr(train_grpo, "score_completion", lambda *_, **__: {"format": 0.0, "accuracy": 0.0})
-    monkeypatch.setattr(train_grpo, "get_batch", lambda *args, **more: batches.append(args[1]) or get_batch(*args, **more))
+    monkeypatch.setattr(train_grpo, "get_batch", lambda *args, **more: batches.append((more["seed"], args[1])) or get_batch(*args, **more))
     monkeypatch.setattr(train_grpo, "uniforms", lambda seed, *args: seeds.append(seed) or uniforms(seed, *args))
-    here(monkeypatch, train_grpo.main, "--task", "cls", "--model", sft / "model", "--data", dataset, *GRPO, "--resample", 2,
+    here(monkeypatch, train_grpo.main, "--task", "cls,cls", "--model", sft / "model", "--data", dataset, *GRPO, "--resample", 2,
          "--heldout", 0, "--out", tmp_path)
-    assert sorted(batches) == [0, 1, 2, 3, 4, 5] and len(set(seeds)) == 6
+    assert sorted(batches) == [((0, stage), step) for stage in (0, 1) for step in range(6)] and len(set(seeds)) == 12
 
 
 def test_each_rank_of_a_mixed_stage_has_prompts_of_both_tasks(sft, dataset, tmp_path, monkeypatch):
