@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from boxes import format_boxes, obb_to_hbb
+from readers.image_headers import has_16_bits
 from runtime.errors import UserError
 
 
@@ -147,9 +148,9 @@ def load_images(sample: Sample) -> list[Image.Image]:
     for path in sample.images:
         with unreadable_as_user_error(f"{sample.id}: image {path}"):
             image = open_image(path)
-            if image.mode[0] in "IF":  # convert("RGB") would clip 16-bit values to white
-                raise UserError(f"{sample.id}: image {path} has {image.mode} pixels; convert it "
-                                "to 8 bits per band first")
+            if image.mode[0] in "IF" or has_16_bits(image):  # convert("RGB") would clip to white
+                raise UserError(f"{sample.id}: image {path} has more than 8 bits per band; convert "
+                                "it to 8 first")
             keeps_ratio = sample.task in KEEPS_ASPECT_RATIO
             if keeps_ratio:  # cameras say which side is up; the boxes of other tasks lie as stored
                 # Not ImageOps.exif_transpose: it writes all tags again, and fails for odd ones.

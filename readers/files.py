@@ -23,9 +23,8 @@ from time import perf_counter
 from typing import Any, TextIO
 
 import numpy as np
-from PIL import Image
 
-from readers.image_headers import read_image_size
+from readers.image_headers import read_image_size, size_of
 from runtime.errors import UserError, first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -237,8 +236,7 @@ def iter_column(column: Any, file: str, mapped: Any) -> Iterator[object]:
                 if not 0 <= offset < mapped.size:  # Arrow has decompressed it to elsewhere
                     raise UserError(f"{file}: its columns are compressed, so images cannot be read "
                                     "from it one by one; write it without compression")
-                with Image.open(io.BytesIO(image)) as opened:  # reads the header alone
-                    size = opened.size
+                size = size_of(io.BytesIO(image))
                 yield TableImage(f"{zlib.crc32(image):08x}", len(image), size, file, offset)
             else:
                 yield name if filled[i] else None

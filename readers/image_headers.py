@@ -1,55 +1,76 @@
-"""The header of an image file: its size, and whether the file is whole. It is read before a run,
-which a bad image would end at the step that draws it."""
+"""The header of an image: its size, and whether the file is whole. It is read before a run, which a
+bad image would end at the step that draws it."""
 
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from runtime.errors import UserError
 
 END_OF_FILE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # format -> how a complete file ends
 TAIL = 2**10  # bytes at the end of a file that are searched for it
-BITS = 258  # tag of a TIFF: bits of each band
+BITS, PART = 258, 254  # tags of a TIFF: bits of each band; whether a page is an overview or a mask
 OFFSETS_AND_SIZES = ((273, 279), (324, 325))  # tags of a TIFF: where its strips or its tiles are
 
 
 def read_image_size(path: Path, source: str) -> tuple[int, int]:
-    """(width, height) from the file's header. Raises UserError if it is missing, no image, or one
-    pixel thin. `source` names the record."""
+    """(width, height) from the file's header. Raises UserError if it is missing, or no image for
+    size_of. `source` names the record."""
     try:
-        size = header_size(path)
+        return header_size(path)
     except FileNotFoundError:
         raise UserError(f"{source}: image {path} does not exist; name the folder of the images by "
                         "--images, or --data SOURCE@FOLDER")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: image {path} cannot be read ({error}); replace it, or "
                         "leave it out")
-    if min(size) < 2:
-        raise UserError(f"{source}: image {path} is {size[0]} x {size[1]} pixels, too thin to show "
-                        "anything; replace it, or leave it out")
-    return size
 
 
 @lru_cache(maxsize=2**18)  # many samples share an image; emptied before a source is read
 def header_size(path: Path) -> tuple[int, int]:
-    """(width, height). A file that looks cut off, as half a download is, is decoded: its error
-    would end the run when its turn comes. Raises ValueError for colours of 16 bits, of which PIL
-    keeps 8: the reflectances of Sentinel-2, up to some 3,000, would be nearly black or noise."""
-    with open(path, "rb") as file, Image.open(file) as image:
+    with open(path, "rb") as file:
+        return size_of(file)
+
+
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """(width, height) of an image. One that looks cut off, as half a download is, is decoded: its
+    error would end the run when its turn comes. Raises ValueError or OSError for what the model
+    would not see as its user does."""
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        raise ValueError("Pillow knows no such image; write RGB with 8 bits per band") from None
+    with image:
+        size = image.size
+        if min(size) < 2:
+            raise ValueError(f"it is {size[0]} x {size[1]} pixels, too thin to show anything")
         if image.mode[0] not in "IF" and has_16_bits(image):
-            raise ValueError("it has 16 bits per band; convert it to 8 first")
+            raise ValueError("it has more than 8 bits per band; convert it to 8 first")
         if looks_cut_off(file, image):
             file.seek(0)
             image.load()
-        return image.size
+        if image.format == "TIFF" and image.n_frames > 1:
+            image.seek(1)
+            if image.size == size and not image.tag_v2.get(PART):
+                raise ValueError(f"it has {image.n_frames} pages, of which the first alone would "
+                                 "be seen; write its bands as RGB, or each page as a file")
+    return size
 
 
 def has_16_bits(image: Image.Image) -> bool:
-    """Whether the bands of a PNG or TIFF, as opened, have more than 8 bits in the file."""
+    """Whether the bands of an image, as opened from a PNG, TIFF or JPEG 2000, have more than 8 bits
+    in the file. Of colours PIL keeps 8: the reflectances of Sentinel-2, up to some 3,000, would be
+    nearly black or noise."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS, (8,))) > 8
+    if image.format == "JPEG2000":
+        position = image.fp.tell()
+        image.fp.seek(0)
+        _, found, size_marker = image.fp.read(2**16).partition(b"\xff\x4f\xff\x51")
+        image.fp.seek(position)
+        return bool(found) and size_marker[38] % 128 > 7  # bits of the first band - 1, and a sign
     return image.format == "PNG" and ";16" in str(image.tile)
 
 

@@ -1,6 +1,7 @@
 """Every format of readers/: on small files in the published layout, and on real ones if EO_DATA names
 their folder."""
 
+import contextlib
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from readers.box_formats import (
     tasks_of_question,
 )
 from readers.folders import read_samples
+from readers.image_headers import read_image_size, size_of
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError
 from sample import Sample, load_gt_mask, load_images
@@ -819,7 +821,33 @@ def test_colours_of_16_bits_are_refused_at_the_start(tmp_path):
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
                      + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
     assert Image.open(file).mode == "RGB"
-    refused(tmp_path, "cls", "has 16 bits per band; convert it to 8 first")
+    refused(tmp_path, "cls", "more than 8 bits per band; convert it to 8 first")
+    with pytest.raises(UserError, match="more than 8 bits"):  # tools/ask.py reads no source
+        load_images(Sample("x", "cls", (file,), "", "", F))
+    with pytest.raises(ValueError, match="more than 8 bits"):  # an image of a table
+        size_of(io.BytesIO(file.read_bytes()))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_jpeg_2000_of_more_than_8_bits_is_refused(tmp_path, bits):
+    """Sentinel-2 comes in it."""
+    file = tmp_path / "a.jp2"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+    before, siz, after = file.read_bytes().partition(b"\xff\x4f\xff\x51")
+    file.write_bytes(before + siz + after[:38] + bytes([bits - 1]) + after[39:])
+    with contextlib.nullcontext() if bits == 8 else pytest.raises(UserError, match="more than 8 bits per band"):
+        read_image_size(file, "here")
+
+
+def test_pages_of_a_tiff_are_refused_where_they_may_be_bands(tmp_path):
+    """As tifffile writes (13, H, W); the first was read as a gray image. Overviews of a page are smaller."""
+    picture(tmp_path / "a.tif", (40, 20))
+    page, overview = Image.new("L", (40, 20)), Image.new("L", (20, 10))
+    page.save(tmp_path / "overview.tif", save_all=True, append_images=[overview])
+    assert read_image_size(tmp_path / "overview.tif", "here") == read_image_size(tmp_path / "a.tif", "here")
+    page.save(tmp_path / "bands.tif", save_all=True, append_images=[page])
+    with pytest.raises(UserError, match="2 pages"):
+        read_image_size(tmp_path / "bands.tif", "here")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
@@ -1619,7 +1647,7 @@ def test_image_that_a_table_holds_damaged_is_named(tmp_path):
     import pyarrow.parquet
     rows = [{"images": [{"bytes": b"no image", "path": None}], "problem": "?", "answer": [1., 2., 3., 4.]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "val.parquet")
-    refused(tmp_path / "val.parquet", "rec", "val.parquet: row 0", "cannot identify image")
+    refused(tmp_path / "val.parquet", "rec", "val.parquet: row 0", "Pillow knows no such image")
     (tmp_path / "val.parquet").write_bytes(b"PAR1")
     refused(tmp_path / "val.parquet", "rec", "val.parquet: not a table")
 
