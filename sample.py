@@ -206,10 +206,14 @@ def gt_texts_of(sample: Sample) -> Sequence[str]:
     return sample.gt_texts or (sample.gt_answer,)
 
 
-def load_gt_mask(sample: Sample) -> np.ndarray:
-    """The sample's mask (image_size, image_size), True on the target. Raises UserError if it cannot
-    be read."""
-    width_and_height = (sample.image_size, sample.image_size)
+def load_gt_mask(sample: Sample, resized: bool = True) -> np.ndarray:
+    """The sample's mask, True on the target: (image_size, image_size), or (H, W) as stored. Raises
+    UserError if it cannot be read."""
     with unreadable_as_user_error(f"{sample.id}: mask {sample.gt_mask}"):
-        mask = open_image(sample.gt_mask).convert("L")
-    return np.asarray(mask.resize(width_and_height, Image.Resampling.NEAREST)) > 0
+        mask = open_image(sample.gt_mask)
+        values = np.asarray(mask) != 0  # of a palette the indices, not the colours
+    if mask.mode in ("LA", "RGBA"):
+        values = values[..., :-1] & values[..., -1:]  # nothing is where it is transparent
+    mask = Image.fromarray(values if values.ndim == 2 else values.any(2))
+    size = (sample.image_size, sample.image_size) if resized else mask.size
+    return np.asarray(mask.resize(size, Image.Resampling.NEAREST))

@@ -734,6 +734,32 @@ def test_earthreason_answers_with_the_pieces_of_the_mask(earthreason):
     assert samples_of(earthreason / "val", "seg")[0].gt_answer == one.gt_answer
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "F", "P", "RGB", "RGBA", "LA"])
+def test_mask_is_what_is_not_zero_in_any_mode(tmp_path, mode):
+    """Read through its colours, a mask of indices was the whole image, or nothing, by what the palette shows."""
+    target = np.zeros((F, F), bool)
+    target[20:40, 50:90] = True
+    mask = Image.fromarray(target.astype({"1": bool, "I;16": np.uint16, "F": np.float32}.get(mode, np.uint8)))
+    if mode == "P":
+        mask.putpalette([255, 255, 255, 0, 0, 2])
+    elif mode == "RGBA":  # white, and transparent beside the target
+        mask = Image.fromarray(np.dstack([np.full((F, F, 3), 255, np.uint8), target * np.uint8(255)]))
+    elif mode in ("RGB", "LA"):
+        mask = mask.convert(mode)
+    assert mask.mode == mode and (load_gt_mask(Sample("x", "seg", (), "", "", F, gt_mask=mask)) == target).all()
+
+
+def test_mask_of_another_shape_is_refused_and_one_too_small_to_see_is_counted(folder):
+    """The first was stretched. The second became an empty mask: its target said that there is nothing."""
+    row = {"image": "a.png", "mask": "mask.png", "problem": "Where?"}
+    mask_image((3, 3, 60, 40), size=SIZE[::-1]).save(folder / "mask.png")
+    refused(write(folder / "fs.jsonl", row), "seg", "line 1: its mask has 50 x 200 pixels and its image 200 x 50")
+    mask_image((3, 3, 3, 3), size=(SIZE[0] * 9, SIZE[1] * 9)).save(folder / "mask.png")
+    notes = Counter()
+    assert not samples_of(folder / "fs.jsonl", "seg", notes=notes)
+    assert notes == {"masks too small to be seen at this size left out": 1}
+
+
 def test_earthreason_has_shots_once_its_files_name_a_category(earthreason):
     """The release does not: its QAs hold `questions` and `answer`."""
     with pytest.raises(UserError, match="x.json.*has no category.*give each record a `category`"):
@@ -752,6 +778,7 @@ def test_earthreason_as_json_lines(folder):
 
 
 def test_points_of_a_single_pixel_lie_on_it(folder):
+    picture(folder / "a.png", (F, F))
     picture(folder / "a.png", (F, F))
     mask_image((70, 20, 70, 20), size=(F, F)).save(folder / "mask.png")
     sample, = samples_of(write(folder / "fs.jsonl", {"image": "a.png", "mask": "mask.png", "problem": "Where?"}), "seg")
