@@ -34,6 +34,7 @@ NO_AREA = "boxes without area left out"
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 BRACKET = re.compile(r"\[[^\[\]]*\]")  # one box for parse_boxes
+LONG_FRACTION = re.compile(r"(\.\d{9})\d+")
 BRACE_BOX = r"\{(?:<-?\d+>){4}(?:\|<-?\d+>)?\}"
 GRID_BOX = re.compile(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>(?:\|<(-?\d+)>)?\}")
 FIVE_NUMBERS = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({NUMBER})"] * 5) + r"\s*\]")
@@ -156,7 +157,7 @@ def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
                       source: str) -> list[tuple]:
     """Boxes `[x1, y1, x2, y2]` in pixels of the original image, of `size`, in pixels of the resized
     image. `none` and `[]` have no boxes. Raises UserError for a bad box."""
-    boxes = parse_boxes(text)
+    boxes = parse_boxes(LONG_FRACTION.sub(r"\1", text))  # an answer has at most nine digits
     if boxes is None:
         raise UserError(f"{source}: the text {text[:60]!r} has too many boxes")
     for bracket, (x1, y1, x2, y2) in zip(BRACKET.findall(text), boxes):
@@ -338,6 +339,8 @@ def sample_from_text(source: str, request: Request, images: Sequence, question: 
     if task == "rec" and len(gt_boxes) > 1:
         notes["records of several objects left out"] += 1
         return
+    if task == "change" and len(images) < 2:
+        raise UserError(f"{source}: change needs two images or more; `images` lists them in order")
     if task == "mlc":
         fields["choices"] = parse_label_list(question, source)
     if task == "pair":

@@ -316,6 +316,15 @@ def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
     return sizes[0]
 
 
+def check_stated_size(source: str, stated: tuple, size: tuple[int, int]) -> None:
+    """Raises UserError if an annotation states another (width, height) than its image has: boxes of
+    another resolution, or of a photograph turned upright, would lie elsewhere."""
+    if None not in stated and tuple(map(int, stated)) != size:
+        raise UserError(f"{source}: says that its image has {stated[0]} x {stated[1]} pixels, and "
+                        f"it has {size[0]} x {size[1]}; boxes are in pixels of the file, so correct "
+                        "one of the two")
+
+
 def read_headers_ahead(records: Iterator, image_folder: Path) -> Iterator[tuple[str, object]]:
     """The records. The headers of their images are read many at once, which read_image_size
     remembers."""

@@ -5,6 +5,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,7 +24,14 @@ from readers.box_formats import (
     sample_per_class,
 )
 from readers.cross_view import read_pairs
-from readers.files import IMAGE_SUFFIXES, find_image, first_image_size, split_of_name, user_error_on
+from readers.files import (
+    IMAGE_SUFFIXES,
+    check_stated_size,
+    find_image,
+    first_image_size,
+    split_of_name,
+    user_error_on,
+)
 from readers.image_headers import header_size, read_image_size
 from readers.json_records import CHANGE_QUESTION, read_mask, read_records
 from runtime.errors import NotServedError, UserError, warn
@@ -132,10 +140,14 @@ def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
         raise UserError(f"{path}: no known layout (docs/data.md lists them), and its folders "
                         f"{', '.join(names)[:60]} are no classes with images directly in them; "
                         f"{hint}")
-    if not root_of and any(file.suffix.lower() in IMAGE_SUFFIXES for file in glob(path, "*")):
+    if not classes and any(file.suffix.lower() in IMAGE_SUFFIXES for file in glob(path, "*")):
         raise UserError(f"{path}: has images directly in it; --data is the folder above, whose "
                         "folders are the classes")
     request.notes["folders without images left out"] += len(set(names) - set(classes))
+    for file in chain(*files.values()):
+        if file.suffix.lower() not in IMAGE_SUFFIXES:
+            request.notes["folders within those of the classes left out" if file.is_dir()
+                          else "files of other types left out"] += 1
     if len(classes) == 1:
         warn(f"{path}: {classes[0]} is its only class, so there is nothing to tell apart")
     question = f"Which class does this scene belong to? Classes: {', '.join(classes)}."
@@ -177,12 +189,19 @@ def read_dota(path: Path, request: Request) -> Iterator[Sample]:
     """DOTA: [split/]labelTxt*/X.txt, lines x1 y1 .. x4 y4 class [difficulty] in pixels. The corners
     are scaled before an oriented box (OBB) is made of them: two scale factors would skew it."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
-        *corners, label = line.split()[:9]
+        *corners, label = re.fullmatch(r"\s*" + r"([-\d.e]+)\s+" * 8 + r"([^\d\s]\S*)(?:\s+\d)?\s*",
+                                       line).groups()
         corners = np.array(corners, float).reshape(4, 2)
+        if corners.max() <= 1:
+            raise ValueError("its corners are in fractions of the image, expected pixels")
         return label, min_area_rect(corners / size * request.image_size)
 
-    for file in glob(path, "{,*/}labelTxt*/*.txt"):
+    files, folder_of = glob(path, "{,*/}labelTxt*/*.txt"), {}
+    for file in files:
         root = file.parent.parent
+        if folder_of.setdefault(root, file.parent) != file.parent:
+            raise UserError(f"{root}: holds {folder_of[root].name} and {file.parent.name}, labels "
+                            "of the same images; keep one of them there")
         image = find_image(request.image_folder or root / "images", f"{file.stem}.png")
         yield from samples_from_lines(file, image, parse, "x1 y1 .. x4 y4 class", request,
                                       split_of_name(root))
@@ -210,6 +229,7 @@ def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
             count += len(objects)
             is_held_out = any(split_of.get(i) in ("val", "test") for i, _ in objects)
             image = (request.image_folder or root / "JPEGImages") / tree.findtext("filename")
+            stated = tree.findtext("size/width"), tree.findtext("size/height")
             for i, node in objects:
                 split = split_of.get(i, "")
                 if path.is_file() and i not in split_of:
@@ -219,7 +239,9 @@ def read_dior_rsvg(path: Path, request: Request) -> Iterator[Sample]:
                     split = ""
                 sides = ("xmin", "ymin", "xmax", "ymax")
                 box = [float(node.findtext(f"bndbox/{side}")) for side in sides]
-                box = box_from_pixels(box, read_image_size(image, str(file)), request)
+                size = read_image_size(image, str(file))
+                check_stated_size(str(file), stated, size)
+                box = box_from_pixels(box, size, request)
                 question = LOCATE + node.findtext("description").strip()
                 yield from sample_from_text(f"{file}: object {i}", request, (image,), question,
                                             [""], [box], category=node.findtext("name"),

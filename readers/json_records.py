@@ -33,6 +33,7 @@ from readers.box_formats import (
 )
 from readers.files import (
     SPLITS,
+    check_stated_size,
     find_image,
     first_image_size,
     has_match,
@@ -146,7 +147,7 @@ def records_of_document(path: Path, source: str, document: dict,
             yield f"{path}: question {q['id']}", q | answer
     elif "annotations" in document:  # COCO
         names = {c["id"]: c["name"] for c in document["categories"]}
-        objects = defaultdict(list)
+        objects, seen = defaultdict(list), set()
         for a in document["annotations"]:
             if int(a.get("iscrowd") or 0):
                 for counts in notes:
@@ -154,7 +155,13 @@ def records_of_document(path: Path, source: str, document: dict,
             else:
                 objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))
         for image in document["images"]:
+            if image["id"] in seen:
+                raise ValueError(f"two images have the id {image['id']}")
+            seen.add(image["id"])
             yield f"{path}: image {image['id']}", image | {"objects": objects[image["id"]]}
+        for image_id in objects.keys() - seen:
+            for counts in notes:
+                counts["boxes of images that are not listed left out"] += len(objects[image_id])
     elif "images" in document:  # Karpathy
         for i, image in enumerate(document["images"]):
             yield f"{path}: image {i}", image
@@ -339,8 +346,8 @@ def read_few_shot(source: str, row: dict, request: Request) -> Iterator[Sample]:
     """Geo-R1's VRSBench-FS, parquet or JSON: `problem`, and `answer` or `solution` as x1, y1, x2,
     y2 in pixels."""
     images = images_of(source, row, request.image_folder)
-    values = [float(v) for v in row.get("solution") or row["answer"]]
-    box = box_from_pixels(values[:4], first_image_size(images, source), request)
+    x1, y1, x2, y2 = map(float, row.get("solution") or row["answer"])
+    box = box_from_pixels((x1, y1, x2, y2), first_image_size(images, source), request)
     is_unique = str(row.get("is_unique", "")).lower()
     subset = is_unique and ("unique" if is_unique in ("true", "1", "unique") else "non-unique")
     yield from sample_from_text(source, request, images, row["problem"], [""], [box],
@@ -375,6 +382,7 @@ def read_coco(source: str, row: dict, request: Request) -> Iterator[Sample]:
     """NWPU-FS and other COCO JSON: an image with its `objects`, x, y, width, height in pixels."""
     images = (request.image_folder / row["file_name"],)
     size = first_image_size(images, source)
+    check_stated_size(source, (row.get("width"), row.get("height")), size)
     objects = [(label, box_from_pixels((x, y, x + w, y + h), size, request))
                for label, (x, y, w, h) in row["objects"]]
     yield from sample_per_class(source, request, images, objects)

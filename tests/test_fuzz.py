@@ -18,7 +18,7 @@ CHATS = {  # task -> question, target
     "det": ("<image>Where?", "[2,2,9,9],[1,1,4.5,3]"), "rec": ("<image>[refer] <p>it</p>", "{<10><20><60><70>|<30>}"),
     "rcap": ("<image>What is in [2, 2, 9, 9]?", "<think>Small.</think><answer>a ship</answer>"),
     "ground": ("<image>[grounding] describe", "A <p>ship</p> {<10><20><60><70>|<30>} at [[[5, 5, 9, 9, 0]]] sea."),
-    "cap": ("<image>Describe.", "A pier."), "change": ("<image>What changed?", "A pier is built."),
+    "cap": ("<image>Describe.", "A pier."), "change": ("<image><image>What changed?", "A pier is built."),
     "count": ("<image>How many ships?", "3"), "geo": ("<image>Where?", "48.86, 2.35")}
 MESSAGES = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]},
                          {"role": "assistant", "content": "[2,2,9,9]"}]}
@@ -27,12 +27,12 @@ ROWS = {**{f"chat, {task}": (chat(*turns), task) for task, turns in CHATS.items(
         "VRSBench, grid": (VRSBENCH | {"obj_corner": [], "image_id": None}, "det")}
 
 
-def record_of(row):
+def record_of(row, task):
     key = "image_id" if "image_id" in row else "image"
-    return lambda name: row | {key: f"{name}.png"}
+    return lambda name: row | {key: [f"{name}.png"] * 2 if task == "change" else f"{name}.png"}
 
 
-LAYOUTS = LAYOUTS | {name: (make_records(record_of(row)), (task,), ("",)) for name, (row, task) in ROWS.items()}
+LAYOUTS = LAYOUTS | {name: (make_records(record_of(row, task)), (task,), ("",)) for name, (row, task) in ROWS.items()}
 # The least reward of a target. Boxes are in whole pixels; without SAM a mask is its boxes.
 LEAST = {"det": .75, "rec": .75, "ground": .87, "ovd": .6, "seg": 1e-9}
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import zlib
@@ -361,7 +362,8 @@ EARTHDIAL = {  # task -> (row as in a shard, question, answer)
 @pytest.mark.parametrize("task", EARTHDIAL)
 def test_earthdial_rows(folder, task):
     row, question, answer = EARTHDIAL[task]
-    sample, = samples_of(write(folder / "rows.jsonl", row | {"image": "a.png"}), task)
+    images = ["a.png", "b.png"] if task == "change" else "a.png"
+    sample, = samples_of(write(folder / "rows.jsonl", row | {"image": images}), task)
     assert (sample.question, sample.gt_answer) == (question, answer)
     assert sample.subset == {"det": "small", "rcap": "small", "vqa": "presence"}.get(task, "")
     assert len(sample.gt_texts) == {"cap": 5, "change": 2}.get(task, 0)
@@ -516,7 +518,7 @@ def test_few_shots_as_parquet(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Detection: DIOR-RSVG, NWPU VHR-10, COCO, DOTA, xBD
 
-XML = ("<annotation><filename>{name}.jpg</filename><size><width>200</width><height>50</height></size>{objects}"
+XML = ("<annotation><filename>{name}.jpg</filename><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}"
        "</annotation>")
 OBJECT = ("<object><name>{name}</name><pose>Unspecified</pose><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>"
           "<ymax>{3}</ymax></bndbox><description>A green {name}</description></object>")
@@ -527,7 +529,7 @@ def dior(tmp_path):
     for name, kinds in (("00001", ["dam"]), ("00002", ["ship", "harbor"]), ("00003", ["ship"])):
         picture(tmp_path / "JPEGImages" / f"{name}.jpg")
         objects = "".join(OBJECT.format(100, 25, 200, 50, name=kind) for kind in kinds)
-        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=objects))
+        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=objects, size=SIZE))
     write(tmp_path / "test.txt", "0", "2")
     return tmp_path
 
@@ -826,10 +828,13 @@ def test_what_other_programs_leave_in_class_folders_is_no_class(tmp_path):
         picture(tmp_path / "all" / f"{name}.jpg")
     (tmp_path / "all" / "River" / "._1.jpg").write_bytes(b"of a Mac")
     (tmp_path / "all" / "Empty").mkdir()
+    (tmp_path / "all" / "River" / "old").mkdir()
+    (tmp_path / "all" / "River" / "1.jp2").write_bytes(b"of a Mac")
     notes = Counter()
     samples = samples_of(tmp_path / "all", "cls", notes=notes)
     assert [s.gt_answer for s in samples] == ["Forest", "River"] and samples[0].question.endswith("Classes: Forest, River.")
-    assert notes == {"folders without images left out": 1}
+    assert notes == {"folders without images left out": 1, "folders within those of the classes left out": 1,
+                     "files of other types left out": 1}
 
     for name in ("train/River/1", "val/River/2", ".ipynb_checkpoints/3"):
         picture(tmp_path / "splits" / f"{name}.jpg")
@@ -989,7 +994,7 @@ def test_no_image_of_a_held_out_object_of_dior_rsvg_is_trained_on(tmp_path, list
     for name, of_image in zip(names, splits):
         random_image(tmp_path / "JPEGImages" / f"{name}.jpg", rng)
         xml = "".join(OBJECT.format(2, 2, 9, 9, name="ship") for _ in of_image)
-        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=xml))
+        write(tmp_path / "Annotations" / f"{name}.xml", XML.format(name=name, objects=xml, size=(16, 16)))
         objects += [(tmp_path / "JPEGImages" / f"{name}.jpg", split) for split in of_image]
     for split in lists:
         write(tmp_path / f"{split}.txt", *(str(i) for i, (_, s) in enumerate(objects) if s == split))
@@ -1519,7 +1524,9 @@ def test_shots_need_categories():
 # ----------------------------------------------------------------------------------------------------------------------
 # What a user has to fix
 
-GOOD = {"rcap": chat("What is in [1, 2, 30, 40]?", "x"), "pair": chat("<image><image>?", "A", image=["a.png", "b.png"]),
+TWO = ["a.png", "b.png"]
+GOOD = {"rcap": chat("What is in [1, 2, 30, 40]?", "x"), "change": chat("<image><image>?", "x", image=TWO),
+        "pair": chat("<image><image>?", "A", image=TWO),
         "mlc": chat("? a, b.", "a"), "det": chat("?", "[1, 2, 30, 40]"), "rec": chat("?", "[1, 2, 30, 40]"),
         "seg": {"image": "a.png", "mask": "a.png", "problem": "?"}, "ovd": {"file_name": "a.png", "objects": []}}
 A = {"image": "a.png"}
@@ -1535,10 +1542,12 @@ A = {"image": "a.png"}
     ("det", VRSBENCH | {"obj_corner": [.1, .2, .3]}, "VRSBench.*ValueError"),
     ("rec", VRSBENCH | {"image_id": "gone"}, "gone.*--images"),
     ("rec", A | {"problem": "?", "solution": [1, 2, 3]}, "few shots"),
+    ("rec", A | {"problem": "?", "solution": [9] * 8}, "few shots"),
     ("rec", A | {"problem": "?", "solution": ["x"] * 4}, "few shots.*'x'"),
     ("cap", A | {"captions": [None]}, "captions"), ("cap", {"filename": "a.png", "sentences": []}, "captions"),
     ("seg", A | {"mask": "gone.png", "problem": "?"}, "gone.png"),
     ("seg", A | {"mask": "bad.jsonl", "problem": "?"}, "bad.jsonl.*cannot be read"),
+    ("change", chat("What changed?", "A pier."), "change needs two images"),
     ("det", {"picture": "a.png"}, "no known format has the keys picture; docs/data.md"),
     ("rec", chat("?", "Farm"), r"the target 'Farm' has no box \[x1, y1, x2, y2\]; --task rec needs a box"),
     ("det", chat("?", "[1,2, 30,40],[5,10,190,50,30]"), r"box '\[5,10,190,50,30\]'.*its horizontal envelope lies outside"),
@@ -1610,6 +1619,42 @@ def test_class_folder_whose_name_is_no_label_is_refused(tmp_path, name):
     for label in ("sea", name):
         picture(tmp_path / label / "1.png")
     refused(tmp_path, "cls", f"{re.escape(name)}/1.png: the target" if name.strip() else "the target ' ' is empty")
+
+
+def test_annotation_of_another_resolution_is_refused(folder, dior):
+    """Its boxes are in pixels of an image that was larger, or of a photograph before it was turned."""
+    larger = COCO | {"images": [COCO["images"][0] | {"width": 400, "height": 100}]}
+    refused(document(folder / "coco.json", larger, indent=1), "det", "image 7: says .* 400 x 100 pixels, and it has 200 x 50")
+    picture(dior / "JPEGImages" / "00001.jpg", SIZE[::-1])
+    refused(dior, "rec", "00001.xml: says that its image has 200 x 50 pixels, and it has 50 x 200")
+
+
+def test_boxes_of_coco_whose_image_is_not_listed_are_counted_and_an_id_is_of_one_image(folder):
+    """Ids that are texts in one list and numbers in the other left boxes out in silence."""
+    boxes, notes = [COCO["annotations"][0] | {"image_id": "7"}, COCO["annotations"][1]], Counter()
+    samples = samples_of(document(folder / "a.json", COCO | {"annotations": boxes}, indent=1), "ovd", notes=notes)
+    assert len(samples) == 1 and notes["boxes of images that are not listed left out"] == 1
+    twice = COCO | {"images": [image | {"id": 7} for image in COCO["images"]]}
+    refused(document(folder / "a.json", twice, indent=1), "ovd", "two images have the id 7")
+
+
+@pytest.mark.parametrize("line", [
+    "10 10 50 10 50 40 10 40 small vehicle 0", "10 10 50 10 50 40 10 40 1 ship", "0 10 10 50 10 50 40 10 40",
+    ".1 .1 .5 .1 .5 .4 .1 .4 ship 0"])
+def test_line_that_is_not_quite_dota_is_refused(dota, line):
+    """A class of two words, the difficulty before the class, the class first as YOLO has it, and fractions: all were read."""
+    next(dota.glob("labelTxt/*.txt")).write_text(line)
+    refused(dota, "det", "line 1: not x1 y1 .. x4 y4 class")
+
+
+def test_two_folders_of_labels_of_the_same_images_are_refused(dota):
+    shutil.copytree(dota / "labelTxt", dota / "labelTxt-v1.5")
+    refused(dota, "det", "holds labelTxt and labelTxt-v1.5")
+
+
+def test_numbers_of_float32_are_boxes(folder):
+    box = f"[{np.float32(100.1):.17f}, 25, 200, 50.000000000001]"
+    assert samples_of(write(folder / "a.jsonl", chat("Where?", box)), "det")[0].gt_answer == "[56,56,112,112]"
 
 
 def test_box_of_a_few_pixels_is_that_of_its_answer(folder):
