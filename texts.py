@@ -104,6 +104,8 @@ def parse_coordinates(text: str) -> tuple[float, float] | None:
     if len(text) > MAX_TEXT:
         return None
     text = MINUS.sub("-", text.lower())
+    if re.search(r"point ?\(|\blo?ng?.*\blat", text):  # WKT, which has the longitude first
+        return None
     hemisphere = r"(north|south|east|west|[nsew])\b"
     number = rf"((?:- ?|{POINT})?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"
     found = re.findall(number, text)

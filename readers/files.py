@@ -33,8 +33,8 @@ ANY_COLUMN = set(IMAGE_COLUMNS)
 SPLITS = {s: s for s in ("", "train", "val", "test")} | {"valid": "val", "validation": "val"}
 # In names of folders (tier1, tier3 and hold are xBD's) and files (EVAL is VRSBench's)
 NAMED_SPLITS = SPLITS | {"tier1": "train", "tier3": "train", "hold": "val", "eval": "test"}
-FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables of Hugging Face
-    r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_-]+).*-of-\d+\.parquet")
+FILE_SPLIT = re.compile(  # RSVQA, VRSBench; tables
+    r"(?:.+_split|VRSBench)_([^_.]+).*\.jsonl?|([^_.-]+).*\.parquet")
 SLOW = 3e-4  # seconds that a file takes on a slow disk
 PIECE = 1 << 20  # characters of a JSON file that are read together
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -157,6 +157,12 @@ class TableImage:
         return io.BytesIO(self.read_bytes())
 
 
+def parquet_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+
+
 def open_table(path: Path) -> Any:
     """A shard or parquet as a datasets.Dataset, whose rows stay on disk."""
     try:
@@ -164,9 +170,8 @@ def open_table(path: Path) -> Any:
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: to read it, pip install datasets")
-    is_folder = path.is_dir()
-    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) if is_folder else [path]
-    splits = {file.name.split("-")[0] for file in files}
+    files = parquet_files(path)
+    splits = {re.sub(r"(-\d+-of-\d+.*|[-_.]?\d*)\.parquet$", "", file.name) for file in files}
     splits = splits or {file.parent.name for file in path.glob("*/dataset_info.json")}
     if len(splits) > 1 or splits and not files:
         raise UserError(f"{path}: holds the splits {', '.join(sorted(splits))}; "
@@ -206,7 +211,7 @@ def iter_table_rows(path: Path, table: Any) -> Iterator[tuple[str, dict]]:
                 source = f"{path}: row {next(numbers)}"
                 with user_error_on("a row of readable images, `conversations` as JSON", source):
                     row = {name: next(cells) for name, cells in columns.items()}
-                    if "conversations" in row:
+                    if isinstance(row.get("conversations"), str):
                         row["conversations"] = json.loads(row["conversations"])
                 yield source, row
             mapped.madvise(mmap.MADV_DONTNEED)  # else the process seems to hold the whole table
@@ -254,9 +259,13 @@ def has_match(pattern: str, path: Path, table: Any | None) -> bool:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             return re.search(pattern.encode(), text) is not None
     import pyarrow.compute
-    if "conversations" not in table.column_names:
+    name = next((n for n in ("conversations", "messages") if n in table.column_names), None)
+    if name is None:
         return False
-    found = pyarrow.compute.match_substring_regex(table.data.column("conversations"), pattern)
+    column = table.data.column(name)
+    if not pyarrow.types.is_string(column.type):
+        return any(re.search(pattern, json.dumps(turns)) for turns in column.to_pylist())
+    found = pyarrow.compute.match_substring_regex(column, pattern)
     return bool(pyarrow.compute.any(found).as_py())
 
 
@@ -305,7 +314,7 @@ def find_image(image_folder: Path, name: str) -> Path:
     """image_folder / name. If it has no extension or a wrong one (GeoChat-Bench's aid.jsonl), the
     image of the same stem."""
     stem = name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
-    names = [name, *(f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES)]
+    names = [name, *(f"{stem}{suffix}" for suffix in (*IMAGE_SUFFIXES, ".JPG", ".PNG", ".TIF"))]
     return image_path(image_folder, next((n for n in names if (image_folder / n).is_file()), name))
 
 
@@ -321,8 +330,8 @@ def check_stated_size(source: str, stated: tuple, size: tuple[int, int]) -> None
     another resolution, or of a photograph turned upright, would lie elsewhere."""
     if None not in stated and tuple(map(int, stated)) != size:
         raise UserError(f"{source}: says that its image has {stated[0]} x {stated[1]} pixels, and "
-                        f"it has {size[0]} x {size[1]}; boxes are in pixels of the file, so correct "
-                        "one of the two")
+                        f"it has {size[0]} x {size[1]}; boxes are in pixels of the file, so "
+                        "correct one of the two")
 
 
 def read_headers_ahead(records: Iterator, image_folder: Path) -> Iterator[tuple[str, object]]:

@@ -41,6 +41,7 @@ from readers.files import (
     images_of,
     iter_table_rows,
     open_table,
+    parquet_files,
     read_headers_ahead,
     read_json,
     split_of_name,
@@ -57,7 +58,7 @@ def read_records(path: Path,
                  requests: dict[str, Request]) -> dict[str, list[Sample] | NotServedError]:
     """{task: Request} -> the Samples of each task, from one reading of a JSON array or document,
     JSON lines, an EarthDial shard or parquet; an error for a task that the records do not serve."""
-    file_split = split_of_name(path) or split_of_name(next(path.glob("**/*.parquet"), path))
+    file_split = split_of_name(path) or next(map(split_of_name, parquet_files(path)), "")
     is_table = path.is_dir() or path.suffix == ".parquet"
     table = open_table(path) if is_table else None
     records = iter_table_rows(path, table) if is_table else iter(read_json(path))

@@ -60,10 +60,23 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         chosen = held_out_tenth(names)
         train = [sample for sample, name in zip(samples, names) if name not in chosen]
         held_out = [sample for sample, name in zip(samples, names) if name in chosen]
+        check_names(source, names, samples, held_out)
         rule = f"about a tenth of the {'places' if samples[0].place else 'images'}"
     # In the order of a hash: in that of the source, the first 256 could be one class
     return Split(sorted(train, key=record_hash), sorted(held_out, key=record_hash),
                  f"{rule} of {source}")
+
+
+def check_names(source: str, names: Sequence[str], samples: Sequence[Sample],
+                held_out: Sequence[Sample]) -> None:
+    """Raises UserError where the held-out names are far from a tenth of the images, because images
+    of several folders share a name, as in scene_1/rgb.png, scene_2/rgb.png."""
+    images, held = ({sample.place or sample.images[0] for sample in part}
+                    for part in (samples, held_out))
+    if len(images) >= 10 and len(held) > len(images) / 3 and len(set(names)) < len(images):
+        raise UserError(f"{source}: the tenth to hold out is chosen by file names, but "
+                        f"{len(images)} images have {len(set(names))}; set `split` in each record, "
+                        "or give the images names of their own")
 
 
 def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:

@@ -638,6 +638,15 @@ def test_records_without_a_split_beside_those_of_train_are_split_by_image():
     assert 0 < len(split_samples(samples, "d.json").held_out) < 30
 
 
+def test_images_that_share_a_name_are_not_a_tenth():
+    """Of scene_1/rgb.png, scene_1/nir.png, scene_2/rgb.png .. every nir.png was trained on and every rgb.png held out."""
+    samples = [Sample(f"d.json: record {i}", "cls", (Path(f"{i // 2}/{'rgb' if i % 2 else 'nir'}.png"),), "q", "sea", 112)
+               for i in range(60)]
+    with pytest.raises(UserError, match="60 images have 2; set `split`"):
+        split_samples(samples, "d.json")
+    split_samples(samples[:2] * 30, "d.json")  # few images with many questions are no mistake
+
+
 def test_published_splits_are_kept(tmp_path):
     """A hash of names would mix the test images of RSICD, whose published figures are about those, into training."""
     splits = ["train", "test", "val"] * 4

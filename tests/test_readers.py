@@ -304,6 +304,10 @@ def test_messages_are_read_as_conversations(folder, question):
     table = pytest.importorskip("datasets").Dataset.from_list([messages("Where?", answer)])
     table.to_parquet(folder / "trl.parquet")
     assert samples_of(folder / "trl.parquet", "det", images=folder)[0].gt_answer == "[56,56,112,112]"
+    turns = [{"from": "human", "value": "[refer] where?"}, {"from": "gpt", "value": answer}]
+    lists = [{"image": "a.png", "conversations": turns}, {"image": "a.png", "conversations": chat("[vqa] any?", "no")["conversations"]}]
+    pytest.importorskip("datasets").Dataset.from_list(lists).to_parquet(folder / "lists.parquet")
+    assert [s.gt_answer for s in samples_of(folder / "lists.parquet", "vqa", images=folder)] == ["no"]
     marked = write(folder / "marked.jsonl", messages("[refer] where?", answer), messages("[vqa] how many?", "3"))
     assert [s.gt_answer for s in samples_of(marked, "vqa")] == ["3"]
 
@@ -502,7 +506,8 @@ def test_few_shots_as_parquet(tmp_path):
     features = datasets.Features(dict.fromkeys(rows[0], datasets.Value("string")) | {
         "images": datasets.Sequence(datasets.Image()), "answer": datasets.Sequence(datasets.Value("float64"))})
     table = datasets.Dataset.from_list(rows, features=features)
-    (tmp_path / "data").mkdir()
+    for name in ("data", "of_val"):
+        (tmp_path / name).mkdir()
     for split in ("train_1shot", "val"):
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     samples = samples_of(tmp_path / "data" / "val-00000-of-00001.parquet", "rec")
@@ -511,6 +516,10 @@ def test_few_shots_as_parquet(tmp_path):
     assert [(s.category, s.gt_answer) for s in samples] == [("ship", answer), ("pier", answer)]
     assert load_images(samples[0])[0].size == (F, F)
     refused(tmp_path, "rec", "splits train_1shot, val")
+    for name in ("val-00000-of-00001-9b1a2c3d.parquet", "val_00.parquet", "val.parquet"):
+        table.to_parquet(tmp_path / "of_val" / name)
+        assert {s.split for s in samples_of(tmp_path / "of_val" / name, "rec")} == {"val"}
+    assert len(samples_of(tmp_path / "of_val", "rec")) == 6
     (tmp_path / "data" / "val-00000-of-00001.parquet").unlink()
     assert {s.split for s in samples_of(tmp_path, "rec")} == {"train"}
 
