@@ -171,7 +171,7 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
                for sample, completion, values in zip(samples, completions, parts)]
     with errors_as_warnings("report.html"):
         write_report(args.out / "report.html", entries, f"{args.task}: {model}")
-    print(f"predictions.jsonl, scores.json and its page are in {args.out}")
+    print(f"predictions.jsonl, scores.json and report.html are in {args.out}")
     return scores
 
 

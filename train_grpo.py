@@ -113,7 +113,8 @@ def main(args: Namespace) -> None:
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)
     completions_log = JsonlLog(args.out / "samples.jsonl", run.steps_done, args.group)
     run.install_signal_handlers()
-    # Decoding is slow with sharded weights, and with float32 on a GPU: a whole copy generates.
+    # Decoding is slow with sharded weights, and with float32 on a GPU: a whole copy generates. One
+    # process on a CPU needs none: there the sampling model is the policy's own.
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     sampler = Sampler(sampling_model, processor, args.compile)
     score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
@@ -136,7 +137,7 @@ def main(args: Namespace) -> None:
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
         guard = NonFiniteGuard(progress["skipped"])
-        after = None
+        after = None                    # the last held-out scores; {} where nothing is held out
         if progress["step"]:
             run.load_checkpoint(policy, optimizer, ref_model)
             sync_sampling_model(sampling_model, policy)
@@ -200,6 +201,7 @@ def main(args: Namespace) -> None:
                         lengths, args.max_new_tokens, args.overlong_buffer)
                 weighted = [part_weights[name] * r for name, r in reward_parts.items()]
                 rewards = sum(weighted).float()                                 # (B, G)
+                # What the next attempt samples again.
                 todo = (~grpo.groups_with_signal(rewards)).nonzero()[:, 0].tolist()
                 if not todo:
                     break

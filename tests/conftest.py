@@ -1,6 +1,7 @@
 """Shared by all tests: the project root on the path, a fixed seed, and one tiny random model."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float32 on the CPU everywhere: the tolerances are those of float32
 os.environ["OMP_NUM_THREADS"] = "1"      # bit for bit takes one thread: several round differently from run to run
+logging.disable(logging.DEBUG)            # torch logs each step of a checkpoint, hundreds of lines beside a failure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
