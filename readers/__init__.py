@@ -3,6 +3,8 @@
 folders.py            entry point `read_samples`; folder layouts, such as DOTA's or xBD's
 cross_view.py         pairs of ground and satellite images
 json_records.py       records, of which the keys tell the format
+documents.py          records in several lists that ids join, such as COCO's
+masks.py              boxes and points of a mask
 files.py              files of records: JSON, JSON lines, EarthDial shards, parquet; images
 image_headers.py      whether an image file is whole, and how large
 box_formats.py        how data sets write boxes and questions; makes the Sample

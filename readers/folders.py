@@ -33,7 +33,8 @@ from readers.files import (
     user_error_on,
 )
 from readers.image_headers import header_size, read_image_size
-from readers.json_records import CHANGE_QUESTION, read_mask, read_records
+from readers.json_records import CHANGE_QUESTION, read_records
+from readers.masks import read_mask
 from runtime.errors import NotServedError, UserError, warn
 from sample import BOX_TASKS, INSTRUCTIONS, Sample
 

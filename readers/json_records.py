@@ -2,17 +2,14 @@
 format, which is one reader and one line of the table RECORDS at the end."""
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
-from boxes import format_json
 from readers.box_formats import (
     BRACKET,
     CLOSED_QUESTION,
@@ -22,7 +19,6 @@ from readers.box_formats import (
     Request,
     bounding_box,
     box_from_pixels,
-    make_sample,
     min_area_rect,
     parse_grid_boxes,
     plain_text,
@@ -31,6 +27,7 @@ from readers.box_formats import (
     split_reasoning,
     tasks_of_question,
 )
+from readers.documents import read_rsvqa_answers, records_of_document
 from readers.files import (
     SPLITS,
     check_stated_size,
@@ -47,8 +44,9 @@ from readers.files import (
     split_of_name,
     user_error_on,
 )
+from readers.masks import read_mask
 from runtime.errors import NotServedError, UserError
-from sample import INSTRUCTIONS, Sample, load_gt_mask
+from sample import INSTRUCTIONS, Sample
 
 OTHER_MARK = "turns with the mark of another task, such as [vqa], left out"
 CHANGE_QUESTION = "What has changed from the first image to the second?"
@@ -132,58 +130,6 @@ def tasks_of_turns(record: dict) -> set[str]:
                 for task in tasks_of_question(question["value"], target["value"])}
     except (LookupError, TypeError):  # no turns: their reader says what is wrong
         return set(INSTRUCTIONS)
-
-
-def records_of_document(path: Path, source: str, document: dict,
-                        notes: Sequence[Counter]) -> Iterator[tuple[str, dict]]:
-    """The records of a document that keeps them in several lists, joined by their ids."""
-    if "questions" in document:  # RSVQA
-        answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
-        active = [q for q in document["questions"] if q.get("active", True)]
-        inactive = len(document["questions"]) - len(active)
-        for counts in notes:
-            counts["questions of other splits left out"] += inactive
-        for q in active:
-            answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
-            yield f"{path}: question {q['id']}", q | answer
-    elif "annotations" in document:  # COCO
-        names = {c["id"]: c["name"] for c in document["categories"]}
-        objects, seen = defaultdict(list), set()
-        for a in document["annotations"]:
-            if int(a.get("iscrowd") or 0):
-                for counts in notes:
-                    counts["boxes of a crowd (iscrowd) left out"] += 1
-            else:
-                objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))
-        for image in document["images"]:
-            if image["id"] in seen:
-                raise ValueError(f"two images have the id {image['id']}")
-            seen.add(image["id"])
-            yield f"{path}: image {image['id']}", image | {"objects": objects[image["id"]]}
-        for image_id in objects.keys() - seen:
-            for counts in notes:
-                counts["boxes of images that are not listed left out"] += len(objects[image_id])
-    elif "images" in document:  # Karpathy
-        for i, image in enumerate(document["images"]):
-            yield f"{path}: image {i}", image
-    elif all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-             for rows in document.values()):  # NWPU-Captions
-        key = "split" if document.keys() <= SPLITS.keys() else "category"  # {"train": [..], ..}
-        for name, rows in document.items():
-            for i, row in enumerate(rows):
-                yield f"{path}: {name} {i}", row | {key: name}
-    else:
-        yield source, document  # of no known format
-
-
-def read_rsvqa_answers(path: Path) -> dict:
-    """question id -> answer, from an answers JSON of RSVQA or from the only one in a folder."""
-    files = sorted(path.glob("*answers*.json")) if path.is_dir() else [path]
-    if len(files) != 1:
-        raise UserError(f"{path}: holds {len(files)} files *answers*.json, expected RSVQA's one")
-    with user_error_on("answers of RSVQA", str(files[0])):
-        (_, document), = read_json(files[0])
-        return {a["question_id"]: a["answer"] for a in document["answers"] if a.get("active", True)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,54 +333,6 @@ def read_coco(source: str, row: dict, request: Request) -> Iterator[Sample]:
     objects = [(label, box_from_pixels((x, y, x + w, y + h), size, request))
                for label, (x, y, w, h) in row["objects"]]
     yield from sample_per_class(source, request, images, objects)
-
-
-def read_mask(source: str, row: dict, request: Request) -> Iterator[Sample]:
-    """EarthReason in Geo-R1's form: `problem` (one or several) and `mask`, non-zero on the target.
-    gt_answer has a box and two points for each connected piece of at least 1% of the mask."""
-    folder, image_size = request.image_folder, request.image_size
-    images, mask = images_of(source, row, folder), row["mask"]
-    mask = folder / mask if isinstance(mask, str) else mask
-    (width, height), size = first_image_size((mask,), source), first_image_size(images, source)
-    if abs(width / height * size[1] / size[0] - 1) > 0.02:  # a scaled mask is rounded
-        raise UserError(f"{source}: its mask has {width} x {height} pixels and its image {size[0]} "
-                        f"x {size[1]}; they must have the same shape")
-    sample = Sample(source, "seg", images, "", "", image_size, gt_mask=mask)
-    gt_mask = load_gt_mask(sample)
-    if not gt_mask.any() and load_gt_mask(sample, resized=False).any():
-        request.notes["masks too small to be seen at this size left out"] += 1
-        return
-    pieces, _ = ndimage.label(gt_mask)  # (image_size, image_size): 0, or the number of the piece
-    gt_boxes, instances = [], []
-    for i, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
-        piece = pieces[rows, columns] == i
-        if piece.sum() < gt_mask.sum() / 100:
-            continue
-        box = (columns.start, rows.start, columns.stop, rows.stop)
-        point1, point2 = ([columns.start + x, rows.start + y] for x, y in inner_points(piece))
-        gt_boxes.append((*box, 0))
-        instances.append({"bbox_2d": list(box), "keypoint1": point1, "keypoint2": point2})
-    if gt_mask.any() and not instances:
-        request.notes["masks of nothing but specks left out"] += 1
-        return
-    problems = row["problem"] if isinstance(row["problem"], list) else [row["problem"]]
-    for i, problem in enumerate(problems):
-        problem_source = f"{source}, question {i}" if len(problems) > 1 else source
-        yield make_sample(problem_source, request, images, plain_text(problem),
-                          format_json(instances), gt_boxes, gt_mask=mask,
-                          category=row.get("category"), split=row.get("split", ""))
-
-
-def inner_points(piece: np.ndarray) -> list[tuple[int, int]]:
-    """Two points (x, y) of a mask (H, W): its innermost pixel, and the innermost of the pixels that
-    are at least as far from it as its edge is (the same pixel if there are none)."""
-    depth = ndimage.distance_transform_edt(np.pad(piece, 1))  # distance to the edge
-    y1, x1 = y2, x2 = np.unravel_index(depth.argmax(), depth.shape)
-    y, x = np.indices(depth.shape)
-    outer_depth = np.where(np.hypot(y - y1, x - x1) >= depth.max(), depth, 0)
-    if outer_depth.any():
-        y2, x2 = np.unravel_index(outer_depth.argmax(), depth.shape)
-    return [(int(x1 - 1), int(y1 - 1)), (int(x2 - 1), int(y2 - 1))]  # without the padding
 
 
 def read_geobench(source: str, row: dict, request: Request) -> Iterator[Sample]:
