@@ -132,13 +132,14 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
 
 
 def warn_of_boxes(task: str, train: Sequence[Sample]) -> None:
-    """Say if the targets of a task without boxes are boxes."""
+    """Say if targets of a task without boxes hold some."""
     if task in BOX_TASKS:
         return
     first = [train[i].gt_answer for i in range(min(8, len(train)))]
-    if all(re.match(r"\[[\d., ]+\]", answer) for answer in first):
-        warn(f"warning: the targets of {task} are boxes, such as {first[0][:60]}; which task are "
-             "they for?")
+    found = next(filter(re.compile(r"\[[\d. ]+(,[\d. ]+){3,4}\]").search, first), None)
+    if found:
+        warn(f"warning: targets of {task} hold boxes, such as {found[:60]}; they stay in pixels of "
+             "the original image. Which task are they for?")
 
 
 def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],

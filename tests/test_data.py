@@ -181,13 +181,15 @@ def test_system_prompt_that_cannot_be_one_is_refused(tmp_path, content, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("task, warns", [("cls", True), ("vqa", True), ("det", False)])
-def test_boxes_as_targets_of_a_task_without_boxes_are_warned_of(folder, task, warns, capsys):
-    """A slip in --task: it once trained in silence, with accuracy 0."""
-    boxes = [{**GOOD, "image": f"{name}.png", "conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "[10,20,30,40]"}]}
+@pytest.mark.parametrize("task, target, warns", [
+    ("cls", "[10,20,30,40]", True), ("vqa", "It is at [10, 20.5, 30, 40, 0].", True), ("vqa", "[10,20]", False),
+    ("det", "[10,20,30,40]", False)])
+def test_boxes_in_targets_of_a_task_without_boxes_are_warned_of(folder, task, target, warns, capsys):
+    """A slip in --task: it once trained in silence, with accuracy 0. Nor are boxes in a text converted."""
+    boxes = [{**GOOD, "image": f"{name}.png", "conversations": [GOOD["conversations"][0], {"from": "gpt", "value": target}]}
              for name in "ab"]
     load_splits(parse_sources([write(folder, *boxes)]), [], [task], F)
-    assert (f"the targets of {task} are boxes" in capsys.readouterr().err) == warns
+    assert (f"targets of {task} hold boxes" in capsys.readouterr().err) == warns
 
 
 def test_oriented_answers_are_asked_for_and_written_with_theta():
