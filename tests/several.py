@@ -25,7 +25,7 @@ GRPO = ("--task det --steps 5 --prompts 6 --group 4 --max-new-tokens 32 --warmup
         "--beta 0.1 --eval-every 100 --heldout 0")
 DAPO = "--inner-steps 2 --steps 2 --mask-truncated --lr 1e-4 --freeze vision --shard-size 1"
 STAGES = "--heldout 8 --format-weight 0.5"
-MIXED = "--resample 2 --overlong-buffer 24 --loss geovlm --temperature 0.8"
+MIXED = "--resample 2 --overlong-buffer 24 --loss geovlm --temperature 0.8 --pack-tokens 1"
 GSPO = ("--clip-low 3e-4 --clip-high 4e-4 --inner-steps 2 --steps 2 --pack-tokens 2000 "
         "--gradient-checkpointing --clip-norm 0.05 --divide-by-std --lr 1e-4")
 PARSE = {"train_sft": parse_sft_args, "train_grpo": parse_grpo_args, "evaluate": parse_eval_args}

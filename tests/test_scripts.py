@@ -503,8 +503,9 @@ def test_resumed_stages_of_lora_are_the_unbroken_run_bit_for_bit(tmp_path, monke
     files = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "broken")]
     assert files[0].read_bytes() == files[1].read_bytes()
     adapter = ["--model", tmp_path / "whole/adapter", "--out", tmp_path / "more", "--task", "det", "--lora"]
-    with pytest.raises(UserError, match="--lora 8: the adapters in .* have rank 4"):
-        here(monkeypatch, train_grpo.main, *flags, *adapter, 8)
+    for rank in (2, 8):
+        with pytest.raises(UserError, match=f"--lora {rank}: the adapters in .* have rank 4"):
+            here(monkeypatch, train_grpo.main, *flags, *adapter, rank)
     here(monkeypatch, train_grpo.main, *flags, *adapter, 4)
     first, second = rows(tmp_path / "more/metrics.jsonl")
     assert first["kl"] == 0 < second["kl"]
