@@ -288,13 +288,15 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """Number and checksum of the samples, images by their names: the same in every process."""
+    """Number and checksum of the samples, images by their names and folders' names: the same in
+    every process, and where the data has moved."""
     crc = 0
     if isinstance(samples, Scenes):
         crc = zlib.crc32(repr(samples).encode())  # it says all that the scenes depend on
     else:
         for s in samples:
-            names = [getattr(image, "name", "") for image in (*s.images, s.gt_mask)]  # scenes: none
+            names = [str(image).split("/")[-2:] if isinstance(image, Path)
+                     else getattr(image, "name", "") for image in (*s.images, s.gt_mask)]
             row = (s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.choices,
                    s.category, names)
             crc = zlib.crc32(repr(row).encode(), crc)

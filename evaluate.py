@@ -46,7 +46,7 @@ from metrics.suite import read_suite, suite_table
 from processing import warn_of_long_targets
 from readers.earthdial_results import read_earthdial_results
 from readers.files import iter_json_records
-from readers.splits import TEST_FIRST, published_split
+from readers.splits import TEST_FIRST, no_samples, published_split
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
 from runtime.command_line import run_main
@@ -226,7 +226,11 @@ def load_evaluation(args: Namespace, image_size: int) -> list[Sample]:
         samples = join([samples for _, samples in found])
     else:
         train, held_out, _ = split_sources(found, "heldout" if args.eval_data else None, TEST_FIRST)
-        samples = join(train if split == "train" else held_out)
+        parts = train if split == "train" else held_out
+        for (source, of_source), part in zip(found, parts):
+            if not part:
+                raise no_samples(source.path, of_source, split)
+        samples = join(parts)
     if not samples:
         raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(values)}")
     samples = list(samples[: args.limit])

@@ -399,6 +399,11 @@ def check_eval_args(args: Namespace) -> None:
     if asked and args.predictions:
         raise UserError(f"--{asked[0]} changes what a model is asked, but --predictions has its "
                         f"answers already; leave --{asked[0]} out")
+    given = [flag for flag, value in {
+        "--data": args.data != ["synthetic"], "--eval-data": args.eval_data, "--split": args.split,
+        "--images": args.images, "--limit": args.limit}.items() if value]
+    if given and args.predictions:
+        raise UserError(f"--predictions has its samples already; leave {', '.join(given)} out")
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
         raise UserError(f"--benchmark {args.benchmark} is a table of task "
                         f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")

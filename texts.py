@@ -104,7 +104,8 @@ def parse_coordinates(text: str) -> tuple[float, float] | None:
     if len(text) > MAX_TEXT:
         return None
     text = MINUS.sub("-", text.lower())
-    if re.search(r"point ?\(|\blo?ng?.*\blat", text):  # WKT, which has the longitude first
+    longitude = re.search(r"point ?z? ?\(|\blo?ng?", text)  # WKT has it first
+    if longitude and ("(" in longitude[0] or re.search(r"\blat", text[longitude.end():])):
         return None
     hemisphere = r"(north|south|east|west|[nsew])\b"
     number = rf"((?:- ?|{POINT})?[0-9]+(?:\.[0-9]+)?)[° ]{{0,2}}(?:{hemisphere})?"

@@ -107,9 +107,11 @@ def accuracy_by_type(answers: Answers, samples: Samples, **_: object) -> Scores:
     types = sorted({subset for subset, _ in right} - {""})
     scores = {name: mean(value for subset, value in right if subset == name) for name in types}
     apart = ("count", "area")
-    scores["average"] = mean(value for subset, value in right if subset not in apart)
     others = [(a, s) for a, s in zip(answers, samples) if s.subset not in apart]
-    return scores | token_recall(*zip(*others)) if others else scores
+    if not others:
+        return scores
+    scores["average"] = mean(value for subset, value in right if subset not in apart)
+    return scores | token_recall(*zip(*others))
 
 
 def choice_accuracy(answers: Answers, samples: Samples, **_: object) -> Scores:

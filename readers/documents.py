@@ -7,6 +7,7 @@ from pathlib import Path
 from readers.files import SPLITS, read_json, user_error_on
 from runtime.errors import UserError
 
+SPLIT_LISTS = SPLITS | {"training": "train", "testing": "test"}
 
 def records_of_document(path: Path, source: str, document: dict,
                         notes: Sequence[Counter]) -> Iterator[tuple[str, dict]]:
@@ -42,10 +43,13 @@ def records_of_document(path: Path, source: str, document: dict,
             yield f"{path}: image {i}", image
     elif all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
              for rows in document.values()):  # NWPU-Captions
-        key = "split" if document.keys() <= SPLITS.keys() else "category"  # {"train": [..], ..}
-        for name, rows in document.items():
+        splits = [SPLIT_LISTS.get(name.lower()) for name in document]  # {"train": [..], ..}
+        if any(splits) and not all(splits):
+            raise ValueError(f"its lists {', '.join(document)} are not all of splits")
+        for (name, rows), split in zip(document.items(), splits):
             for i, row in enumerate(rows):
-                yield f"{path}: {name} {i}", row | {key: name}
+                named = row | {"split": split} if split else {"category": name} | row
+                yield f"{path}: {name} {i}", named
     else:
         yield source, document  # of no known format
 

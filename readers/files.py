@@ -171,7 +171,8 @@ def open_table(path: Path) -> Any:
     except ImportError:
         raise UserError(f"{path}: to read it, pip install datasets")
     files = parquet_files(path)
-    splits = {re.sub(r"(-\d+-of-\d+.*|[-_.]?\d*)\.parquet$", "", file.name) for file in files}
+    shard = re.compile(r"(-\d+-(of-\d+|[0-9a-f-]{36}).*|[-_.]?\d*)\.parquet$")  # HF's, Spark's
+    splits = {shard.sub("", file.name) for file in files}
     splits = splits or {file.parent.name for file in path.glob("*/dataset_info.json")}
     if len(splits) > 1 or splits and not files:
         raise UserError(f"{path}: holds the splits {', '.join(sorted(splits))}; "
@@ -328,7 +329,7 @@ def first_image_size(images: Sequence, source: str) -> tuple[int, int]:
 def check_stated_size(source: str, stated: tuple, size: tuple[int, int]) -> None:
     """Raises UserError if an annotation states another (width, height) than its image has: boxes of
     another resolution, or of a photograph turned upright, would lie elsewhere."""
-    if None not in stated and tuple(map(int, stated)) != size:
+    if all(stated) and tuple(map(float, stated)) != size:
         raise UserError(f"{source}: says that its image has {stated[0]} x {stated[1]} pixels, and "
                         f"it has {size[0]} x {size[1]}; boxes are in pixels of the file, so "
                         "correct one of the two")

@@ -190,10 +190,12 @@ def read_dota(path: Path, request: Request) -> Iterator[Sample]:
     """DOTA: [split/]labelTxt*/X.txt, lines x1 y1 .. x4 y4 class [difficulty] in pixels. The corners
     are scaled before an oriented box (OBB) is made of them: two scale factors would skew it."""
     def parse(line: str, size: tuple[int, int]) -> tuple:
-        *corners, label = re.fullmatch(r"\s*" + r"([-\d.e]+)\s+" * 8 + r"([^\d\s]\S*)(?:\s+\d)?\s*",
-                                       line).groups()
-        corners = np.array(corners, float).reshape(4, 2)
-        if corners.max() <= 1:
+        fields = line.split()
+        if (len(fields) not in (9, 10) or re.fullmatch(r"[-+\d.]+", fields[8])
+                or fields[9:] and not fields[9].lstrip("-").isdigit()):
+            raise ValueError("eight numbers, a class without blanks, and one digit or nothing")
+        corners, label = np.array(fields[:8], float).reshape(4, 2), fields[8]
+        if corners.max() <= 1 and np.ptp(corners) > 0:  # not what splitting left of a cut box
             raise ValueError("its corners are in fractions of the image, expected pixels")
         return label, min_area_rect(corners / size * request.image_size)
 

@@ -41,6 +41,9 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
     try:
         image = Image.open(file)
     except UnidentifiedImageError:
+        file.seek(0)
+        if file.read(9).lower().startswith((b"version", b"<")):  # a page of HTML
+            raise ValueError("it is a Git LFS pointer or a failed download") from None
         raise ValueError("Pillow knows no such image; write RGB with 8 bits per band") from None
     with image:
         size = image.size

@@ -312,6 +312,7 @@ def read_captions(source: str, row: dict, request: Request) -> Iterator[Sample]:
     gt_texts = [row[key] for key in row if key.startswith("raw")] or row.get("captions")
     gt_texts = gt_texts or [sentence["raw"] for sentence in row["sentences"]]
     gt_texts = [gt_texts] if isinstance(gt_texts, str) else gt_texts
+    gt_texts = [text for text in gt_texts if text != ""] or gt_texts
     if serves == "change":
         images = tuple(folder / "images" / row["filepath"] / date / name for date in "AB")
         yield from sample_from_text(source, request, images, CHANGE_QUESTION, gt_texts,

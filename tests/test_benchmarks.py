@@ -196,6 +196,10 @@ def test_average_over_question_types_is_by_samples_and_without_counts_and_areas(
                      "token_recall": pytest.approx(2 / 3)}
 
 
+def test_counts_alone_have_no_average():
+    assert accuracy_by_type(["3"], [Sample("x", "vqa", (), "", "3", 112, subset="count")]) == {"count": 1}
+
+
 def test_choice_accuracy_comes_with_chance():
     samples = [sample("pair", "A", choices=tuple("ABCD")), sample("pair", "B", choices=tuple("AB"))]
     assert choice_accuracy(["(A)", "A or B"], samples) == {"accuracy": .5, "chance": 3 / 8}

@@ -924,6 +924,23 @@ def test_image_that_one_source_has_on_both_sides_is_counted(folder, capsys, spli
     assert "b.json: 1 of its held-out images are trained on too" in capsys.readouterr().err
 
 
+def test_source_of_an_evaluation_that_gives_nothing_is_named(folder):
+    """Beside a source with a test split, one of training records was named in the line above the scores and not scored."""
+    test = write(folder, *[GOOD | {"image": "a.png", "split": "test"}] * 3)
+    (folder / "c_train.json").write_text(json.dumps([GOOD | {"image": "b.png"}]))
+    args = SimpleNamespace(data=[str(test), f"{folder / 'c_train.json'}"], eval_data=None, images=str(folder), choices=None,
+                           negatives=None, task="det", oriented=False, no_think=False, system=None, split=None, limit=None)
+    with pytest.raises(UserError, match="c_train.json: no samples of task det in the heldout split"):
+        evaluate.load_evaluation(args, F)
+
+
+def test_images_of_the_same_names_in_another_folder_are_other_data():
+    """A resumed run would have gone on with them."""
+    one, other, moved = (data.fingerprint([Sample("x", "cls", (Path(f"{folder}/1.png"),), "?", "sea", F)])
+                         for folder in ("/old/A", "/old/B", "/new/A"))
+    assert one == moved != other
+
+
 def test_scenes_have_no_files_to_share(folder):
     eval_sources = parse_sources([scenes_of(folder, "a.json", ["sea"] * 3)])
     assert load_splits(parse_sources(["synthetic"]), eval_sources, ["cls"], F)["cls"].train

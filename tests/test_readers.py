@@ -745,6 +745,13 @@ def test_earthreason_answers_with_the_pieces_of_the_mask(earthreason):
     assert samples_of(earthreason / "val", "seg")[0].gt_answer == one.gt_answer
 
 
+def test_mask_whose_palette_sorts_its_colours_is_refused():
+    """As quantize() writes it: index 0 is the target there, and the rest was taken for it."""
+    mask = Image.fromarray(np.pad(np.full((20, 20), 255, np.uint8), 30)).quantize(2)
+    with pytest.raises(UserError, match="save it as gray values"):
+        load_gt_mask(Sample("x", "seg", (), "", "", F, gt_mask=mask))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "F", "P", "RGB", "RGBA", "LA"])
 def test_mask_is_what_is_not_zero_in_any_mode(tmp_path, mode):
     """Read through its colours, a mask of indices was the whole image, or nothing, by what the palette shows."""
@@ -1654,6 +1661,15 @@ def test_line_that_is_not_quite_dota_is_refused(dota, line):
     """A class of two words, the difficulty before the class, the class first as YOLO has it, and fractions: all were read."""
     next(dota.glob("labelTxt/*.txt")).write_text(line)
     refused(dota, "det", "line 1: not x1 y1 .. x4 y4 class")
+
+
+def test_lists_named_after_splits_are_splits_and_other_names_no_category_in_place_of_the_records_own(folder):
+    row = {"image": "a.png", "question": "?", "groundtruth": "sea", "category": "coast"}
+    source = folder / "a.json"
+    found = samples_of(document(source, {"Training": [row], "Test": [row]}, indent=1), "vqa")
+    assert [s.split for s in found] == ["train", "test"]
+    assert [s.category for s in samples_of(document(source, {"data": [row]}, indent=1), "vqa")] == ["coast"]
+    refused(document(source, {"train": [row], "extra": [row]}, indent=1), "vqa", "not all of splits")
 
 
 def test_two_folders_of_labels_of_the_same_images_are_refused(dota):

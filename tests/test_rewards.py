@@ -651,6 +651,7 @@ def test_count_reward_is_one_minus_the_relative_error(a, g):
     ("", None), ("Paris", None), ("48.86", None), ("48.86, 2.35, 3", None), ("2.35 E, 48.86 N", None), ("48.86 E, 2.35", None),
     ("48.86 N, 2.35 N", None), ("48.86, 2.35 S", None),
     ("POINT (2.35 48.86)", None), ("Longitude: 2.35, Latitude: 48.86", None), ("lon 2.35 lat 48.86", None),
+    ("Longitude: 2.35\nLatitude: 48.86", None), ("lat 48.86\nlon 2.35", (48.86, 2.35)),
     ("90.1, 0", None), ("0, 180.1", None), ("9" * 400 + ", 1", None), ("nan, nan", None), ("48°51'24\", 2°21'3\"", None)])
 def test_a_position_is_two_numbers_on_earth(answer, position):
     assert parse_coordinates(answer) == position

@@ -650,6 +650,7 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("evaluate.py", "--task det --no-think --predictions a.jsonl", "--no-think changes what a model is asked.* leave --no-think out"),
     ("evaluate.py", "--task det --system EMPTY/text.jsonl --predictions a.jsonl", "--system changes what a model is asked"),
     ("train_sft.py", "--task det --model EMPTY --reward det=typo", "no reward of det has this name"),  # it once trained first
+    ("evaluate.py", "--task det --predictions a.jsonl --limit 2 --data b.json", "has its samples already; leave --data, --limit out"),
     ("evaluate.py", "--data synthetic", "either --task or --suite"),
     ("evaluate.py", "--task det --suite suite.jsonl", "either --task or --suite"),
     ("evaluate.py", "--suite suite.jsonl --data d.json", "--suite names the data of each benchmark; leave --data out"),
