@@ -24,7 +24,7 @@ from processing import Processor
 from runtime.errors import UserError, first_line, why_not_loaded
 from runtime.layers import use_fused_layers
 from runtime.logging import print0
-from runtime.lora import has_adapters, merged_weight, read_adapters, save_adapters
+from runtime.lora import base_of_adapters, has_adapters, merged_weight, read_adapters, save_adapters
 from runtime.out_folder import is_unfinished
 from runtime.ranks import rank
 from sample import TOKEN_SIZE, chat_template
@@ -48,8 +48,7 @@ def load_model(name: str, image_size: int | None = None,
         check_model_name(name)
     try:
         if has_adapters(name):
-            base = json.loads(Path(name, "adapter_config.json").read_text())[
-                "base_model_name_or_path"]
+            base = base_of_adapters(name)
             print0(f"--model {name}: adapters of {base}, {'merged' if merge else 'continued'}")
         model, report = Qwen.from_pretrained(
             base, dtype="auto", use_safetensors=True, trust_remote_code=False,

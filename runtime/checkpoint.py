@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from runtime.distributed import all_gather_object, barrier
 from runtime.errors import END_FILES, UserError, first_line, record_end
 from runtime.logging import print0
+from runtime.lora import base_of_adapters, has_adapters
 from runtime.out_folder import ENTRIES, clear, last_checkpoint, lock, print_last_end, remove
 from runtime.ranks import rank, world_size
 from runtime.signals import Stoppable
@@ -83,10 +84,14 @@ class Run(Stoppable):
         self.files = {}  # checksums of the last checkpoint's files
         self.steps_per_stage = args.steps
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
-        model, out = Path(args.model).resolve(), self.out.resolve()
-        if not args.resume and any(model.is_relative_to(out / name) for name in ENTRIES):
-            raise UserError(f"--model {args.model} lies in --out {self.out}, from which a "
-                            "new run moves it away; choose another --out")
+        models = [args.model]
+        if has_adapters(args.model):
+            models.append(base_of_adapters(args.model))
+        for model in [] if args.resume else models:
+            if any(Path(model).resolve().is_relative_to(self.out.resolve() / name)
+                   for name in ENTRIES):
+                raise UserError(f"--model {model} lies in --out {self.out}, from which a new run "
+                                "moves it away; choose another --out")
         self.lock_file = lock(self.out) if rank() == 0 else None
         # All ranks go by what the first one sees.
         folder = all_gather_object(last_checkpoint(self.out) if args.resume else None)[0]

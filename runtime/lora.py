@@ -6,6 +6,7 @@ they are saved. The reference of the KL penalty is the same model with the adapt
 start, so it needs no copy of the model.
 """
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from runtime.ranks import rank
 def has_adapters(name: str) -> bool:
     """Whether --model names a folder of adapters."""
     return Path(name, "adapter_config.json").is_file()
+
+
+def base_of_adapters(folder: str) -> str:
+    """The model that a folder's adapters were trained on."""
+    return json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 def import_peft() -> ModuleType:

@@ -536,6 +536,18 @@ def test_model_within_out_is_not_cleared_away(staged, dataset, monkeypatch):
     assert (staged / "model").exists()
 
 
+def test_base_of_the_adapters_within_out_is_not_cleared_away(staged, dataset, tmp_path, monkeypatch):
+    """The run would have left its merged model in the base's place: its adapters, loaded again, then counted twice."""
+    peft = pytest.importorskip("peft")
+    model = load_model(str(staged / "model"))[0]
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(staged / "model")}))
+    with pytest.raises(UserError, match="model lies in --out"):
+        here(monkeypatch, train_grpo.main, "--model", tmp_path, "--lora", 4, "--data", dataset, "--out", staged)
+    assert (staged / "model").exists()
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_resume_with_other_flags_is_refused(sft, staged, dataset, tmp_path, monkeypatch, grpo_flags, stage):
     shutil.copytree(sft if stage == "sft" else staged, tmp_path, dirs_exist_ok=True)
