@@ -24,8 +24,8 @@ from readers.shared_images import check_shared_images
 from readers.splits import (
     VAL_FIRST,
     Split,
+    check_part,
     few_shots,
-    no_samples,
     published_split,
     record_hash,
     split_samples,
@@ -105,8 +105,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
         paths, eval_parts = [source.path for source, _ in parts], eval_found[task]
         train, held_out, rules = split_sources(parts, whole="train" if eval_sources else None)
         for (source, samples), part in zip(parts, train):
-            if not part:
-                raise no_samples(source.path, samples, "train")
+            check_part(source.path, samples, part, "train")
         if eval_sources:
             _, held_out, rules = split_sources(eval_parts, "heldout")
             check_eval_sources(parts, eval_parts)
@@ -264,8 +263,7 @@ def load_samples(source: str, task: str, image_size: int, images: str | None = N
     if split != "all":
         parts = split_samples(samples, source)
         kept = parts.train if split == "train" else parts.held_out
-        if not kept:
-            raise no_samples(source, samples, split)
+        check_part(source, samples, kept, split)
         samples = kept
     return few_shots(samples, shots) if shots else samples
 
@@ -296,7 +294,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     else:
         for s in samples:
             names = [str(image).split("/")[-2:] if isinstance(image, Path)
-                     else getattr(image, "name", "") for image in (*s.images, s.gt_mask)]
+                     else getattr(image, "name", "")  # of a table a hash, of a scene none
+                     for image in (*s.images, s.gt_mask)]
             row = (s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.choices,
                    s.category, names)
             crc = zlib.crc32(repr(row).encode(), crc)

@@ -46,7 +46,7 @@ from metrics.suite import read_suite, suite_table
 from processing import warn_of_long_targets
 from readers.earthdial_results import read_earthdial_results
 from readers.files import iter_json_records
-from readers.splits import TEST_FIRST, no_samples, published_split
+from readers.splits import TEST_FIRST, check_part, published_split
 from rewards import TASKS, extract_answer, score_completion
 from rollout import Sampler, load_sampler, predict
 from runtime.command_line import run_main
@@ -228,11 +228,8 @@ def load_evaluation(args: Namespace, image_size: int) -> list[Sample]:
         train, held_out, _ = split_sources(found, "heldout" if args.eval_data else None, TEST_FIRST)
         parts = train if split == "train" else held_out
         for (source, of_source), part in zip(found, parts):
-            if not part:
-                raise no_samples(source.path, of_source, split)
+            check_part(source.path, of_source, part, split)
         samples = join(parts)
-    if not samples:
-        raise UserError(f"--split {split}: no samples of {args.task} in {' '.join(values)}")
     samples = list(samples[: args.limit])
     hint = "; for a file that a model was trained on add --split heldout" if split == "all" else ""
     print0(f"{len(samples)} samples of {args.task} from {' '.join(values)} ({split}){hint}")

@@ -381,16 +381,19 @@ def parse_eval_args(description: str) -> Namespace:
     return parser.parse_args()
 
 
+def given_flags(args: Namespace, *names: str) -> str:
+    """Those of the flags of evaluate.py that were given, as a list in words."""
+    values = {f"--{name}": getattr(args, name.replace("-", "_")) for name in names}
+    return ", ".join(flag for flag, value in values.items() if value and value != ["synthetic"])
+
+
 def check_eval_args(args: Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
     if (args.task is None) == (args.suite is None):
         raise UserError("give either --task or --suite")
     if args.suite:
-        flags = {"--predictions": args.predictions, "--benchmark": args.benchmark,
-                 "--data": args.data != ["synthetic"], "--eval-data": args.eval_data,
-                 "--images": args.images}
-        if any(flags.values()):
-            given = ", ".join(flag for flag, value in flags.items() if value)
+        given = given_flags(args, "predictions", "benchmark", "data", "eval-data", "images")
+        if given:
             raise UserError(f"--suite names the data of each benchmark; leave {given} out")
         return
     check_task(args.task)
@@ -399,11 +402,9 @@ def check_eval_args(args: Namespace) -> None:
     if asked and args.predictions:
         raise UserError(f"--{asked[0]} changes what a model is asked, but --predictions has its "
                         f"answers already; leave --{asked[0]} out")
-    given = [flag for flag, value in {
-        "--data": args.data != ["synthetic"], "--eval-data": args.eval_data, "--split": args.split,
-        "--images": args.images, "--limit": args.limit}.items() if value]
+    given = given_flags(args, "data", "eval-data", "split", "images", "limit")
     if given and args.predictions:
-        raise UserError(f"--predictions has its samples already; leave {', '.join(given)} out")
+        raise UserError(f"--predictions has its samples already; leave {given} out")
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
         raise UserError(f"--benchmark {args.benchmark} is a table of task "
                         f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")

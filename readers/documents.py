@@ -9,6 +9,7 @@ from runtime.errors import UserError
 
 SPLIT_LISTS = SPLITS | {"training": "train", "testing": "test"}
 
+
 def records_of_document(path: Path, source: str, document: dict,
                         notes: Sequence[Counter]) -> Iterator[tuple[str, dict]]:
     """The records of a document that keeps them in several lists, joined by their ids."""

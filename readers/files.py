@@ -158,6 +158,7 @@ class TableImage:
 
 
 def parquet_files(path: Path) -> list[Path]:
+    """The files of a table: the path itself, or those in a folder or its data/."""
     if path.is_file():
         return [path]
     return sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])

@@ -5,7 +5,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, filterfalse
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -115,6 +115,10 @@ def glob(path: Path, pattern: str) -> list[Path]:
         part.startswith(".") or part == "__MACOSX" for part in file.relative_to(path).parts))
 
 
+def has_image_suffix(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
 # --------------------------------------------------------------------------------------------------
 # Readers of folders: (path, request) -> Samples
 
@@ -130,8 +134,7 @@ def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
             folders = glob(folders[0], "*/")
         root_of |= dict.fromkeys(folders, root)
     files = {folder: glob(folder, "*") for folder in root_of}
-    images = {folder: [file for file in files[folder] if file.suffix.lower() in IMAGE_SUFFIXES]
-              for folder in root_of}
+    images = {folder: list(filter(has_image_suffix, files[folder])) for folder in root_of}
     names = sorted({folder.name for folder in root_of})
     classes = sorted({folder.name for folder in root_of if images[folder]})
     if NO_CLASSES.intersection(map(str.lower, names)) or any(files.values()) and not classes:
@@ -141,14 +144,13 @@ def read_class_folders(path: Path, request: Request) -> Iterator[Sample]:
         raise UserError(f"{path}: no known layout (docs/data.md lists them), and its folders "
                         f"{', '.join(names)[:60]} are no classes with images directly in them; "
                         f"{hint}")
-    if not classes and any(file.suffix.lower() in IMAGE_SUFFIXES for file in glob(path, "*")):
+    if not classes and any(map(has_image_suffix, glob(path, "*"))):
         raise UserError(f"{path}: has images directly in it; --data is the folder above, whose "
                         "folders are the classes")
     request.notes["folders without images left out"] += len(set(names) - set(classes))
-    for file in chain(*files.values()):
-        if file.suffix.lower() not in IMAGE_SUFFIXES:
-            request.notes["folders within those of the classes left out" if file.is_dir()
-                          else "files of other types left out"] += 1
+    for file in filterfalse(has_image_suffix, chain(*files.values())):
+        request.notes["folders within those of the classes left out" if file.is_dir()
+                      else "files of other types left out"] += 1
     if len(classes) == 1:
         warn(f"{path}: {classes[0]} is its only class, so there is nothing to tell apart")
     question = f"Which class does this scene belong to? Classes: {', '.join(classes)}."
@@ -199,8 +201,8 @@ def read_dota(path: Path, request: Request) -> Iterator[Sample]:
             raise ValueError("its corners are in fractions of the image, expected pixels")
         return label, min_area_rect(corners / size * request.image_size)
 
-    files, folder_of = glob(path, "{,*/}labelTxt*/*.txt"), {}
-    for file in files:
+    folder_of = {}
+    for file in glob(path, "{,*/}labelTxt*/*.txt"):
         root = file.parent.parent
         if folder_of.setdefault(root, file.parent) != file.parent:
             raise UserError(f"{root}: holds {folder_of[root].name} and {file.parent.name}, labels "

@@ -79,13 +79,16 @@ def check_names(source: str, names: Sequence[str], samples: Sequence[Sample],
                         "or give the images names of their own")
 
 
-def no_samples(source: str, samples: Sequence[Sample], split: str) -> UserError:
-    """The error of a source whose split is empty."""
+def check_part(source: str, samples: Sequence[Sample], part: Sequence[Sample],
+               split: str) -> None:
+    """Raises UserError if the part of a source's samples that is its split is empty."""
+    if part:
+        return
     hints = {"train": "; all its images are held out; add images, or set `split` in each record",
              "heldout": "; it holds nothing out: it has too few images, or the name of a training "
                         "split, or no records but of train; add images, or set `split` in each"}
-    return UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
-                     + ("" if published_split(samples) else hints[split]))
+    raise UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
+                    + ("" if published_split(samples) else hints[split]))
 
 
 def published_split(samples: Sequence[Sample], order: Sequence[str] = VAL_FIRST) -> str | None:

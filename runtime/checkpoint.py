@@ -87,11 +87,12 @@ class Run(Stoppable):
         models = [args.model]
         if has_adapters(args.model):
             models.append(base_of_adapters(args.model))
-        for model in [] if args.resume else models:
-            if any(Path(model).resolve().is_relative_to(self.out.resolve() / name)
-                   for name in ENTRIES):
-                raise UserError(f"--model {model} lies in --out {self.out}, from which a new run "
-                                "moves it away; choose another --out")
+        entries = [self.out.resolve() / name for name in ENTRIES]
+        moved = [model for model in models
+                 if any(map(Path(model).resolve().is_relative_to, entries))]
+        if moved and not args.resume:
+            raise UserError(f"--model {moved[0]} lies in --out {self.out}, from which a new run "
+                            "moves it away; choose another --out")
         self.lock_file = lock(self.out) if rank() == 0 else None
         # All ranks go by what the first one sees.
         folder = all_gather_object(last_checkpoint(self.out) if args.resume else None)[0]
