@@ -211,12 +211,13 @@ def load_gt_mask(sample: Sample, resized: bool = True) -> np.ndarray:
     UserError if it cannot be read."""
     with unreadable_as_user_error(f"{sample.id}: mask {sample.gt_mask}"):
         mask = open_image(sample.gt_mask)
-        values = np.asarray(mask) != 0  # of a palette the indices, not the colours
+        values = np.asarray(mask)  # of a palette the indices, not the colours
         if mask.mode == "P":
-            colours = np.reshape(mask.getpalette(), (-1, 3)).any(1)[: np.max(mask) + 1]
-            if colours[0] and not colours[np.unique(mask)[1:]].all():
+            is_coloured = np.reshape(mask.getpalette(), (-1, 3)).any(1)  # by index: no black
+            if is_coloured[0] and not is_coloured[np.unique(values[values > 0])].all():
                 raise ValueError("in its palette index 0 is no black and another one is, so either "
                                  "may be the target; save it as gray values")
+    values = values != 0
     if mask.mode in ("LA", "RGBA"):
         values = values[..., :-1] & values[..., -1:]  # nothing is where it is transparent
     mask = Image.fromarray(values if values.ndim == 2 else values.any(2))

@@ -747,9 +747,12 @@ def test_earthreason_answers_with_the_pieces_of_the_mask(earthreason):
 
 def test_mask_whose_palette_sorts_its_colours_is_refused():
     """As quantize() writes it: index 0 is the target there, and the rest was taken for it."""
-    mask = Image.fromarray(np.pad(np.full((20, 20), 255, np.uint8), 30)).quantize(2)
-    with pytest.raises(UserError, match="save it as gray values"):
-        load_gt_mask(Sample("x", "seg", (), "", "", F, gt_mask=mask))
+    quantized = Image.fromarray(np.pad(np.full((20, 20), 255, np.uint8), 30)).quantize(2)
+    without_0 = Image.fromarray(np.pad(np.full((20, 20), 2, np.uint8), 30, constant_values=1))
+    without_0.putpalette([255, 0, 0, 0, 0, 0, 255, 255, 255])
+    for mask in (quantized, without_0):
+        with pytest.raises(UserError, match="save it as gray values"):
+            load_gt_mask(Sample("x", "seg", (), "", "", F, gt_mask=mask))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "F", "P", "RGB", "RGBA", "LA"])
