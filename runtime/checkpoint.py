@@ -46,14 +46,21 @@ def run_config(args: Namespace, train: Iterable[str], held_out: Iterable[str],
     config = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     texts = {}
     if rank() == 0:  # one rank reads all samples for them
-        texts = {"data (as read)": ", ".join(train), "held-out data (as read)": ", ".join(held_out)}
-        saved = saved_names(model)
-        # A page of each mapped tensor; in bf16, as a GPU holds what is float32 on a CPU.
-        starts = [weight.flatten()[:64].bfloat16().tolist()
-                  for name, weight in model.named_parameters() if name not in saved]
-        if starts:
-            texts["frozen weights (as read)"] = f"#{zlib.crc32(repr(starts).encode()):08x}"
+        texts = {"data (as read)": ", ".join(train), "held-out data (as read)": ", ".join(held_out),
+                 **frozen_weights(model)}
     return flag_texts(config) | all_gather_object(texts)[0]
+
+
+def frozen_weights(model: Module) -> dict[str, str]:
+    """The fingerprint of the weights that no checkpoint holds, as an entry of run_config; {} if it
+    holds all."""
+    saved = saved_names(model)
+    # A page of each mapped tensor; in bf16, as a GPU holds what is float32 on a CPU.
+    starts = [weight.flatten()[:64].bfloat16().tolist()
+              for name, weight in model.named_parameters() if name not in saved]
+    if not starts:
+        return {}
+    return {"frozen weights (as read)": f"#{zlib.crc32(repr(starts).encode()):08x}"}
 
 
 def flag_texts(flags: dict[str, object]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -18,6 +19,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from conftest import succeed
 from metrics.report import PREDICTED_COLOUR
 from model import STOP_TOKENS
 from pretrained import load_model, save_model
@@ -176,6 +178,23 @@ def test_export_refuses_a_damaged_checkpoint(staged, tmp_path, monkeypatch):
     assert not (tmp_path / "exported").exists()
 
 
+def test_export_refuses_another_model_than_the_one_that_the_run_adapts(tmp_path, monkeypatch):
+    """A checkpoint of LoRA holds adapters alone: merged into another model, they made one that nobody trained."""
+    base, exported = tmp_path / "base", tmp_path / "exported"
+    save_model(*load_model("tiny"), base)
+    succeed("train_sft.py", "--task", "cls", "--model", base, "--lora", 2, "--steps", 1, "--batch", 2, "--heldout", 0,
+            "--out", tmp_path / "run")
+    shutil.rmtree(base)
+    model, processor = load_model("tiny")
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight[0] += 1
+    save_model(model, processor, base)
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "run"), str(exported)])
+    with pytest.raises(UserError, match="its weights are not those that .*run began with"):
+        export.main()
+    assert not exported.exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/ask.py
 
@@ -196,6 +215,11 @@ def test_ask_does_not_draw_over_the_image_it_is_asked_about(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is the --image"):
         run_ask(monkeypatch, "--out", tmp_path / "image.png")
+
+
+def test_ask_refuses_a_picture_of_no_known_kind_before_the_model_answers(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="answer: it has to end in .png"):
+        run_ask(monkeypatch, "--out", tmp_path / "answer")
 
 
 @pytest.mark.parametrize("answer, lines", [

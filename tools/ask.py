@@ -45,6 +45,8 @@ def main() -> None:
         raise UserError("--task change compares two dates: give --image for each")
     if args.out and args.out.resolve() in [image.resolve() for image in args.image]:
         raise UserError(f"--out {args.out} is the --image, which it would replace")
+    if args.out and args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: it has to end in .png")
     missing = [str(image) for image in args.image if not image.is_file()]
     if missing:
         raise UserError(f"--image {', '.join(missing)}: no such file")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Policy
 from pretrained import load_model, save_model
-from runtime.checkpoint import read_run_json, read_tensors, saved_weights
+from runtime.checkpoint import frozen_weights, read_run_json, read_tensors, saved_weights
 from runtime.command_line import run_main
 from runtime.errors import UserError
 from runtime.lora import add_adapters
@@ -46,6 +46,10 @@ def main() -> None:
         model.float()
     if flags["freeze"]:
         model.model.visual.requires_grad_(False)
+    for name, found in frozen_weights(model).items():
+        if saved["settings"].get(name, found) != found:
+            raise UserError(f"{flags['model']}: its weights are not those that {args.run} began "
+                            "with, and the checkpoint holds only what has been trained")
     policy = Policy(model)
     read_tensors(checkpoint, {"": {"policy": saved_weights(policy, policy)}})
     save_model(model, processor, args.folder, flags["system"],
