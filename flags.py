@@ -306,8 +306,8 @@ def parse_sft_args(description: str) -> Namespace:
     add_training_data_flags(flags)
     add_reward_flag(flags)
     flags.add_argument("--box-noise", type=float, default=0.0,
-                       help="std in pixels of noise on the box edges of det's targets: hasty "
-                            "annotators, whom GRPO can surpass")
+                       help="mean and std in pixels by which the box edges of det's targets move "
+                            "outwards: hasty annotators, whom GRPO can surpass")
     flags.add_argument("--half-no-think", action="store_true",
                        help="every other step as with --no-think: the model then answers either "
                             "way")

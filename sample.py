@@ -121,10 +121,11 @@ def to_oriented(sample: Sample) -> Sample:
 
 
 def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
-    """The sample with noisy boxes in its target answer, as public annotation often is: Gaussian
-    noise on the box edges, its std in pixels of the resized image. Theta stays exact, and so do
-    `gt_boxes`, which the reward reads."""
-    noise = np.random.default_rng(seed).normal(0, pixels, (len(sample.gt_boxes), 4))
+    """The sample with loose boxes in its target answer, as of a hasty annotator: each edge moves
+    outwards by Gaussian noise whose mean and std are `pixels` of the resized image. Theta stays
+    exact, and so do `gt_boxes`, which the reward reads."""
+    noise = np.random.default_rng(seed).normal(pixels, pixels, (len(sample.gt_boxes), 4))
+    noise *= (-1, -1, 1, 1)
     boxes = sample.gt_boxes if sample.oriented else map(obb_to_hbb, sample.gt_boxes)
     noisy = [(*np.add(box[:4], n), *box[4:]) for box, n in zip(boxes, noise)]
     return replace(sample, gt_answer=format_boxes(noisy, sample.image_size, sample.oriented))
