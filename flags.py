@@ -218,7 +218,7 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="`tiny`, a folder in Hugging Face format, or a hub id")
     add_training_data_flags(flags)
     flags = parser.add_argument_group("rollout")
-    flags.add_argument("--steps", type=positive_int, default=200,
+    flags.add_argument("--steps", type=positive_int, default=150,
                        help="rollouts per stage, with --inner-steps optimiser steps on each")
     flags.add_argument("--prompts", type=positive_int, default=16,
                        help="B: prompts per step, over all processes")

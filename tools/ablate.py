@@ -58,7 +58,7 @@ VARIANTS = [Variant(*fields) for fields in (
     ("resample-2", "resample", "--resample 2"),
     ("no-think", "think", "--no-think"),
     ("start-exact", "start", "", "--steps 100"),
-    ("start-hasty", "start", "", "--steps 100 --box-noise 6"),
+    ("start-hasty", "start", "", "--steps 100 --box-noise 8"),
     ("start-few", "start", "", "--steps 100 --shots 2"),  # of each of five kinds of objects
     ("start-none", "start", "", "--model scratch --steps 1"),
     ("naive-overlap", "reward", "--reward det=any_overlap_reward"),
