@@ -263,7 +263,7 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="weight of the KL penalty (VLM-R1: 0.04); 0 keeps no reference model")
     flags.add_argument("--mask-truncated", action="store_true",
                        help="no loss on completions that are cut off at --max-new-tokens")
-    flags = add_optimisation_flags(parser, lr=2e-4, real_lr="1e-6", warmup=5, weight_decay=0.0)
+    flags = add_optimisation_flags(parser, lr=3e-4, real_lr="1e-6", warmup=5, weight_decay=0.0)
     flags.add_argument("--pack-tokens", type=positive_int,
                        help="tokens per forward pass of the update: as many groups as fit, at "
                             "least 1 (default: 2048; with --gradient-checkpointing on a GPU 4096 "

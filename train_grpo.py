@@ -300,6 +300,7 @@ def main(args: Namespace) -> None:
         progress = progress | {"step": 0, "before": after}      # the next stage starts at step 0
         console.print_held_out(held_out, before, after)
 
+    run.doing = "saving the model"
     chat = {"system": args.system, "thinking": not args.no_think}
     if adapters:
         save_model(policy.model, processor, args.out / "adapter", **chat, adapters=adapters)

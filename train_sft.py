@@ -164,6 +164,7 @@ def main(args: Namespace) -> None:
     for task, rewards in scores.items():
         means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
         print0(f"{task}: mean rewards over {len(held_out[task])} held-out samples: {means}")
+    run.doing = "saving the model"
     chat = {"system": args.system, "thinking": not args.no_think}
     if adapters:
         save_model(policy.model, processor, args.out / "adapter", **chat, adapters=adapters)

@@ -5,7 +5,7 @@
 Or, of a run with a naive --reward, what it was paid beside what its answers are worth by the task's
 own reward, and the boxes of its best-paid completion of a step:
 
-    python tools/picture.py runs/naive/samples.jsonl --step 200 --hacking --out docs/hacking.png
+    python tools/picture.py runs/naive/samples.jsonl --step 150 --hacking --out docs/hacking.png
 """
 
 import argparse
