@@ -42,7 +42,7 @@ def assert_answers(sampler, samples):
     prompts = [encode(sampler.processor, sample) for sample in samples]
     texts = predict(sampler, prompts, 160, 4, 1.0, range(len(samples)))
     parts = [score_completion(text, sample) for sample, group in zip(samples, texts) for text in group]
-    assert np.mean([p["format"] for p in parts]) > 0.9 and np.mean([p["accuracy"] for p in parts]) > 0.05
+    assert np.mean([p["format"] for p in parts]) > 0.8 and np.mean([p["accuracy"] for p in parts]) > 0.05
 
 
 @pytest.mark.parametrize("task", sorted(TASKS.keys() - {"det", "cls"}))

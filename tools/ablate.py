@@ -65,9 +65,6 @@ VARIANTS = [Variant(*fields) for fields in (
     ("naive-recall", "reward", "--reward det=box_recall_reward"),
     ("staged", "schedule", "--task det,rcap"),  # half of the steps each
     ("mixed", "schedule", "--task det+rcap"),
-    ("40-tokens", "length", "--max-new-tokens 40"),
-    ("overlong-buffer", "length", "--max-new-tokens 40 --overlong-buffer 16"),
-    ("mask-truncated", "length", "--max-new-tokens 40 --mask-truncated"),
 )]
 
 
