@@ -121,9 +121,9 @@ def to_oriented(sample: Sample) -> Sample:
 
 
 def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
-    """The sample with loose boxes in its target answer, as of a hasty annotator: each edge moves
-    outwards by Gaussian noise whose mean and std are `pixels` of the resized image. Theta stays
-    exact, and so do `gt_boxes`, which the reward reads."""
+    """The sample with loose boxes in its target answer, like those of a hasty annotator: each
+    edge moves outwards by Gaussian noise whose mean and std are `pixels` of the resized image.
+    Theta stays exact, and so do `gt_boxes`, which the reward reads."""
     noise = np.random.default_rng(seed).normal(pixels, pixels, (len(sample.gt_boxes), 4))
     noise *= (-1, -1, 1, 1)
     boxes = sample.gt_boxes if sample.oriented else map(obb_to_hbb, sample.gt_boxes)

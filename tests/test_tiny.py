@@ -31,7 +31,7 @@ def test_it_is_small():
 
 @pytest.mark.parametrize("task, greedy", [("det", (0.15, 0.35)), ("cls", (0.95, 1.0))])
 def test_it_answers_in_format_and_leaves_detection_room(shipped, task, greedy):
-    """Over the first 32 held-out scenes: the card's 256 take longer."""
+    """Over the first 32 held-out scenes: the card's 64 take longer."""
     scores = held_out_rewards(shipped, held_out(shipped, task, 32), max_new_tokens=96)
     assert scores["format"] > 0.95 and greedy[0] <= scores["greedy"] <= greedy[1]
     assert scores["sampled"] <= scores["greedy"]
