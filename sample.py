@@ -120,7 +120,7 @@ def to_oriented(sample: Sample) -> Sample:
     return replace(sample, oriented=True, gt_answer=answer)
 
 
-def jitter_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
+def loosen_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:
     """The sample with loose boxes in its target answer, like those of a hasty annotator: each
     edge moves outwards by Gaussian noise whose mean and std are `pixels` of the resized image.
     Theta stays exact, and so do `gt_boxes`, which the reward reads."""

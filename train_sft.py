@@ -55,7 +55,7 @@ from runtime.logging import MetricsLog, print0
 from runtime.lora import add_adapters
 from runtime.optimisation import NonFiniteGuard, linear_warmup_decay
 from runtime.ranks import rank, world_size
-from sample import Sample, format_prompt, format_target, jitter_boxes
+from sample import Sample, format_prompt, format_target, loosen_boxes
 from tiny.scratch import new_tiny_model
 
 
@@ -184,7 +184,7 @@ def local_batch(args: Namespace, data: list, step: int) -> list[Sample]:
     if args.half_no_think and step % 2:
         samples = [replace(sample, thinking=False) for sample in samples]
     if args.box_noise:
-        samples = [jitter_boxes(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
+        samples = [loosen_boxes(s, args.box_noise, (args.seed, step, i)) if s.task == "det" else s
                    for i, s in enumerate(samples)]
     # Similar lengths go together: less padding in a micro-batch.
     samples.sort(key=lambda sample: (len(sample.images), len(format_target(sample))))

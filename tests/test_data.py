@@ -33,8 +33,8 @@ from sample import (
     format_target,
     gt_hbbs,
     gt_obbs,
-    jitter_boxes,
     load_images,
+    loosen_boxes,
     to_oriented,
 )
 from tiny.scenes import Scenes, draw_scene, make_scene
@@ -208,9 +208,9 @@ def test_oriented_answer_is_rounded_and_not_clipped():
 
 def test_box_noise_moves_the_edges_and_not_theta():
     sample = Sample("x", "det", (), "q", "", 448, ((100, 120, 200, 180, 0), (100, 100, 200, 150, 30)))
-    noisy = parse_boxes(jitter_boxes(to_oriented(sample), 4, (0,)).gt_answer, oriented=True)
+    noisy = parse_boxes(loosen_boxes(to_oriented(sample), 4, (0,)).gt_answer, oriented=True)
     assert noisy[:, 4].tolist() == [0, 30] and 2 < np.abs(noisy - sample.gt_boxes)[:, :4].mean() < 6
-    horizontal = parse_boxes(jitter_boxes(sample, 4, (0,)).gt_answer)
+    horizontal = parse_boxes(loosen_boxes(sample, 4, (0,)).gt_answer)
     assert horizontal[0].tolist() == noisy[0, :4].tolist()
 
 
@@ -218,7 +218,7 @@ def test_box_noise_points_outwards_and_has_the_mean_and_std_that_were_asked_for(
     """In both forms, from the box that the form has without noise."""
     sample = Sample("x", "det", (), "q", "", 448, ((100, 120, 200, 180, 0), (150, 100, 250, 150, 30)))
     for form, boxes in ((to_oriented(sample), gt_obbs(sample)), (sample, gt_hbbs(sample))):
-        noise = [parse_boxes(jitter_boxes(form, 4, (0, i)).gt_answer, oriented=form.oriented)[:, :4] - boxes[:, :4] for i in range(200)]
+        noise = [parse_boxes(loosen_boxes(form, 4, (0, i)).gt_answer, oriented=form.oriented)[:, :4] - boxes[:, :4] for i in range(200)]
         outwards = np.multiply(noise, (-1, -1, 1, 1))
         assert abs(np.mean(outwards, (0, 1)) - 4).max() < 0.6 and 3.7 < np.std(outwards) < 4.3
 
