@@ -149,7 +149,7 @@ def load_images(sample: Sample) -> list[Image.Image]:
     for path in sample.images:
         with unreadable_as_user_error(f"{sample.id}: image {path}"):
             image = open_image(path)
-            if image.mode[0] in "IF" or has_16_bits(image):  # convert("RGB") would clip to white
+            if has_16_bits(image):
                 raise UserError(f"{sample.id}: image {path} has more than 8 bits per band; convert "
                                 "it to 8 first")
             keeps_ratio = sample.task in KEEPS_ASPECT_RATIO

@@ -49,7 +49,7 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
         size = image.size
         if min(size) < 2:
             raise ValueError(f"it is {size[0]} x {size[1]} pixels, too thin to show anything")
-        if image.mode[0] not in "IF" and has_16_bits(image):
+        if has_16_bits(image):
             raise ValueError("it has more than 8 bits per band; convert it to 8 first")
         if looks_cut_off(file, image):
             file.seek(0)
@@ -66,6 +66,8 @@ def has_16_bits(image: Image.Image) -> bool:
     """Whether the bands of an image, as opened from a PNG, TIFF or JPEG 2000, have more than 8 bits
     in the file. Of colours PIL keeps 8: the reflectances of Sentinel-2, up to some 3,000, would be
     nearly black or noise."""
+    if image.mode[0] in "IF":  # of one band; convert("RGB") would clip it to white
+        return True
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS, (8,))) > 8
     if image.format == "JPEG2000":

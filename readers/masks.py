@@ -9,7 +9,7 @@ from boxes import format_json
 from readers.box_formats import Request, make_sample, plain_text
 from readers.files import first_image_size, images_of
 from runtime.errors import UserError
-from sample import Sample, load_gt_mask
+from sample import Sample, load_gt_mask, open_image
 
 
 def read_mask(source: str, row: dict, request: Request) -> Iterator[Sample]:
@@ -18,12 +18,12 @@ def read_mask(source: str, row: dict, request: Request) -> Iterator[Sample]:
     folder, image_size = request.image_folder, request.image_size
     images, mask = images_of(source, row, folder), row["mask"]
     mask = folder / mask if isinstance(mask, str) else mask
-    (width, height), size = first_image_size((mask,), source), first_image_size(images, source)
+    sample = Sample(source, "seg", images, "", "", image_size, gt_mask=mask)
+    gt_mask = load_gt_mask(sample)
+    (width, height), size = open_image(mask).size, first_image_size(images, source)
     if abs(width / height * size[1] / size[0] - 1) > 0.02:  # a scaled mask is rounded
         raise UserError(f"{source}: its mask has {width} x {height} pixels and its image {size[0]} "
                         f"x {size[1]}; they must have the same shape")
-    sample = Sample(source, "seg", images, "", "", image_size, gt_mask=mask)
-    gt_mask = load_gt_mask(sample)
     if not gt_mask.any() and load_gt_mask(sample, resized=False).any():
         request.notes["masks too small to be seen at this size left out"] += 1
         return

@@ -773,6 +773,8 @@ def test_mask_is_what_is_not_zero_in_any_mode(tmp_path, mode):
 def test_mask_of_another_shape_is_refused_and_one_too_small_to_see_is_counted(folder):
     """The first was stretched. The second became an empty mask: its target said that there is nothing."""
     row = {"image": "a.png", "mask": "mask.png", "problem": "Where?"}
+    Image.new("I;16", SIZE, 1).save(folder / "mask.png")
+    assert samples_of(write(folder / "fs.jsonl", row), "seg")  # ids of objects need more than 8 bits
     mask_image((3, 3, 60, 40), size=SIZE[::-1]).save(folder / "mask.png")
     refused(write(folder / "fs.jsonl", row), "seg", "line 1: its mask has 50 x 200 pixels and its image 200 x 50")
     mask_image((3, 3, 3, 3), size=(SIZE[0] * 9, SIZE[1] * 9)).save(folder / "mask.png")
@@ -859,6 +861,16 @@ def test_what_other_programs_leave_in_class_folders_is_no_class(tmp_path):
         picture(tmp_path / "splits" / f"{name}.jpg")
     assert [s.split for s in samples_of(tmp_path / "splits", "cls")] == ["train", "val"]
     refused(tmp_path / "all" / "River", "cls", "--data is the folder above")
+
+
+def test_grey_of_16_bits_is_refused_at_the_start(tmp_path):
+    """Radar comes in it. It once ended a run at the step that drew it."""
+    (tmp_path / "Sea").mkdir()
+    for name, dtype in (("1.png", np.uint16), ("2.tif", np.float32)):
+        file = tmp_path / "Sea" / name
+        Image.fromarray(np.zeros((8, 8), dtype)).save(file)
+        refused(tmp_path, "cls", "more than 8 bits per band; convert it to 8 first")
+        file.unlink()
 
 
 def test_colours_of_16_bits_are_refused_at_the_start(tmp_path):
