@@ -181,7 +181,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
 
 def float32_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     """Scaled products of queries (.., L, D) and keys (.., S, D) -> (.., L, S) in float32, as fused
-    kernels have them. Qwen2.5's key biases make scores of thousands, which bf16 rounds to 8."""
+    kernels have them. Qwen2.5's key biases make scores of thousands, where bf16 has steps of 8."""
     if q.is_cuda and q.dtype != torch.float32:
         products = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2),
                              out_dtype=torch.float32)

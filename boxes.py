@@ -51,8 +51,8 @@ def parse_box(text: str) -> tuple[float, float, float, float, float]:
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a comma-separated list, at most 6; () if one of them is no number. The
-    bounds on count and length keep hostile text cheap."""
+    """The numbers of a comma-separated list; () for more than 6, or if one of them is no number.
+    The bounds on count and length keep hostile text cheap."""
     values = text.split(",", 5) if len(text) < 200 else []
     number = r"\s*[+-]?\d{1,6}(\.\d{0,9})?\s*"
     all_numbers = all(re.fullmatch(number, value, re.ASCII) for value in values)

@@ -94,7 +94,7 @@ def load_splits(sources: Sequence[Source], eval_sources: Sequence[Source], tasks
     Each source holds out samples of its own. With eval_sources, these give what is held out: their
     val or test split, or all samples of one without. The run is scored on the first `heldout` of a
     task, None: on all. Raises UserError, in one line, for what a user has to fix in a source, and
-    if several sources put an image on both sides, of whichever tasks.
+    if a source trains on an image that another one holds out, for any task.
     """
     read = partial(read_sources, tasks=tasks, image_size=image_size, oriented=oriented,
                    thinking=thinking, system=system)
@@ -144,7 +144,7 @@ def warn_of_boxes(task: str, train: Sequence[Sample]) -> None:
 def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],
                        eval_parts: Sequence[tuple[Source, Sequence[Sample]]]) -> None:
     """Raises UserError for a source of one task in both flags that has no splits of its own, and
-    says if the held-out questions of cls are others, as those of folders list their classes."""
+    warns if --eval-data asks other questions of cls (those of class folders list the classes)."""
     if any(isinstance(samples, Scenes) for _, samples in (*parts, *eval_parts)):
         return  # 100,000 scenes are too many to draw
     for source, samples in parts:
@@ -156,7 +156,7 @@ def check_eval_sources(parts: Sequence[tuple[Source, Sequence[Sample]]],
         questions, eval_questions = ({sample.question for _, samples in side for sample in samples}
                                      for side in (parts, eval_parts))
         others = sorted(eval_questions - questions)
-        if others and len(questions) < 10:  # more are of records, in many words
+        if others and len(questions) < 10:  # 10 or more: records, which word theirs in many ways
             warn("warning: --eval-data asks of cls what --data does not, such as "
                  f"{others[0][:200]!r}; do both have the same classes?")
 
@@ -294,7 +294,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     else:
         for s in samples:
             names = [str(image).split("/")[-2:] if isinstance(image, Path)
-                     else getattr(image, "name", "")  # of a table a hash, of a scene none
+                     else getattr(image, "name", "")  # of a table's image a hash, of a scene none
                      for image in (*s.images, s.gt_mask)]
             row = (s.id, s.question, s.gt_answer, s.gt_boxes, s.think, s.gt_texts, s.choices,
                    s.category, names)

@@ -13,7 +13,7 @@ an interruption the same command continues where it stopped; any other evaluatio
 OUT.1.
 
 With torchrun each process answers its share of the questions, with a model of its own; the scores
-are those of one process. A suite is a file with a line of JSON for each benchmark, such as
+are the same as with one process. A suite is a file with a line of JSON for each benchmark, such as
 
     {"benchmark": "aid", "task": "cls", "data": "AID_test"}
     {"benchmark": "geochat-det", "task": "det", "data": "geochat.json", "images": "images"}
@@ -98,7 +98,7 @@ def main(args: Namespace) -> None:
         table = suite_table(all_scores)
         (args.out / "suite.md").write_text(table)
         print(f"\n{table}")
-    if rank() == 0:  # last: until here an error costs no completion
+    if rank() == 0:  # last, so that an earlier error loses no completion
         for run in runs:
             (run.out / "predictions.partial").unlink(missing_ok=True)
     barrier()  # until the first rank has scored
@@ -178,9 +178,8 @@ def score(args: Namespace, samples: list[Sample], completions: list[str],
 def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str]]:
     """Samples, and the greedy completions of a model on them, which the ranks share.
 
-    The first rank keeps what is done in predictions.partial, a line per batch below one with the
-    settings, so that the same command continues after an interruption, on any number of ranks,
-    with the batches that it had.
+    The first rank keeps what is done in predictions.partial: a line with the settings, then a line
+    per batch. After an interruption the same command continues from it, on any number of ranks.
     """
     samples = load_evaluation(args, sampler.processor.image_size)
     warn_of_long_targets(sampler.processor, {args.task: samples}, args.max_new_tokens)
@@ -207,10 +206,10 @@ def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str
                 bar.update(len(batch))
             if work.should_stop():
                 break
-    number = work.should_stop()
-    if number:
+    signal_number = work.should_stop()
+    if signal_number:
         print0(f"{len(done)} of {len(samples)} predictions are in {file}")
-        raise KeyboardInterrupt(number)
+        raise KeyboardInterrupt(signal_number)
     return samples, [done[i] for i in range(len(samples))]
 
 

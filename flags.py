@@ -33,7 +33,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def non_negative_int(text: str) -> int:
-    """argparse type: a whole number below HELD_OUT_SEED."""
+    """argparse type: a whole number below HELD_OUT_SEED, so that --seed is never that."""
     if not text.isdecimal() or int(text) >= HELD_OUT_SEED:
         raise argparse.ArgumentTypeError(
             f"{text} is not a whole number from 0 to {HELD_OUT_SEED - 1}")
@@ -235,7 +235,7 @@ def parse_grpo_args(description: str) -> Namespace:
                        help="seed of the data order, of sampling and of synthetic scenes")
     flags.add_argument("--compile", action="store_true",
                        help="torch.compile a decode step: 15 seconds of warm-up for each shape, "
-                            "of the 3B model 80")
+                            "80 for the 3B model")
     flags = parser.add_argument_group("reward")
     for name, part in REWARD_PARTS.items():
         only = f" (task {', '.join(part.tasks)})" if part.tasks else ""

@@ -8,7 +8,7 @@ PPO (Schulman et al. 2017), limits each move; a KL penalty holds it near a froze
     DAPO       Yu et al. 2025, arXiv 2503.14476: mean over tokens, not completions; wider upper clip
     Dr. GRPO   Liu et al. 2025, arXiv 2503.20783: no division by the group's std or by the length
     GSPO       Zheng et al. 2025, arXiv 2507.18071: one ratio per completion, normalised by length
-    GeoVLM-R1  Fiaz et al. 2025, arXiv 2509.25026: one ratio per completion, as printed
+    GeoVLM-R1  Fiaz et al. 2025, arXiv 2509.25026: one ratio per completion, not normalised
 
 Shapes: B prompts, G completions each, C completion tokens (padded); b of the B prompts in a
 micro-batch. `loss_mask` is True on the tokens that carry loss.

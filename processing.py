@@ -167,7 +167,7 @@ def prefetch(steps: Iterable[tuple[object, list]],
     submitted = ((step, samples, [pool.submit(encode, sample) for sample in samples])
                  for step, samples in steps)
     try:
-        # pairwise draws the next step, whose threads so begin, before it hands over the current one
+        # pairwise draws step n + 1, which starts its threads, before it yields step n
         for (step, samples, futures), _ in pairwise(chain(submitted, [None])):
             yield step, samples, [future.result() for future in futures]
     finally:

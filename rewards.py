@@ -6,7 +6,7 @@ them up, and so do we, with weights as flags. That paper names its rewards but p
 the formulas marked (ours) are reconstructions.
 
 Everything here reads text that a model under optimisation wrote. So no text makes it raise, bounds
-on its length keep it fast, and an ambiguous answer earns nothing (vqa pays for common words).
+on its length keep it fast, and an ambiguous answer earns nothing (vqa pays for each shared word).
 
 A reward is a function of keywords: it names what it needs and takes the rest as **_. There are
 
@@ -193,8 +193,8 @@ def levenshtein_reward(answer: str, sample: Sample, **_: object) -> float:
 
 
 def jaccard_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = |A & G| / |A | G| of the words of answer and target (the paper names it; on words is
-    ours)."""
+    """R = |A & G| / |A | G| of the words of answer and target (the name is the paper's, words
+    are ours)."""
     a, g = set(tokenize(answer)), set(tokenize(sample.gt_answer))
     return len(a & g) / max(len(a | g), 1)
 

@@ -39,7 +39,7 @@ from runtime.errors import first_line, warn
 
 DROP_ROWS_EVERY = 8    # eager decode steps between two looks for stopped rows
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
-MAX_STATIC_DECODE_STEPS = 3  # each holds a cache of keys and values
+MAX_STATIC_DECODE_STEPS = 3  # kept for later steps; each holds a cache of keys and values
 BLOCK = 512  # tokens; inverse_cdf first finds the block
 
 
@@ -125,7 +125,7 @@ class Sampler:
         self.stop_ids = tuple(processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)))
         self.decode_step = decode_step
         if compile_decode_step:
-            torch._dynamo.config.recompile_limit = 64  # of 8 shapes else; a staged run has more
+            torch._dynamo.config.recompile_limit = 64  # the default of 8 is too few for stages
             self.decode_step = torch.compile(decode_step, dynamic=False)
         self.use_cuda_graphs = torch.cuda.is_available()
         self.fixed_shapes = compile_decode_step or self.use_cuda_graphs
@@ -256,7 +256,7 @@ def predict(sampler: Sampler, prompts: Sequence[Prompts], max_new_tokens: int, g
             temperature: float = 0.0, prompt_ids: Sequence[int] = ()) -> list[list[str]]:
     """`group` completions for each prompt, as texts.
 
-    prompt_ids  the random numbers of a prompt depend on its id alone; greedy ones need none
+    prompt_ids  the random numbers of a prompt depend on its id alone; greedy decoding needs none
     """
     random_numbers = None
     if temperature > 0:
@@ -350,7 +350,7 @@ def inverse_cdf(probs: Tensor, random_numbers: Tensor) -> Tensor:
     block = torch.searchsorted(cdf, thresholds, right=True).clamp(max=cdf.shape[1] - 1)
     thresholds = thresholds - F.pad(cdf, (1, 0)).gather(1, block)
     cdf = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(1)  # (N, BLOCK)
-    # Its sum may have been rounded to a little more than its last value.
+    # The block's sum may have been rounded to a little more than the last value of its cdf.
     thresholds = torch.minimum(thresholds, cdf[:, -1:] * (1 - 1e-9))
     token = torch.searchsorted(cdf, thresholds, right=True).clamp(max=BLOCK - 1)
     return (block * BLOCK + token)[:, 0].clamp(max=probs.shape[1] - 1)

@@ -2,8 +2,8 @@
 
 Qwen2.5-VL speaks absolute pixels of the image that it is given. So an image is resized once, here,
 to a square of side `image_size`, and every box is converted to pixels of that resized image when
-its file is read. Prompts, answers, rewards and plots then need no conversion. The images of
-KEEPS_ASPECT_RATIO, tasks without boxes, keep it.
+its file is read. Prompts, answers, rewards and plots then need no conversion. The tasks of
+KEEPS_ASPECT_RATIO, which have no boxes, keep the shape of their images.
 """
 
 import json
@@ -153,7 +153,7 @@ def load_images(sample: Sample) -> list[Image.Image]:
                 raise UserError(f"{sample.id}: image {path} has more than 8 bits per band; convert "
                                 "it to 8 first")
             keeps_ratio = sample.task in KEEPS_ASPECT_RATIO
-            if keeps_ratio:  # cameras say which side is up; the boxes of other tasks lie as stored
+            if keeps_ratio:  # turned upright; boxes of other tasks refer to the pixels as stored
                 # Not ImageOps.exif_transpose: it writes all tags again, and fails for odd ones.
                 turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
                 image = image if turn is None else image.transpose(turn)
@@ -214,10 +214,10 @@ def load_gt_mask(sample: Sample, resized: bool = True) -> np.ndarray:
         mask = open_image(sample.gt_mask)
         values = np.asarray(mask)  # of a palette the indices, not the colours
         if mask.mode == "P":
-            is_coloured = np.reshape(mask.getpalette(), (-1, 3)).any(1)  # by index: no black
+            is_coloured = np.reshape(mask.getpalette(), (-1, 3)).any(1)  # by index: not black
             if is_coloured[0] and not is_coloured[np.unique(values[values > 0])].all():
-                raise ValueError("in its palette index 0 is no black and another one is, so either "
-                                 "may be the target; save it as gray values")
+                raise ValueError("in its palette index 0 is not black and another one is, so "
+                                 "either may be the target; save it as gray values")
     values = values != 0
     if mask.mode in ("LA", "RGBA"):
         values = values[..., :-1] & values[..., -1:]  # nothing is where it is transparent

@@ -44,7 +44,7 @@ def overlap_f1(hits: int, a: Sequence, b: Sequence) -> float:
 
 
 def lexical_similarity(a: str, b: str) -> float:
-    """Mean of ROUGE-1 F1 (common words) and ROUGE-L F1 (common subsequence of words), Lin 2004.
+    """Mean of ROUGE-1 F1 (shared words) and ROUGE-L F1 (longest common subsequence), Lin 2004.
     Words are not stemmed."""
     a, b = tokenize(a), tokenize(b)
     unigrams = (Counter(a) & Counter(b)).total()
@@ -77,7 +77,7 @@ def parse_labels(text: str, vocabulary: Sequence[str]) -> set[str]:
     pattern = "|".join(" ?".join(name) for name in names)  # blanks do not matter: SeaLake, sea lake
     pieces = re.split(rf"(?<!\S)({pattern})(?!\S)|[,;]", text)
     labels = {piece.replace(" ", "") for piece in pieces if piece} - {""}
-    return labels - {"and"} or labels  # a label may be called so
+    return labels - {"and"} or labels  # `a, b and c`, or a label that is called so
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,11 +100,12 @@ def parse_count(text: str) -> int | None:
 
 def parse_coordinates(text: str) -> tuple[float, float] | None:
     """(latitude, longitude) in degrees of `-33.9, 151.2` or `33.9° S, 151.2° East`. None for
-    fewer or more numbers, for a hemisphere elsewhere, and for what is not on Earth."""
+    fewer or more numbers, for longitude first, for a hemisphere that does not follow its number,
+    and for what is not on Earth."""
     if len(text) > MAX_TEXT:
         return None
     text = MINUS.sub("-", text.lower())
-    longitude = re.search(r"point ?z? ?\(|\blo?ng?", text)  # WKT has it first
+    longitude = re.search(r"point ?z? ?\(|\blo?ng?", text)  # `POINT (longitude latitude)`
     if longitude and ("(" in longitude[0] or re.search(r"\blat", text[longitude.end():])):
         return None
     hemisphere = r"(north|south|east|west|[nsew])\b"

@@ -119,7 +119,7 @@ def main(args: Namespace) -> None:
     sampler = Sampler(sampling_model, processor, args.compile)
     score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
                              args.temperature, run.should_stop, **reward_models)
-    # This rank's prompts of each step. Neighbours, since in a mixed stage the tasks take turns.
+    # This rank's prompts of each step: a range, as a stride could pick one task of a mixed stage.
     num_local = args.prompts // world_size()
     local_prompts = range(rank() * num_local, (rank() + 1) * num_local)
 
@@ -132,7 +132,7 @@ def main(args: Namespace) -> None:
         elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
         trainable = [param for param in policy.parameters() if param.requires_grad]
-        # Moments over 100 steps, not PyTorch's 1000: a stage has a few hundred.
+        # Second moment over 100 steps, not PyTorch's 1000: a stage has a few hundred.
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
