@@ -222,6 +222,13 @@ def test_ask_refuses_a_picture_of_no_known_kind_before_the_model_answers(monkeyp
         run_ask(monkeypatch, "--out", tmp_path / "answer")
 
 
+def test_ask_refuses_tokens_of_the_chat(monkeypatch):
+    """One more <|image_pad|> than images ended in a traceback; <|im_end|> ended the user's turn."""
+    monkeypatch.setattr(sys, "argv", ["ask.py", "Locate <|image_pad|> ship.", "--task", "det", "--image", "image.png"])
+    with pytest.raises(UserError, match="a part of the chat's layout"):
+        ask.main()
+
+
 @pytest.mark.parametrize("answer, lines", [
     ("[28,14,84,56]", [(100, 30, 300, 30), (100, 120, 300, 120), (100, 30, 100, 120), (300, 30, 300, 120)]),
     ('[{"bbox_2d": [28, 14, 84, 56], "label": "ship"}]', [(100, 30, 300, 30)]),

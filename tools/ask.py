@@ -20,6 +20,7 @@ from boxes import obb_corners, parse_boxes
 from flags import HelpFormatter, add_prompt_flags, check_oriented, positive_int
 from metrics.report import PREDICTED_COLOUR
 from processing import encode
+from readers.box_formats import RESERVED
 from rewards import TASKS, extract_answer
 from rollout import load_sampler, predict
 from runtime.command_line import run_main
@@ -47,6 +48,9 @@ def main() -> None:
         raise UserError(f"--out {args.out} is the --image, which it would replace")
     if args.out and args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: it has to end in .png")
+    if RESERVED.search(args.question):
+        raise UserError(f"the question holds {RESERVED.search(args.question)[0]!r}, a part of the "
+                        "chat's layout; remove it")
     missing = [str(image) for image in args.image if not image.is_file()]
     if missing:
         raise UserError(f"--image {', '.join(missing)}: no such file")
