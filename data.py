@@ -225,7 +225,9 @@ def read_source(source: Source, tasks: Sequence[str], image_size: int,
             "tiny/scenes.py") for task in tasks}
     path = Path(source.path)
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder (or write: synthetic)")
+        before, equals, _ = source.path.partition("=")
+        no_task = f"; {before!r} is no task" if equals else ""
+        raise UserError(f"{path}: no such file or folder (or write: synthetic){no_task}")
     image_folder = Path(source.images) if source.images else None
     requests = {task: Request(task, image_size, image_folder, Counter(), choices=source.choices,
                               negatives=source.negatives) for task in tasks}

@@ -95,7 +95,12 @@ def check_model_name(name: str) -> None:
             raise UserError(f"--model {name}: no such folder; if it is a hub id, rename the folder "
                             f"{folder.parent} that is here")
     if (folder / "model").is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"--model {name}: a run's folder; its model is {folder / 'model'}")
+        adapters = f" (adapters: {folder / 'adapter'})" * (folder / "adapter").is_dir()
+        raise UserError(f"--model {name}: a run's folder; its model is {folder / 'model'}"
+                        + adapters)
+    if (folder / "run.json").exists():
+        raise UserError(f"--model {name}: a run's checkpoint; python tools/export.py "
+                        f"{folder.parent} FOLDER makes a model of it")
 
 
 @contextmanager

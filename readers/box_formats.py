@@ -171,7 +171,8 @@ def parse_pixel_boxes(text: str, size: tuple[int, int], request: Request,
                      "height, write x1, y1, x2, y2 in pixels")
         else:
             lies = "its horizontal envelope lies" if bracket.count(",") == 4 else "lies"
-            wrong = f"{lies} outside its image of {size[0]} x {size[1]} pixels"
+            wrong = (f"{lies} outside its image of {size[0]} x {size[1]} pixels; write pixels of "
+                     "the original image")
         raise UserError(f"{source}: box {bracket[:60]!r} {wrong}")
     return [box_from_pixels(box, size, request) for box in boxes.tolist()]
 

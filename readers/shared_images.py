@@ -32,13 +32,15 @@ def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
         return found
 
     trained_contents, held_contents = contents(trained), contents(held)
+    on_both_sides = sorted(trained_contents.keys() & held_contents.keys())
     shared = Counter()
-    for content in sorted(trained_contents.keys() & held_contents.keys()):
+    for content in on_both_sides:
         one_of_source = {one[0]: one for one in trained_contents[content]}
         for one, other in product(one_of_source.values(), held_contents[content]):
             if one[0] != other[0]:
                 raise UserError(f"{trained[one].id} trains on {one[1]}, and {held[other].id} holds "
-                                f"it out as {other[1]}; remove one of the records")
+                                f"it out as {other[1]}; remove one of the records (images on both "
+                                f"sides: {len(on_both_sides)})")
             shared[other[0]] += 1
     for source, n in shared.items():
         warn(f"{source}: {n} of its held-out images are trained on too (equal bytes), so held-out "

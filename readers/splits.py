@@ -44,6 +44,9 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
                       or all(sample.split == "train" for sample in samples)):
         whole = "train"
     published = published_split(samples, order)
+    if not published and len({sample.split for sample in samples}) > 1:
+        raise UserError(f"{source}: some records have `split`: train, and others none; give it to "
+                        "all of them, or to none")
     if published:
         train = [sample for sample in samples if sample.split == "train"]
         held_out = [sample for sample in samples if sample.split == published]
@@ -87,8 +90,8 @@ def check_part(source: str, samples: Sequence[Sample], part: Sequence[Sample],
     hints = {"train": "; all its images are held out; add images, or set `split` in each record",
              "heldout": "; it holds nothing out: it has too few images, or the name of a training "
                         "split, or no records but of train; add images, or set `split` in each"}
-    raise UserError(f"{source}: no samples of task {samples[0].task} in the {split} split"
-                    + ("" if published_split(samples) else hints[split]))
+    hint = "; set `split` in each" if published_split(samples) else hints[split]
+    raise UserError(f"{source}: no samples of task {samples[0].task} in the {split} split{hint}")
 
 
 def published_split(samples: Sequence[Sample], order: Sequence[str] = VAL_FIRST) -> str | None:

@@ -50,7 +50,7 @@ def why_not_loaded(name: str, error: BaseException) -> str:
     if Path(name).exists():
         return why
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        return f"{why}; there is no such folder"
+        return f"{why}; there is no folder {name}"
     return (f"{why}; if {name} is a hub id and there is no network here, run `hf download {name}` "
             "where there is one, and set HF_HUB_OFFLINE=1 here")
 

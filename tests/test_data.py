@@ -613,7 +613,8 @@ def test_binary_file_is_refused(folder, content):
 @pytest.mark.parametrize("source, task, image_size, says", [
     ("synthetic", "ship", F, "'ship'.*cls, mlc, det"), ("synthetic", "", F, "''"),
     ("synthetic", "det", 100, "--image-size 100.*28"), ("synthetic", "det", 0, "--image-size 0"),
-    ("synthetic", "det", -28, "-28"), ("nowhere.json", "det", F, "--data nowhere.json"),
+    ("synthetic", "det", -28, "-28"), ("nowhere.json", "det", F, "nowhere.json: no such file"),
+    ("dett=.", "det", F, "'dett' is no task"),
     (".", "det", F, "no known layout.*one folder per class serves cls, not det; .*--images"), ("empty", "cls", F, "empty.*no samples"),
 ])
 def test_bad_flag_is_named(tmp_path, monkeypatch, source, task, image_size, says):
@@ -635,12 +636,6 @@ def test_first_held_out_samples_are_of_all_classes(folder):
         assert set(labels[:20]) == {"desert", "forest", "sea"} and labels != sorted(labels)
 
 
-def test_records_without_a_split_beside_those_of_train_are_split_by_image():
-    samples = [Sample(f"d.json: record {i}", "cls", (Path(f"{i}.png"),), "q", "sea", 112, split="train" if i % 2 else "")
-               for i in range(100)]
-    assert 0 < len(split_samples(samples, "d.json").held_out) < 30
-
-
 def test_images_that_share_a_name_are_not_a_tenth():
     """Of scene_1/rgb.png, scene_1/nir.png, scene_2/rgb.png .. every nir.png was trained on and every rgb.png held out."""
     samples = [Sample(f"d.json: record {i}", "cls", (Path(f"{i // 2}/{'rgb' if i % 2 else 'nir'}.png"),), "q", "sea", 112)
@@ -648,6 +643,15 @@ def test_images_that_share_a_name_are_not_a_tenth():
     with pytest.raises(UserError, match="60 images have 2; set `split`"):
         split_samples(samples, "d.json")
     split_samples(samples[:2] * 30, "d.json")  # few images with many questions are no mistake
+
+
+def test_a_split_that_some_records_lack_is_refused():
+    """Records without one, meant for testing, were trained on, and records of train were held out."""
+    samples = [Sample(f"d.json: record {i}", "cls", (Path(f"{i}.png"),), "q", "sea", 112, split="train" * (i < 6))
+               for i in range(12)]
+    for whole in (None, "train"):
+        with pytest.raises(UserError, match="some records have `split`: train, and others none"):
+            split_samples(samples, "d.json", whole)
 
 
 def test_published_splits_are_kept(tmp_path):

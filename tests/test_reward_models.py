@@ -1,5 +1,7 @@
 """The frozen models behind two rewards: the right numbers, in the right pixels, and one clear line when they are missing."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -141,5 +143,5 @@ def test_hub_id_that_cannot_be_reached_says_what_to_do(load, monkeypatch):
 def test_missing_folder_is_no_hub_id(name, monkeypatch):
     """The advice was `hf download` of a path, also for the base model of adapters that had moved."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"; there is no such folder$"):
+    with pytest.raises(UserError, match=f"; there is no folder {re.escape(name)}$"):
         load_reward_models(["rcap"], name, None)

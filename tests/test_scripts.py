@@ -656,6 +656,8 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("train_sft.py", "--task det --model scratch --lora 4", "--lora adapts a trained model"),
     ("train_grpo.py", "--task det --model EMPTY", "--model .*empty"),
     ("train_grpo.py", "--task det --model tests/nope", "--model tests/nope: no such folder; if it is a hub id"),  # it once asked the hub for a minute
+    ("train_grpo.py", "--task det --model SFT/../checkpoint", "a run's checkpoint; python tools/export.py .* makes a model of it"),
+    ("train_grpo.py", "--task det --model SFT/..", "a run's folder; its model is .*model"),
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
     ("train_sft.py", "--task det --no-think --half-no-think", "--half-no-think .* leave one of them out"),
