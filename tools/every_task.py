@@ -19,7 +19,7 @@ from tools.trial import Trial, add_trial_flags, gain, gain_and_error, minutes, r
 LONG = "--max-new-tokens 160"
 DEFAULT = ("--steps 60", "--steps 120")
 RECIPES = {  # task -> further flags of SFT and of GRPO, where the default ones are not enough
-    "ground": ("--steps 60", f"--steps 120 {LONG}"),
+    "ground": ("--steps 60", f"--steps 120 --temperature 0.7 {LONG}"),
     "ovd": ("--steps 200", f"--steps 120 {LONG}"),
     "seg": ("--steps 200", f"--steps 120 {LONG}"),
     "pair": ("--steps 600", "--steps 200"),
