@@ -18,9 +18,11 @@ def read_mask(source: str, row: dict, request: Request) -> Iterator[Sample]:
     folder, image_size = request.image_folder, request.image_size
     images, mask = images_of(source, row, folder), row["mask"]
     mask = folder / mask if isinstance(mask, str) else mask
+    size = first_image_size(images, source)
     sample = Sample(source, "seg", images, "", "", image_size, gt_mask=mask)
     gt_mask = load_gt_mask(sample)
-    (width, height), size = open_image(mask).size, first_image_size(images, source)
+    with open_image(mask) as stored:  # not first_image_size: a mask may have 16 bits
+        width, height = stored.size
     if abs(width / height * size[1] / size[0] - 1) > 0.02:  # a scaled mask is rounded
         raise UserError(f"{source}: its mask has {width} x {height} pixels and its image {size[0]} "
                         f"x {size[1]}; they must have the same shape")

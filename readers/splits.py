@@ -35,7 +35,8 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
     Held out is the first split of `order` that it has, the other is unused; without any, a tenth
     of the images, chosen by a hash of their file names. `whole`, "train" or "heldout", puts all
     samples of a source without such splits on that side; one that is named as a few-shot or
-    training split holds nothing out.
+    training split holds nothing out. Raises UserError if some records are marked train and others
+    not at all.
     """
     if isinstance(samples, Scenes):
         scenes = replace(samples, seed=HELD_OUT_SEED, n=HELD_OUT_SAMPLES)
@@ -44,9 +45,6 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
                       or all(sample.split == "train" for sample in samples)):
         whole = "train"
     published = published_split(samples, order)
-    if not published and len({sample.split for sample in samples}) > 1:
-        raise UserError(f"{source}: some records have `split`: train, and others none; give it to "
-                        "all of them, or to none")
     if published:
         train = [sample for sample in samples if sample.split == "train"]
         held_out = [sample for sample in samples if sample.split == published]
@@ -55,6 +53,9 @@ def split_samples(samples: Sequence[Sample], source: str, whole: str | None = No
         if unused:
             warn(f"{source}: {unused} samples of {samples[0].task}, neither train nor "
                  f"{published}, are not used here")
+    elif len({sample.split for sample in samples}) > 1:
+        raise UserError(f"{source}: some records have `split`: train, and others none; give it to "
+                        "all of them, or to none")
     elif whole:
         train, held_out = (samples, []) if whole == "train" else ([], samples)
         rule = "none" if whole == "train" else "all"
@@ -90,7 +91,7 @@ def check_part(source: str, samples: Sequence[Sample], part: Sequence[Sample],
     hints = {"train": "; all its images are held out; add images, or set `split` in each record",
              "heldout": "; it holds nothing out: it has too few images, or the name of a training "
                         "split, or no records but of train; add images, or set `split` in each"}
-    hint = "; set `split` in each" if published_split(samples) else hints[split]
+    hint = "; set `split` in each record" if published_split(samples) else hints[split]
     raise UserError(f"{source}: no samples of task {samples[0].task} in the {split} split{hint}")
 
 

@@ -48,9 +48,10 @@ def main() -> None:
         raise UserError(f"--out {args.out} is the --image, which it would replace")
     if args.out and args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: it has to end in .png")
-    if RESERVED.search(args.question):
-        raise UserError(f"the question holds {RESERVED.search(args.question)[0]!r}, a part of the "
-                        "chat's layout; remove it")
+    reserved = RESERVED.search(args.question)
+    if reserved:
+        raise UserError(f"the question holds {reserved[0]!r}, a part of the chat's layout; "
+                        "remove it")
     missing = [str(image) for image in args.image if not image.is_file()]
     if missing:
         raise UserError(f"--image {', '.join(missing)}: no such file")
