@@ -33,7 +33,7 @@ from readers.splits import (
 from rewards import TASKS
 from runtime.errors import NotServedError, UserError, warn
 from runtime.ranks import rank
-from sample import BOX_TASKS, TOKEN_SIZE, Sample, to_oriented
+from sample import BOX_TASKS, INSTRUCTIONS, TOKEN_SIZE, Sample, to_oriented
 from tiny.scenes import QUESTIONS, Scenes
 
 # --------------------------------------------------------------------------------------------------
@@ -52,9 +52,11 @@ def parse_stages(text: str) -> list[list[str]]:
 
 
 def check_task(task: str) -> str:
-    """The task itself. Raises UserError if TASKS does not have it."""
+    """The task itself. Raises UserError if it lacks its line of TASKS or of INSTRUCTIONS."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    if task not in INSTRUCTIONS:
+        raise UserError(f"task {task!r} has no line of INSTRUCTIONS in sample.py")
     return task
 
 
@@ -289,7 +291,7 @@ def join(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
 
 def fingerprint(samples: Sequence[Sample]) -> str:
     """Number and checksum of the samples, images by their names and folders' names: the same in
-    every process, and where the data has moved."""
+    every process, and where only the images have moved."""
     crc = 0
     if isinstance(samples, Scenes):
         crc = zlib.crc32(repr(samples).encode())  # it says all that the scenes depend on

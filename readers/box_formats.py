@@ -43,7 +43,7 @@ BOX = rf"(?:{BRACE_BOX}|\[\s*{NUMBER}(?:\s*,\s*{NUMBER}){{3,4}}\s*\])"
 BOX_START = re.compile(r"\{<|\[\s*-?\d")  # a text without it has no boxes, which is found quickly
 BOX_RUN = re.compile(rf"(?:<box>)?\[{{0,9}}{BOX}(?:(?:[\s,\[\]]|<delim>)*{BOX})*\]*(?:</box>)?")
 
-# GeoChat begins a question with the mark of its task.
+# GeoChat begins a question with the mark of its task, but not those about scenes and of one word.
 TASK_MARK = re.compile(
     r"\s*(?:<image>\s*)*\[(refer|grounding|identify|caption|classify|vqa|changedet)\]")
 MARK_TASKS = {"refer": ("det", "rec"), "grounding": ("ground",), "identify": ("rcap",),
@@ -271,7 +271,8 @@ def check_target(source: str, task: str, question: str, think: str, gt_answer: s
     elif len(gt_answer) > MAX_TEXT:
         wrong = f"has {len(gt_answer)} characters, more than {MAX_TEXT}"
     elif ">" in text and RESERVED.search(text):
-        wrong = f"or its question holds {RESERVED.search(text)[0]!r}, a part of the chat's layout"
+        wrong = (f"or its question holds {RESERVED.search(text)[0]!r}, part of the chat's layout; "
+                 "a target is its answer, or <think>..</think> <answer>..</answer>")
     elif task in ("ground", "ovd") and len(BRACKET.findall(gt_answer)) != n_boxes:
         wrong = "has brackets that are no box [x1, y1, x2, y2]; write them as (..)"
     elif task == "count" and parse_count(gt_answer) is None:
@@ -280,7 +281,7 @@ def check_target(source: str, task: str, question: str, think: str, gt_answer: s
         wrong = "is no latitude and longitude in degrees such as 48.86, 2.35, which geo needs"
     else:
         return
-    raise UserError(f"{source}: the target {gt_answer[:60]!r} {wrong}")
+    raise UserError(f"{source}: --task {task}: the target {gt_answer[:60]!r} {wrong}")
 
 
 def make_sample(source: str, request: Request, images: Sequence, question: str,

@@ -1649,7 +1649,7 @@ def test_target_that_would_fail_its_own_reward_is_refused(folder, task, target, 
 def test_class_folder_whose_name_is_no_label_is_refused(tmp_path, name):
     for label in ("sea", name):
         picture(tmp_path / label / "1.png")
-    refused(tmp_path, "cls", f"{re.escape(name)}/1.png: the target" if name.strip() else "the target ' ' is empty")
+    refused(tmp_path, "cls", f"{re.escape(name)}/1.png: --task cls: the target" if name.strip() else "the target ' ' is empty")
 
 
 def test_annotation_of_another_resolution_is_refused(folder, dior):
