@@ -1,6 +1,7 @@
 """Attention with a shared prompt: one function, three modes.
 
-The G completions of a group have the same prompt, most of it image tokens. It is computed once:
+The G completions of a group have the same prompt, mostly image tokens at 448 px. It is computed
+once:
 
     prefill  the prompt alone; its keys and values go into the cache           (rollout.py)
     decode   one new token for each of N rows, against the cache               (rollout.py)

@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization: tensors in, tensors out. No models, no text, no images.
 
 For each prompt, G completions are sampled. A completion's advantage says how much better its
-reward is than the mean of its group. The policy moves along the advantages; a clipped ratio, as in
+reward is than the mean of its group. Log-probs move with the advantages; a clipped ratio, as in
 PPO (Schulman et al. 2017), limits each move; a KL penalty holds it near a frozen reference model.
 
     GRPO       Shao et al. 2024, arXiv 2402.03300

@@ -2,8 +2,8 @@
 
 A completion earns `format` (did it reason in <think> and then answer in <answer>?) and `accuracy`
 (is the answer right? one formula per task). Both lie in [0, 1]. GeoVLM-R1 (arXiv 2509.25026) adds
-them up, and so do we, with weights as flags. That paper names its rewards but prints no formulas;
-the formulas marked (ours) are reconstructions.
+them up, and so do we, with weights as flags. That paper names its rewards, but its formulas were
+not found; those marked (ours) are reconstructions.
 
 Everything here reads text that a model under optimisation wrote. So no text makes it raise, bounds
 on its length keep it fast, and an ambiguous answer earns nothing (vqa pays for each shared word).
@@ -108,8 +108,8 @@ def exact_match_reward(answer: str, sample: Sample, **_: object) -> float:
 
 
 def label_overlap_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = |P & G| / max(|P|, |G|) over predicted labels P and target labels G (ours; the paper
-    says only "recall").
+    """R = shared labels / max(predicted labels, target labels) (ours; the paper says only
+    "recall").
 
     This is recall as long as no more labels are named than there are. Plain recall would be 1 for
     naming them all.
@@ -150,7 +150,7 @@ def detection_reward(answer: str, sample: Sample, **_: object) -> float:
 def hybrid_reward(answer: str, sample: Sample, sbert: Sbert | None = None, **_: object) -> float:
     """R = 0.5 cos(SBERT(a), SBERT(g)) + 0.5 lexical(a, g), best target text g.
 
-    The paper's hybrid of SBERT and lexical metrics (HSLR), with weights and metrics of ours. A
+    The paper's hybrid of SBERT and lexical metrics, with weights and metrics of ours. A
     negative cosine counts as 0. Without SBERT the reward is the lexical half alone.
     """
     if len(answer) > MAX_TEXT:
@@ -193,14 +193,14 @@ def levenshtein_reward(answer: str, sample: Sample, **_: object) -> float:
 
 
 def jaccard_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = |A & G| / |A | G| of the words of answer and target (the name is the paper's, words
-    are ours)."""
+    """R = shared words / distinct words of answer and target (Jaccard; the name is the paper's,
+    words are ours)."""
     a, g = set(tokenize(answer)), set(tokenize(sample.gt_answer))
     return len(a & g) / max(len(a | g), 1)
 
 
 def iou_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = IoU of the one box (Geo-R1 few-shot, REC). There is one object: several boxes, or none,
+    """R = IoU of the one box (Geo-R1 few-shot). There is one object: several boxes, or none,
     earn 0."""
     predicted = parse_boxes(answer)
     if predicted is None or len(predicted) != 1:
@@ -209,7 +209,7 @@ def iou_reward(answer: str, sample: Sample, **_: object) -> float:
 
 
 def count_penalised_ap_reward(answer: str, sample: Sample, **_: object) -> float:
-    """R = min(1, sqrt(n_gt / n_pred)) AP (Geo-R1 few-shot, OVD). All predictions have the same
+    """R = min(1, sqrt(n_gt / n_pred)) AP (Geo-R1 few-shot). All predictions have the same
     confidence, so AP alone would forgive every box that follows the right ones. The question names
     one class, so labels are not compared."""
     def score(predicted: np.ndarray, target: np.ndarray) -> float:
@@ -220,9 +220,8 @@ def count_penalised_ap_reward(answer: str, sample: Sample, **_: object) -> float
 
 
 def mask_reward(answer: str, sample: Sample, sam: Sam | None = None, **_: object) -> float:
-    """R = |M & G| / |M | G|, the IoU of predicted mask M and target mask G (Geo-R1 few-shot,
-    GRES). No target and an answer of none: 1. No target and an instance, even one with an empty
-    mask: 0."""
+    """R = IoU of the predicted mask and the target mask (Geo-R1 few-shot). No target and an answer
+    of none: 1. No target and an instance, even one with an empty mask: 0."""
     mask = predicted_mask(answer, sample, sam)
     if mask is None:
         return 0.0
@@ -261,7 +260,7 @@ def predicted_mask(answer: str, sample: Sample, sam: Sam | None = None) -> np.nd
 
 
 def multiple_choice_reward(answer: str, sample: Sample, **_: object) -> float:
-    """1 if the answer names the right letter and no other (Geo-R1 cross-view), else 0.
+    """1 if the answer names the right candidate and no other (Geo-R1 cross-view), else 0.
 
     "B", "b", "(B)", "Image B is right" are read as B (the authors' regex takes neither "B)" nor a
     sentence). "A or B" is refused, and so is the article A beside another letter.

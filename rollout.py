@@ -37,7 +37,7 @@ from processing import Processor, Prompts, collate, max_position_ids, pad_prompt
 from runtime.distributed import autocast, device, to_compute_dtype
 from runtime.errors import first_line, warn
 
-DROP_ROWS_EVERY = 8    # eager decode steps between two looks for stopped rows
+DROP_ROWS_EVERY = 8    # eager decode steps between checks for stopped rows
 STOP_CHECK_EVERY = 16  # decode steps between two checks whether all rows have stopped
 MAX_STATIC_DECODE_STEPS = 3  # kept for later steps; each holds a cache of keys and values
 BLOCK = 512  # tokens; inverse_cdf first finds the block
@@ -160,7 +160,7 @@ class Sampler:
                 state = decode_eager(self.model, state, params)
         self.model.train(was_training)
 
-        tokens = state.tokens.masked_fill(~state.mask, params.pad_id)  # dropped rows have no pads
+        tokens = state.tokens.masked_fill(~state.mask, params.pad_id)  # dropped rows hold zeros
         max_len = int(state.mask.sum(1).max())
 
         def by_group(x: Tensor) -> Tensor:                                      # (B, G, max_len)
@@ -342,7 +342,7 @@ def inverse_cdf(probs: Tensor, random_numbers: Tensor) -> Tensor:
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     # float64: the rounding of 150,000 terms adds up.
     cdf = blocks.sum(2, dtype=torch.float64).cumsum(1)                          # (N, V / BLOCK)
-    # Times the last value, which rounding leaves a little off 1. right=True: a number on an edge
+    # Scaled by the last value, which rounding leaves near 1. right=True: a number on an edge
     # takes what comes after it, so 0 never takes a token of probability 0.
     thresholds = random_numbers.double()[:, None] * cdf[:, -1:]                 # (N, 1)
     # NaN gives an index past the end. On a GPU the gather that follows would abort the process,

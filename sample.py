@@ -26,7 +26,7 @@ class Sample:
     id: str                 # file and record, named in errors and logs
     task: str               # a key of INSTRUCTIONS and of rewards.TASKS
     images: tuple           # in the order in which they precede the question: paths, PIL images,
-                            # or what opens like a path
+                            # or objects with .open
     question: str           # plain text; format_prompt adds the task's instruction
     gt_answer: str          # the right answer as the model should write it
     image_size: int         # side in pixels of the square image that the model sees
@@ -173,8 +173,8 @@ def unreadable_as_user_error(image: str) -> Iterator[None]:
 
 
 def fit_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
-    """(width, height) of the image in its shape, as nearly as multiples of TOKEN_SIZE can, with
-    about as many pixels as the square of side image_size."""
+    """(width, height) in multiples of TOKEN_SIZE, near the image's aspect ratio, with about as many
+    pixels as the square of side image_size."""
     shape = math.sqrt(size[0] / size[1])
     most = (image_size // TOKEN_SIZE) ** 2  # tokens of the square
     width, height = (min(max(round(side / TOKEN_SIZE), 1), most) * TOKEN_SIZE
@@ -183,7 +183,7 @@ def fit_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
 
 
 def open_image(image: object) -> Image.Image:
-    """A PIL image of a path, of what opens like one, or as it is."""
+    """Open a path or an object with .open; a PIL image stays as it is."""
     if isinstance(image, Image.Image):
         return image
     return Image.open(image if isinstance(image, (str, Path)) else image.open("rb"))

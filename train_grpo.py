@@ -2,10 +2,11 @@
 
 As in GeoVLM-R1 (arXiv 2509.25026): a format reward plus a task-specific accuracy reward, advantages
 relative to the group, a clipped ratio, a KL penalty to a frozen reference model, one stage per
-task. Different from it (a flag in brackets restores the paper's way): the ratio is that of a token
-(--loss geovlm), advantages are not divided by the group's std (--divide-by-std), a group's prompt
-is computed once for all its completions, groups whose rewards are all equal are left out; prompts,
-the form of boxes and some rewards are ours. docs/method.md has the whole list, and says why.
+task. Different from it (a flag in brackets restores its way, or VLM-R1's): the ratio is that of a
+token (--loss geovlm), advantages are not divided by the group's std (--divide-by-std), a group's
+prompt is computed once for all its completions, groups whose rewards are all equal are left out;
+prompts, the form of boxes and some rewards are ours. docs/method.md has the whole list, and says
+why.
 
 A step is one rollout with its mu optimiser steps (--inner-steps, 1 by default).
 
@@ -113,26 +114,26 @@ def main(args: Namespace) -> None:
     metrics_log = MetricsLog(args.out, run.steps_done, args.tensorboard)
     completions_log = JsonlLog(args.out / "samples.jsonl", run.steps_done, args.group)
     run.install_signal_handlers()
-    # Decoding is slow with sharded weights, and with float32 on a GPU: a whole copy generates. One
-    # process on a CPU needs none: there the sampling model is the policy's own.
+    # Decoding is slow with sharded weights, and in float32 on a GPU, so an unsharded copy samples.
+    # One process on a CPU needs none: there sampling_model is policy.model.
     policy, sampling_model = build_policy_and_sampling_model(Policy(model), mesh)
     sampler = Sampler(sampling_model, processor, args.compile)
     score_held_out = partial(held_out_by_task, sampler, held_out, args.max_new_tokens,
                              args.temperature, run.should_stop, **reward_models)
-    # This rank's prompts of each step: a range, as a stride could pick one task of a mixed stage.
+    # This rank's prompts of each step: a range, as a stride could miss a task of a mixed stage.
     num_local = args.prompts // world_size()
     local_prompts = range(rank() * num_local, (rank() + 1) * num_local)
 
     for stage in range(progress["stage"], len(stages)):
         tasks, tasks_so_far = stages[stage], list(chain(*stages[: stage + 1]))
         ref_model = optimizer = None                            # frees the previous stage's memory
-        gc.collect()                                            # FSDP modules are in cycles
+        gc.collect()                                            # FSDP has reference cycles
         if adapters:                    # the reference is the policy with its present adapters
             update_reference(policy)
         elif args.beta:
             ref_model = make_ref_model(policy, sampling_model, mesh)
         trainable = [param for param in policy.parameters() if param.requires_grad]
-        # Second moment over 100 steps, not PyTorch's 1000: a stage has a few hundred.
+        # Second moment over 100 steps, not PyTorch's 1000: a stage has some hundred.
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99),
                                       weight_decay=args.weight_decay,
                                       fused=torch.cuda.is_available())
@@ -178,7 +179,7 @@ def main(args: Namespace) -> None:
                     others = local_batch(data_step)
                     for b in todo:
                         samples[b], prompts[b] = others[b], encode(processor, others[b])
-                if args.freeze or args.lora:                    # then the tower does not learn
+                if args.freeze or args.lora:                    # the vision tower is frozen
                     add_image_embeds(sampling_model, prompts, todo)
                 random_numbers = uniforms((args.seed, stage, data_step),
                                           [local_prompts[b] for b in todo],
@@ -226,7 +227,7 @@ def main(args: Namespace) -> None:
             stats, logprob_diffs, losses, grad_norms = [], [], [], []
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
-            # Without any loss there is no optimiser step: Adam's momentum alone would drift.
+            # No loss, no optimiser step: Adam's momentum alone would move the weights.
             for inner_step in range(args.inner_steps if num_micro_batches else 0):
                 losses.append(torch.zeros((), device=lengths.device))
                 for i in range(num_micro_batches):

@@ -162,7 +162,7 @@ def test_code_of_the_readme_is_the_loss():
     rollout = SimpleNamespace(tokens=None)
     sampler = SimpleNamespace(generate=lambda *_, **__: rollout, decode_texts=lambda _: None)
     names = {"torch": torch, "sampler": sampler, "score": lambda *_: torch.rand(2, 3), "policy": lambda *_: logprobs,
-             "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "weights": weights, "eps_low": .1, "eps_high": .2,
+             "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "weights": weights, "clip_low": .1, "clip_high": .2,
              "beta": .3} | dict.fromkeys(("prompts", "samples", "C", "G"))
     exec(python_blocks(README.read_text())[0], names)  # noqa: S102
     loss, _ = policy_loss(logprobs, old_logprobs, ref_logprobs, names["A"][:, :, None], torch.ones(2, 3, 5, dtype=torch.bool),

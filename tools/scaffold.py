@@ -63,7 +63,7 @@ def main() -> None:
     args.out.write_text("".join(lines))
     print(f"{args.out}: {len(lines)} exemplars")
     if len(lines) < len(samples):
-        print(f"{len(samples) - len(lines)} left out: a wrong candidate is less than 1 m away")
+        print(f"{len(samples) - len(lines)} left out: a wrong candidate is less than 0.5 m away")
 
 
 def distance_km(a: tuple[float, float], b: tuple[float, float]) -> float:
