@@ -54,7 +54,10 @@ CLOSED_QUESTION = re.compile(r"classif|classes|options:|yes or no|none, one, two
 TAGS = re.compile(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>")
 LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 CHAT_TOKEN = re.compile(r"<\|\w+\|>")
-RESERVED = re.compile(r"think>|</?answer>|<\|\w+\|>")  # tags of the answer, tokens of the chat
+THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
+TAG = re.compile(r"think(?:ing)?>|</?answer>", re.IGNORECASE)
+RESERVED = re.compile(rf"{TAG.pattern}|<\|\w+\|>", re.IGNORECASE)  # tags, and tokens of the chat
 LEADING_MARKS = re.compile(r"\s*(?:\[[\w.]+\]\s*)+")
 LABELS_WITH_COMMAS = (  # of BigEarthNet
     "land principally occupied by agriculture, with significant areas of natural vegetation|"
@@ -238,16 +241,21 @@ def parse_label_list(question: str, source: str) -> tuple[str, ...]:
     return tuple(label.strip() for label in labels)
 
 
-def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, gt_answer) of a target that may already have <think> and <answer> tags."""
+def split_reasoning(text: str, source: str) -> tuple[str, str]:
+    """(reasoning, gt_answer) of a target, which may be the answer alone, or in <answer> tags, or
+    after <think>..</think>. Raises UserError for any other use of these tags: boxes of the
+    reasoning would become targets."""
     if "<" not in text:
         return "", text.strip()
     if "<|" in text:
         text = CHAT_TOKEN.sub(" ", text)  # a completion cannot contain them
-    think, closed, _ = text.partition("<think>")[2].partition("</think>")
-    _, opened, answer = text.partition("<answer>")
-    answer = answer.partition("</answer>")[0] if opened else text
-    return think.strip() if closed else "", answer.strip()
+    think = THINK.search(text)
+    answer = text[think.end():] if think else text
+    answer = (ANSWER.search(answer) or [answer] * 2)[1]
+    if TAG.search(answer):
+        raise UserError(f"{source}: the tags of the target {text[:60]!r} are not one "
+                        "<think>..</think> and one <answer>..</answer>")
+    return think[1].strip() if think else "", answer.strip()
 
 
 def default_think(task: str, gt_answer: str, n_boxes: int) -> str:

@@ -21,8 +21,9 @@ def read_image_size(path: Path, source: str) -> tuple[int, int]:
     try:
         return header_size(path)
     except FileNotFoundError:
-        raise UserError(f"{source}: image {path} does not exist; name the folder of the images by "
-                        "--images, or --data SOURCE@FOLDER")
+        hint = "write / in place of \\ in names" if "\\" in str(path) else (
+            "name the folder of the images by --images, or --data SOURCE@FOLDER")
+        raise UserError(f"{source}: image {path} does not exist; {hint}")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: image {path} cannot be read ({error}); replace it, or "
                         "leave it out")

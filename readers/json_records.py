@@ -167,7 +167,7 @@ def read_conversation(source: str, record: dict, request: Request) -> Iterator[S
         if request.marked and task not in tasks_of_question(question, target):
             request.notes[OTHER_MARK] += 1
             continue
-        think, gt_answer = split_reasoning(target)
+        think, gt_answer = split_reasoning(target, source)
         turn_source = f"{source}, turn {i}" if len(turns) > 2 else source
         yield from sample_from_text(turn_source, request, images, question, [gt_answer],
                                     think=think, category=record.get("category"))
@@ -293,7 +293,11 @@ def read_few_shot(source: str, row: dict, request: Request) -> Iterator[Sample]:
     """Geo-R1's VRSBench-FS, parquet or JSON: `problem`, and `answer` or `solution` as x1, y1, x2,
     y2 in pixels."""
     images = images_of(source, row, request.image_folder)
-    x1, y1, x2, y2 = map(float, row.get("solution") or row["answer"])
+    numbers = row.get("solution") or row.get("answer")
+    if not isinstance(numbers, list) or len(numbers) != 4:
+        raise UserError(f"{source}: `solution` or `answer` is not a list of four numbers, x1, y1, "
+                        "x2, y2; for `none` write a record of `conversations`")
+    x1, y1, x2, y2 = map(float, numbers)
     box = box_from_pixels((x1, y1, x2, y2), first_image_size(images, source), request)
     is_unique = str(row.get("is_unique", "")).lower()
     subset = is_unique and ("unique" if is_unique in ("true", "1", "unique") else "non-unique")

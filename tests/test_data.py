@@ -349,7 +349,8 @@ def test_conversations_in_pixels(folder, name):
     source = write(folder, chat("<image>\nWhere is the ship?", "[10, 10, 60, 40]"),
                    chat("<image><image>Where is it now?", "<think>It\nmoved.</think>\n<answer>[0,0,100,25],"
                         "[100,25,200,50]</answer>", image=["a.png", "sub/a.jpg"]),
-                   chat("Where?", '{"bbox_2d": [10, 10, 60, 40]}'), chat("<image>Any?", "none"), name=name)
+                   chat("Where?", '{"bbox_2d": [10, 10, 60, 40]}'),
+                   chat("<image>Any?", "<think>Not the one at [8,8,40,40].</think> none"), name=name)
     one, two, qwen, none = load_samples(source, "det", F)
     assert one.question == "Where is the ship?" and one.images == (folder / "a.png",) and one.image_size == F
     assert one.gt_boxes[0] == pytest.approx((5.6, 22.4, 33.6, 89.6, 0)) and one.gt_answer == "[6,22,34,90]"
@@ -481,6 +482,7 @@ BAD_RECORDS = {  # what is wrong -> (second record, what the message has to say)
     "no turns": (chat(), "0 turns"),
     "turns that are no list": ({"image": "a.png", "conversations": "Where?"}, "conversations"),
     "turn without a text": ({"image": "a.png", "conversations": [{"value": "Where?"}, {"value": None}]}, "value"),
+    "reasoning with a box, and no answer": (chat("Where?", "<think>Not the one at [1,2,3,4].</think>"), "the target '' has no box"),
     "answer without a box": (chat("Where?", "over there"), "the target 'over there' has no box.*--task det needs boxes or `none`"),
     "box of three numbers": (chat("Where?", "[1,2,3]"), "box"),
     "box outside the image": (chat("Where?", "[10,10,60,60]"), r"\[10,10,60,60\]'.*lies outside.*200 x 50"),

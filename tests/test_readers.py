@@ -1289,7 +1289,7 @@ def test_exemplars_need_a_table_and_tell_candidates_apart(folder, tmp_path, monk
         picture(tmp_path / f"y/{i}.png", (8, 8))
     write(tmp_path / "x/img_info.csv", *(f"n,{max(i, 1) / 10 + i * 1e-6},10.0,z,x/{i}.png,y/{i}.png" for i in range(8)))
     assert len(exemplars(tmp_path / "x/img_info.csv", tmp_path / "out.jsonl", monkeypatch, "--choices", "2")) < 8
-    assert "left out: a wrong candidate is less than 1 m away" in capsys.readouterr().out
+    assert "left out: a wrong candidate is less than 0.5 m away" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1572,8 +1572,9 @@ A = {"image": "a.png"}
     ("rcap", EARTHDIAL["vqa"][0] | A, "serves cls, mlc, cap, change, vqa, not rcap"),
     ("det", VRSBENCH | {"obj_corner": [.1, .2, .3]}, "VRSBench.*ValueError"),
     ("rec", VRSBENCH | {"image_id": "gone"}, "gone.*--images"),
-    ("rec", A | {"problem": "?", "solution": [1, 2, 3]}, "few shots"),
-    ("rec", A | {"problem": "?", "solution": [9] * 8}, "few shots"),
+    ("rec", A | {"problem": "?", "solution": [1, 2, 3]}, "`solution` or `answer` is not a list of four numbers"),
+    ("det", A | {"problem": "?", "solution": "none"}, "for `none` write a record of `conversations`"),
+    ("rec", A | {"problem": "?", "solution": [9] * 8}, "four numbers"),
     ("rec", A | {"problem": "?", "solution": ["x"] * 4}, "few shots.*'x'"),
     ("cap", A | {"captions": [None]}, "captions"), ("cap", {"filename": "a.png", "sentences": []}, "captions"),
     ("seg", A | {"mask": "gone.png", "problem": "?"}, "gone.png"),
@@ -1638,7 +1639,9 @@ def test_bad_line_of_a_folder_is_named(request, fixture, file, old, new, task, s
 
 
 @pytest.mark.parametrize("task, target, says", [
-    ("vqa", "<think>", "the target '<think>'.*'think>'"), ("vqa", "a </answer>", "'</answer>'"), ("cap", "?!", "is empty"),
+    ("vqa", "<think>", "the tags of the target '<think>' are not one"), ("vqa", "a </answer>", "are not one"), ("cap", "?!", "is empty"),
+    ("vqa", "<Thinking>why</Thinking> sea", "are not one <think>"), ("det", "<think>Not the one at [8, 8, 40, 40].", "are not one"),
+    ("det", "<answer>[1, 2, 30, 40]</answer> or <answer>[8, 8, 40, 40]</answer>", "are not one"),
     ("vqa", "\u200b", "is empty"), ("ground", "[1, 2, 30, 40]", "is empty"), ("cls", "\ud800", "surrogates"),
     ("ground", "A ship [sic] [1, 2, 30, 40]", "brackets"), ("cap", "a ship " * 2000, "characters, more than 10000")])
 def test_target_that_would_fail_its_own_reward_is_refused(folder, task, target, says):
