@@ -124,5 +124,5 @@ def policy_loss(
     kl = kl_k3(logprobs, ref_logprobs) if beta else torch.zeros_like(logprobs)
     token_loss = torch.where(loss_mask, -torch.minimum(unclipped, clipped) + beta * kl, 0.0)
     sums = {"clipped": ((clipped < unclipped) & loss_mask).sum(),
-            "kl": kl.detach()[loss_mask].sum()}
+            "kl": torch.where(loss_mask, kl.detach(), 0.0).sum()}
     return (token_loss * weights).sum(), sums

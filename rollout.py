@@ -116,6 +116,7 @@ class Sampler:
     decode_step          the function, or its compiled form: each new shape costs 15 seconds or more
     static_decode_steps  the MAX_STATIC_DECODE_STEPS most recently used, the latest at the end
     graph_pool           one pool of memory for all CUDA graphs: none of it outlasts a decode step
+    warm_up_stream       one for all captures: cuBLAS keeps up to 32 MiB for each stream
     """
 
     def __init__(self, model: Qwen, processor: Processor,
@@ -130,7 +131,7 @@ class Sampler:
         self.use_cuda_graphs = torch.cuda.is_available()
         self.fixed_shapes = compile_decode_step or self.use_cuda_graphs
         self.static_decode_steps = {}  # (params, shapes) -> (state, function)
-        self.graph_pool = None
+        self.graph_pool = self.warm_up_stream = None
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, max_new_tokens: int, group: int = 1,
@@ -219,7 +220,7 @@ class Sampler:
         run_decode_step itself if the capture fails."""
         # Run before the capture, on another stream as PyTorch asks: libraries set themselves up.
         current_stream = torch.cuda.current_stream()
-        warm_up_stream = torch.cuda.Stream()
+        warm_up_stream = self.warm_up_stream = self.warm_up_stream or torch.cuda.Stream()
         warm_up_stream.wait_stream(current_stream)
         with torch.cuda.stream(warm_up_stream):
             for _ in range(3):
@@ -249,7 +250,7 @@ class Sampler:
 def load_sampler(name: str, image_size: int | None = None) -> Sampler:
     """A model that only generates, whole, on this process's device; see load_model."""
     model, processor = load_model(name, image_size)
-    return Sampler(to_compute_dtype(model, vectors=True).to(device()), processor)
+    return Sampler(to_compute_dtype(model, vectors=True, to=device()), processor)
 
 
 def predict(sampler: Sampler, prompts: Sequence[Prompts], max_new_tokens: int, group: int = 1,

@@ -222,30 +222,31 @@ def main(args: Namespace) -> None:
             sizes = {b: (prompts[b].input_ids.shape[1], args.group * max_lens[b])
                      for b in keep.nonzero()[:, 0].tolist()}
             micro_batches = pack_groups(sizes, pack_tokens) if loss_mask.any() else []
-            num_micro_batches = all_reduce_max(len(micro_batches))
+            # Under FSDP every rank must run equally many forward and backward passes. A rank with
+            # fewer micro-batches runs group 0 again, without loss.
+            num_with_loss = len(micro_batches)
+            micro_batches += [[0]] * (all_reduce_max(num_with_loss) - num_with_loss)
+            # Indices on the device: a list of them would wait for it at each use.
+            rows = [torch.tensor(indices, device=lengths.device) for indices in micro_batches]
             old_logprobs, ref_logprobs = [], []                                 # by micro-batch
             stats, logprob_diffs, losses, grad_norms = [], [], [], []
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             # No loss, no optimiser step: Adam's momentum alone would move the weights.
-            for inner_step in range(args.inner_steps if num_micro_batches else 0):
+            for inner_step in range(args.inner_steps if micro_batches else 0):
                 losses.append(torch.zeros((), device=lengths.device))
-                for i in range(num_micro_batches):
-                    # Under FSDP every rank must run equally many forward and backward passes. A
-                    # rank with fewer micro-batches runs group 0 again, without loss.
-                    is_dummy = i >= len(micro_batches)
-                    indices = [0] if is_dummy else micro_batches[i]             # of b prompts
+                for i, indices in enumerate(micro_batches):                     # of b prompts
                     max_len = max(max_lens[index] for index in indices)
                     inputs = collate([prompts[index] for index in indices])
-                    tokens = rollout.tokens[indices, :, :max_len]               # (b, G, C)
-                    mask = loss_mask[indices, :, :max_len] & (not is_dummy)
+                    tokens = rollout.tokens[rows[i], :, :max_len]               # (b, G, C)
+                    mask = loss_mask[rows[i], :, :max_len] & (i < num_with_loss)
                     logprobs = policy(inputs, tokens, mask, args.temperature)   # (b, G, C)
                     if inner_step == 0:
                         # pi_old comes from the same function as pi, so rho is exactly 1 here.
                         # rollout.logprobs differ by rounding: the metric sampling_gap.
                         old_logprobs.append(logprobs.detach())
-                        diff = (old_logprobs[i] - rollout.logprobs[indices, :, :max_len]).abs()
-                        logprob_diffs.append(diff[mask].sum())
+                        diff = (old_logprobs[i] - rollout.logprobs[rows[i], :, :max_len]).abs()
+                        logprob_diffs.append(torch.where(mask, diff, 0.0).sum())
                         ref_logprobs.append(None)
                         if args.beta:
                             with torch.no_grad(), reference_adapters(policy):
@@ -253,7 +254,7 @@ def main(args: Namespace) -> None:
                                     inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
-                        advantages[indices, :, :max_len], mask, token_weights[indices, :, :max_len],
+                        advantages[rows[i], :, :max_len], mask, token_weights[rows[i], :, :max_len],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=beta)
                     loss.backward()  # ranks' gradients are summed, not averaged: see apply_fsdp
                     losses[-1] += loss.detach()

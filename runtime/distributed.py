@@ -27,7 +27,9 @@ from torch.nn import Module, Parameter
 from runtime.errors import UserError
 from runtime.ranks import rank, world_size
 
-TIMEOUT = timedelta(hours=1)  # how long a rank waits, for example while the first one reads data
+# How long a rank waits, for example while the first one reads data. The groups that --shard-size
+# adds keep the library's shorter timeout.
+TIMEOUT = timedelta(hours=1)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
 
 
@@ -100,16 +102,19 @@ def destroy() -> None:
 # The model on all ranks. A `policy` is a module that wraps .model; its .fsdp_units() are the
 # submodules that are gathered one at a time.
 
-def to_compute_dtype(module: Module, vectors: bool = False) -> Module:
+def to_compute_dtype(module: Module, vectors: bool = False,
+                     to: torch.device | None = None) -> Module:
     """Cast a frozen module's matrices, in place, to what its forward pass computes with.
 
     Vectors (norms, biases) are float32, as autocast leaves them, so log-probs do not change. FSDP
     casts them too; `vectors` does so in the whole copy of a sharded model. Buffers are not cast.
+    With `to` it moves, one weight at a time: the host never holds all of them cast.
     """
     for weight in module.parameters():
         is_cast = vectors or weight.dim() > 1
-        weight.data = weight.data.to(compute_dtype() if is_cast else torch.float32)
-    return module
+        dtype = compute_dtype() if is_cast else torch.float32
+        weight.data = weight.data.to(to or weight.device, dtype)
+    return module.to(to) if to else module
 
 
 def build_policy_and_sampling_model(policy: Module,
@@ -131,7 +136,7 @@ def build_policy_and_sampling_model(policy: Module,
     if not has_adapters:
         policy.float()
     if not is_shared:
-        to_compute_dtype(sampling_model, vectors=True).to(device())
+        to_compute_dtype(sampling_model, vectors=True, to=device())
     return policy, sampling_model
 
 

@@ -129,13 +129,15 @@ def reference_adapters(policy: torch.nn.Module) -> Iterator[None]:
     """A context in which the policy is the reference: the model with the reference's adapters,
     without any if there are none. So the reference needs no copy of the model."""
     # Not peft's set_adapter, which also changes what learns.
-    for layer in adapted_layers(policy):
+    layers = adapted_layers(policy)
+    active = [layer._active_adapter for layer in layers]
+    for layer in layers:
         layer._active_adapter = ["reference"]
     try:
         yield
-    finally:
-        for layer in adapted_layers(policy):
-            layer._active_adapter = ["default"]
+    finally:  # the same lists again: torch.compile's guards ask which layers share one
+        for layer, adapters in zip(layers, active):
+            layer._active_adapter = adapters
 
 
 @torch.no_grad()

@@ -458,6 +458,16 @@ def test_bf16_copy_scores_as_the_float32_weights_under_autocast(tiny, monkeypatc
     assert (exact - a).abs().max() < 0.1
 
 
+def test_weights_are_cast_on_their_way_to_the_gpu(monkeypatch):
+    """Cast on the host first, each process of a node held a private bf16 copy of a float32 checkpoint there."""
+    monkeypatch.setattr("runtime.distributed.compute_dtype", lambda: torch.bfloat16)
+    calls = []
+    weight = SimpleNamespace(dim=lambda: 2, device="cpu", data=SimpleNamespace(to=lambda *args: calls.append(args)))
+    module = SimpleNamespace(parameters=lambda: [weight], to=lambda device: None)
+    to_compute_dtype(module, to="cuda")
+    assert calls == [("cuda", torch.bfloat16)]
+
+
 def test_a_stage_frees_the_reference_of_the_stage_before(sft, dataset, tmp_path, monkeypatch):
     """A name that outlived the loop once held it: two references at every later stage's peak."""
     made, make = [], train_grpo.make_ref_model

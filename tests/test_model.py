@@ -28,6 +28,7 @@ import rollout
 import train_grpo
 from attention import SharedPrompt, decode_attention, flash_attn_for
 from conftest import GRPO, rows
+from grpo import policy_loss
 from model import STOP_TOKENS, Policy, add_image_embeds, compute_image_embeds, token_logprobs
 from pretrained import load_model, save_model
 from processing import collate, encode_chat, max_position_ids
@@ -519,6 +520,16 @@ class NoHost(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
         return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_loss_of_a_micro_batch_makes_nobody_wait(loss):
+    """Sums over x[mask] looked up on the host how many tokens they have, before each backward pass."""
+    logprobs, old_logprobs, ref_logprobs, weights = torch.rand(4, 2, 3, 5)
+    mask = torch.rand(2, 3, 5) > .5
+    with NoHost():
+        policy_loss(logprobs, old_logprobs, ref_logprobs, torch.ones(2, 3, 1), mask, weights, loss=loss, clip_low=.2,
+                    clip_high=.2, beta=.1)
 
 
 class StaticSampler(Sampler):
