@@ -391,17 +391,6 @@ def test_geochat_boxes_are_on_a_grid_and_noisy(folder, capsys):
     assert "1 boxes clipped" in notes and "1 boxes without area" in notes and "geochat.json: 3 samples" in notes
 
 
-GEOCHAT = ["<image>\n[refer] where is <p>the ship</p>?", "{<10><20><30><40>|<0>}",
-           "[identify] what is {<1><2><3><4>|<5>}", "a ship",
-           "Classify the image. Classes: sea, forest", "sea"]
-
-
-@pytest.mark.parametrize("task, answer", [("det", "[11,22,34,45]"), ("cls", "sea")])
-def test_records_of_geochat_mix_tasks_and_each_takes_its_own(folder, task, answer):
-    records = GEOCHAT[:2], GEOCHAT[2:], ["<image>\nIs it a rural area? Answer with one word.", "no"]  # no tag, as published
-    assert [s.gt_answer for s in load_samples(write(folder, *(chat(*turns) for turns in records)), task, F)] == [answer]
-
-
 def test_earthdial_rows(folder):
     row = {"image": "a.png", "question": " [refer] [hr_rgb_0.5] <image> \\n Give me the location of <ref>2 ships</ref>",
            "gt_bbox": "[[10, 20, 30, 40, 0]][[-1, 50, 60, 101, 90]]", "task_type": "ref", "size_group": '"small"'}
@@ -421,16 +410,6 @@ def test_class_folders(tmp_path, above):
     samples = load_samples(str(tmp_path), "cls", F)
     assert [s.gt_answer for s in samples] == ["AnnualCrop"] * 3 + ["River"] * 3
     assert len({s.id for s in samples}) == 6 and "Classes: AnnualCrop, River." in samples[0].question
-
-
-def test_heldout_and_train_are_disjoint_by_image_and_together_everything(folder):
-    for i in range(60):
-        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
-    source = write(folder, *(chat(question, "sea", image=f"{i}.png") for i in range(60) for question in ("Which?", "And now?")))
-    everything, train, heldout = (load_samples(source, "cls", F, split=split) for split in ("all", "train", "heldout"))
-    assert len(everything) == 120 and 0 < len(heldout) < 30
-    assert sorted(s.id for s in train + heldout) == sorted(s.id for s in everything)
-    assert not {s.images for s in train} & {s.images for s in heldout}
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u0085"])
@@ -654,19 +633,6 @@ def test_a_split_that_some_records_lack_is_refused():
     for whole in (None, "train"):
         with pytest.raises(UserError, match="some records have `split`: train, and others none"):
             split_samples(samples, "d.json", whole)
-
-
-def test_published_splits_are_kept(tmp_path):
-    """A hash of names would mix the test images of RSICD, whose published figures are about those, into training."""
-    splits = ["train", "test", "val"] * 4
-    for i in range(12):
-        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
-    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(
-        {"image": f"{i}.png", "split": split, "captions": [f"image {i}"]}) for i, split in enumerate(splits)))
-    answers = {split: {s.gt_answer for s in load_samples(str(tmp_path / "captions.jsonl"), "cap", F, split=split)}
-               for split in ("train", "heldout", "all")}
-    assert answers["train"] == {f"image {i}" for i in (0, 3, 6, 9)} and answers["heldout"] == {f"image {i}" for i in (2, 5, 8, 11)}
-    assert len(answers["all"]) == 12
 
 
 def test_training_is_scored_on_val_and_evaluation_on_test(tmp_path, monkeypatch):
@@ -935,10 +901,8 @@ def test_source_of_an_evaluation_that_gives_nothing_is_named(folder):
     """Beside a source with a test split, one of training records was named in the line above the scores and not scored."""
     test = write(folder, *[GOOD | {"image": "a.png", "split": "test"}] * 3)
     (folder / "c_train.json").write_text(json.dumps([GOOD | {"image": "b.png"}]))
-    args = SimpleNamespace(data=[str(test), f"{folder / 'c_train.json'}"], eval_data=None, images=str(folder), choices=None,
-                           negatives=None, task="det", oriented=False, no_think=False, system=None, split=None, limit=None)
     with pytest.raises(UserError, match="c_train.json: no samples of task det in the heldout split"):
-        evaluate.load_evaluation(args, F)
+        evaluated(task="det", data=[str(test), f"{folder / 'c_train.json'}"], images=str(folder))
 
 
 def test_images_of_the_same_names_in_another_folder_are_other_data():
