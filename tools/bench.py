@@ -3,7 +3,6 @@ machine allows. One JSON line per case.
 
     python tools/bench.py                          # CPU, a random model of tiny's size, 3 cases:
                                                    # 448 px G 8, 448 px G 16, 224 px G 8
-    python tools/bench.py --size mid --px 448      # a model of 110 M weights
     python tools/bench.py --device cuda --size 3b  # the shapes of Qwen2.5-VL-3B, random weights,
                                                    # bf16 (7b: with LoRA)
     python tools/bench.py --memory                 # peak of one group's update, by group, prompt
@@ -32,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
 
 import torch
-from transformers import Qwen2_5_VLConfig
 
 import sizing
 from data import load_samples
@@ -156,7 +154,7 @@ def build(size, px, B, checkpointing, vocabulary=None):
     samples = [dataset[i] for i in range(200)]
     model, processor = new_tiny_model([format_prompt(s) + format_target(s) for s in samples], px)
     if size != "tiny":
-        config = mid_config() if size == "mid" else sizing.shape(size)
+        config = sizing.shape(size)
         sizing.copy_token_ids(model.config, config)
         with torch.device(device()):
             model = use_fused_layers(Qwen._from_config(config, attn_implementation=ATTENTION))
@@ -167,16 +165,6 @@ def build(size, px, B, checkpointing, vocabulary=None):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, samples[:B]
-
-
-def mid_config():
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
-    text = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 16,
-            "num_attention_heads": 10, "num_key_value_heads": 2, "vocab_size": 8192,
-            "rope_parameters": rope}
-    vision = {"depth": 8, "hidden_size": 320, "num_heads": 8, "intermediate_size": 860,
-              "out_hidden_size": 640, "fullatt_block_indexes": [3, 7]}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,7 +344,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=("tiny", "mid", *sizing.SHAPES), default="tiny")
+    parser.add_argument("--size", choices=("tiny", *sizing.SHAPES), default="tiny")
     parser.add_argument("--px", type=int, help="one case, with --group (default: three for the "
                         "CPU, 448 px for a GPU)")
     parser.add_argument("--group", type=int, default=8)
