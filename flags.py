@@ -397,14 +397,10 @@ def check_eval_args(args: Namespace) -> None:
             raise UserError(f"--suite names the data of each benchmark; leave {given} out")
         return
     check_task(args.task)
-    asked = [name for name in ("oriented", "no-think", "system")
-             if getattr(args, name.replace("-", "_"))]
-    if asked and args.predictions:
-        raise UserError(f"--{asked[0]} changes what a model is asked, but --predictions has its "
-                        f"answers already; leave --{asked[0]} out")
-    given = given_flags(args, "data", "eval-data", "split", "images", "limit")
+    given = given_flags(args, "data", "eval-data", "split", "images", "limit", "oriented",
+                        "no-think", "system")
     if given and args.predictions:
-        raise UserError(f"--predictions has its samples already; leave {given} out")
+        raise UserError(f"--predictions has its samples and answers already; leave {given} out")
     if args.benchmark and published.BENCHMARKS[args.benchmark][0] != args.task:
         raise UserError(f"--benchmark {args.benchmark} is a table of task "
                         f"{published.BENCHMARKS[args.benchmark][0]}, not {args.task}")

@@ -649,10 +649,10 @@ def test_part_that_a_task_of_a_mixed_stage_lacks_counts_as_zero():
     ("train_grpo.py", "--task det --model SFT --image-size 100", "--image-size 100"),
     ("train_sft.py", "--task det --model SFT --data nowhere.json", "nowhere.json"),
     ("train_sft.py", "--task det --no-think --half-no-think", "--half-no-think .* leave one of them out"),
-    ("evaluate.py", "--task det --no-think --predictions a.jsonl", "--no-think changes what a model is asked.* leave --no-think out"),
-    ("evaluate.py", "--task det --system EMPTY/text.jsonl --predictions a.jsonl", "--system changes what a model is asked"),
+    ("evaluate.py", "--task det --no-think --predictions a.jsonl", "has its samples and answers already; leave --no-think out"),
+    ("evaluate.py", "--task det --system EMPTY/text.jsonl --predictions a.jsonl", "leave --system out"),
     ("train_sft.py", "--task det --model EMPTY --reward det=typo", "no reward of det has this name"),  # it once trained first
-    ("evaluate.py", "--task det --predictions a.jsonl --limit 2 --data b.json", "has its samples already; leave --data, --limit out"),
+    ("evaluate.py", "--task det --predictions a.jsonl --limit 2 --data b.json --oriented", "leave --data, --limit, --oriented out"),
     ("evaluate.py", "--data synthetic", "either --task or --suite"),
     ("evaluate.py", "--task det --suite suite.jsonl", "either --task or --suite"),
     ("evaluate.py", "--suite suite.jsonl --data d.json", "--suite names the data of each benchmark; leave --data out"),
