@@ -179,10 +179,8 @@ def average_precision(predicted: np.ndarray, target: np.ndarray) -> float:
 
     Equal to pycocotools: in the order of the answer each of the first 100 boxes takes the best
     unmatched target that it overlaps enough; precision is made monotonic and read off at 101
-    recalls. No targets and no predictions: 1.
+    recalls. Neither side is empty.
     """
-    if not len(predicted) or not len(target):
-        return float(len(predicted) == len(target))
     ious = iou_matrix(predicted[:100], target[::-1])  # reversed: of equals COCO takes the last
     total = 0.0
     for threshold in np.linspace(0.5, 0.95, 10):

@@ -938,11 +938,6 @@ def test_only_the_first_hundred_boxes_count():
         assert average_precision(np.array(boxes, float), reference) == pytest.approx(ap) == coco_ap(boxes, reference.tolist())
 
 
-def test_average_precision_of_nothing():
-    none, one = np.zeros((0, 4)), np.array([[0, 0, 1, 1.0]])
-    assert average_precision(none, none) == 1 and average_precision(one, none) == average_precision(none, one) == 0
-
-
 @quick
 @given(st.lists(box, max_size=5), st.lists(box, max_size=6), st.data())
 def test_a_wrong_box_never_pays(reference, predicted, data):
