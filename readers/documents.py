@@ -1,7 +1,7 @@
 """Documents that keep their records in several lists, which ids join -> records."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from readers.files import SPLITS, read_json, user_error_on
@@ -11,14 +11,13 @@ SPLIT_LISTS = SPLITS | {"training": "train", "testing": "test"}
 
 
 def records_of_document(path: Path, source: str, document: dict,
-                        notes: Sequence[Counter]) -> Iterator[tuple[str, dict]]:
+                        notes: Counter) -> Iterator[tuple[str, dict]]:
     """The records of a document that keeps them in several lists, joined by their ids."""
     if "questions" in document:  # RSVQA
         answers = read_rsvqa_answers(path.with_name(path.name.replace("questions", "answers")))
         active = [q for q in document["questions"] if q.get("active", True)]
         inactive = len(document["questions"]) - len(active)
-        for counts in notes:
-            counts["questions of other splits left out"] += inactive
+        notes["questions of other splits left out"] += inactive
         for q in active:
             answer = {"answer": answers[q["id"]]} if q["id"] in answers else {}
             yield f"{path}: question {q['id']}", q | answer
@@ -27,8 +26,7 @@ def records_of_document(path: Path, source: str, document: dict,
         objects, seen = defaultdict(list), set()
         for a in document["annotations"]:
             if int(a.get("iscrowd") or 0):
-                for counts in notes:
-                    counts["boxes of a crowd (iscrowd) left out"] += 1
+                notes["boxes of a crowd (iscrowd) left out"] += 1
             else:
                 objects[a["image_id"]].append((names[a["category_id"]], a["bbox"]))
         for image in document["images"]:
@@ -37,8 +35,7 @@ def records_of_document(path: Path, source: str, document: dict,
             seen.add(image["id"])
             yield f"{path}: image {image['id']}", image | {"objects": objects[image["id"]]}
         for image_id in objects.keys() - seen:
-            for counts in notes:
-                counts["boxes of images that are not listed left out"] += len(objects[image_id])
+            notes["boxes of images that are not listed left out"] += len(objects[image_id])
     elif "images" in document:  # Karpathy
         for i, image in enumerate(document["images"]):
             yield f"{path}: image {i}", image

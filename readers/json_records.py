@@ -2,6 +2,7 @@
 format, which is one reader and one line of the table RECORDS at the end."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -65,8 +66,10 @@ def read_records(path: Path,
     source, document = first[0] if first and isinstance(first[0][1], dict) else (str(path), {})
     if len(first) == 1 and document and not format_of(document):
         with user_error_on("a document of RSVQA, COCO, Karpathy's or NWPU's captions", source):
-            notes = [request.notes for request in requests.values()]
+            notes = Counter()
             rows = list(records_of_document(path, source, document, notes))
+            for request in requests.values():
+                request.notes.update(notes)
             records, document = iter(rows), rows[0][1] if rows else {}
     is_chat = "conversations" in document or "messages" in document
     marked = is_chat and has_match(MARKED_TEXT, path, table)
