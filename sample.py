@@ -116,8 +116,8 @@ def format_target(sample: Sample) -> str:
 
 def to_oriented(sample: Sample) -> Sample:
     """The det sample with answers of oriented boxes [x1,y1,x2,y2,theta], as in GeoVLM-R1."""
-    answer = format_boxes(sample.gt_boxes, sample.image_size, oriented=True)
-    return replace(sample, oriented=True, gt_answer=answer)
+    gt_answer = format_boxes(sample.gt_boxes, sample.image_size, oriented=True)
+    return replace(sample, oriented=True, gt_answer=gt_answer)
 
 
 def loosen_boxes(sample: Sample, pixels: float, seed: Sequence[int]) -> Sample:

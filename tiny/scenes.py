@@ -321,17 +321,17 @@ def ask_vqa(about: Topic) -> dict:
     subset = ("presence", "comp", "count", "rural_urban")[about.rng.integers(4)]
     if subset == "presence":
         question = f"Is there a {colour} {kind}?"
-        answer = "yes" if any(obj.colour == colour for obj in about.of_kind()) else "no"
+        gt_answer = "yes" if any(obj.colour == colour for obj in about.of_kind()) else "no"
     elif subset == "comp":
         question = f"Are there more {kind}s than {other}s?"
-        answer = "yes" if counts[kind] > counts[other] else "no"
+        gt_answer = "yes" if counts[kind] > counts[other] else "no"
     elif subset == "count":
         question = f"How many {kind}s are there?"
-        answer = str(counts[kind])
+        gt_answer = str(counts[kind])
     else:
         question = "Is this a rural or an urban area?"
-        answer = "urban" if land == "city" else "rural"
-    return {"question": question, "gt_answer": answer, "category": subset, "subset": subset,
+        gt_answer = "urban" if land == "city" else "rural"
+    return {"question": question, "gt_answer": gt_answer, "category": subset, "subset": subset,
             "think": f"{LAND[land][2]}: {about.objects_text}."}
 
 
@@ -339,27 +339,27 @@ def ask_rec(about: Topic) -> dict:
     scene = about.scene
     target = about.target or scene.objects[0]
     is_unique = sum(obj.kind == target.kind for obj in scene.objects) == 1
-    answer = format_json({"bbox_2d": clip_and_round(target.box, scene.image_size)})
-    return {"question": f"Find the {describe(target, scene)}.", "gt_answer": answer,
+    gt_answer = format_json({"bbox_2d": clip_and_round(target.box, scene.image_size)})
+    return {"question": f"Find the {describe(target, scene)}.", "gt_answer": gt_answer,
             "gt_boxes": (target.box,), "think": f"{about.objects_text}.",
             "category": target.kind, "subset": "unique" if is_unique else "non-unique"}
 
 
 def ask_ovd(about: Topic) -> dict:
     boxes = tuple(obj.box for obj in about.of_kind())
-    answer = format_json([{"bbox_2d": clip_and_round(box, about.scene.image_size),
-                           "label": about.kind} for box in boxes])
-    return {"question": f"Detect every {about.kind}.", "gt_answer": answer, "gt_boxes": boxes,
+    gt_answer = format_json([{"bbox_2d": clip_and_round(box, about.scene.image_size),
+                              "label": about.kind} for box in boxes])
+    return {"question": f"Detect every {about.kind}.", "gt_answer": gt_answer, "gt_boxes": boxes,
             "think": f"{about.objects_text}: {len(boxes)} {about.kind}.", "category": about.kind}
 
 
 def ask_seg(about: Topic) -> dict:
     found = about.of_kind()
-    answer = format_json([{"bbox_2d": clip_and_round(obj.box, about.scene.image_size),
-                           "keypoint1": [round(x) for x in point_on_object(obj, 0, -.25)],
-                           "keypoint2": [round(x) for x in point_on_object(obj, 0, .15)]}
-                          for obj in found])
-    return {"question": PURPOSES[about.kind], "gt_answer": answer,
+    gt_answer = format_json([{"bbox_2d": clip_and_round(obj.box, about.scene.image_size),
+                              "keypoint1": [round(x) for x in point_on_object(obj, 0, -.25)],
+                              "keypoint2": [round(x) for x in point_on_object(obj, 0, .15)]}
+                             for obj in found])
+    return {"question": PURPOSES[about.kind], "gt_answer": gt_answer,
             "gt_boxes": tuple(obj.box for obj in found), "gt_mask": draw_mask(about.scene, found),
             "think": f"{about.objects_text}: {len(found)} {about.kind}.", "category": about.kind}
 

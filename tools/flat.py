@@ -3,8 +3,8 @@
     python tools/flat.py                  # 500 steps: some minutes
     python tools/flat.py --steps 2000
 
-Linux only: it reads /proc. The last line is the growth per 100 steps, a line fitted to the samples
-of the second half: the first half has the warm-up of caches and allocators.
+Linux only: it reads /proc. The last line is the growth per 100 steps, a line fitted to the
+measurements of the second half: the first half has the warm-up of caches and allocators.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--task det --prompts 2 --group 2 --max-new-tokens 40 --heldout 0"
 
 
-def sample(pid: int) -> tuple[float, int, int]:
+def measure(pid: int) -> tuple[float, int, int]:
     """(resident memory in MiB, open files, threads) of a process."""
     process = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
@@ -43,7 +43,7 @@ def main() -> None:
             time.sleep(0.02)
             step = log.read_bytes().count(b"\n") if log.exists() else 0
             if step >= 50 * (len(rows) + 1):
-                rows.append((step, *sample(run.pid)))
+                rows.append((step, *measure(run.pid)))
                 print("{:8d}{:12.1f}{:8d}{:9d}".format(*rows[-1]), flush=True)
         if run.wait():
             sys.exit("the run has failed")
