@@ -54,9 +54,8 @@ CLOSED_QUESTION = re.compile(r"classif|classes|options:|yes or no|none, one, two
 TAGS = re.compile(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>")
 LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 CHAT_TOKEN = re.compile(r"<\|\w+\|>")
-THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
-TAG = re.compile(r"think(?:ing)?>|</?answer>", re.IGNORECASE)
+LAYOUT = re.compile(r"(?:<think>(.*?)</think>)?\s*(?:<answer>(.*)</answer>|(.*))", re.DOTALL)
+TAG = re.compile(r"think(?:ing)?\s*>|</?answer\s*>", re.IGNORECASE)
 RESERVED = re.compile(rf"{TAG.pattern}|<\|\w+\|>", re.IGNORECASE)  # tags, and tokens of the chat
 LEADING_MARKS = re.compile(r"\s*(?:\[[\w.]+\]\s*)+")
 LABELS_WITH_COMMAS = (  # of BigEarthNet
@@ -249,13 +248,12 @@ def split_reasoning(text: str, source: str) -> tuple[str, str]:
         return "", text.strip()
     if "<|" in text:
         text = CHAT_TOKEN.sub(" ", text)  # a completion cannot contain them
-    think = THINK.search(text)
-    answer = text[think.end():] if think else text
-    answer = (ANSWER.search(answer) or [answer] * 2)[1]
+    think, tagged, untagged = LAYOUT.fullmatch(text.strip()).groups(default="")
+    answer = tagged or untagged
     if TAG.search(answer):
         raise UserError(f"{source}: the tags of the target {text[:60]!r} are not one "
                         "<think>..</think> and one <answer>..</answer>")
-    return think[1].strip() if think else "", answer.strip()
+    return think.strip(), answer.strip()
 
 
 def default_think(task: str, gt_answer: str, n_boxes: int) -> str:
@@ -279,8 +277,8 @@ def check_target(source: str, task: str, question: str, think: str, gt_answer: s
     elif len(gt_answer) > MAX_TEXT:
         wrong = f"has {len(gt_answer)} characters, more than {MAX_TEXT}"
     elif ">" in text and RESERVED.search(text):
-        wrong = (f"or its question holds {RESERVED.search(text)[0]!r}, part of the chat's layout; "
-                 "a target is its answer, or <think>..</think> <answer>..</answer>")
+        wrong = (f"or its question or reasoning holds {RESERVED.search(text)[0]!r}, a part of the "
+                 "chat's layout")
     elif task in ("ground", "ovd") and len(BRACKET.findall(gt_answer)) != n_boxes:
         wrong = "has brackets that are no box [x1, y1, x2, y2]; write them as (..)"
     elif task == "count" and parse_count(gt_answer) is None:

@@ -1636,6 +1636,8 @@ def test_bad_line_of_a_folder_is_named(request, fixture, file, old, new, task, s
     ("vqa", "<think>", "the tags of the target '<think>' are not one"), ("vqa", "a </answer>", "are not one"), ("cap", "?!", "is empty"),
     ("vqa", "<Thinking>why</Thinking> sea", "are not one <think>"), ("det", "<think>Not the one at [8, 8, 40, 40].", "are not one"),
     ("det", "<answer>[1, 2, 30, 40]</answer> or <answer>[8, 8, 40, 40]</answer>", "are not one"),
+    ("det", "[1, 2, 30, 40] <think>why</think> none", "are not one"), ("det", "<think >[1, 2, 30, 40]</think > none", "are not one"),
+    ("det", "<think>why</think> [1, 2, 30, 40] <answer>none</answer>", "are not one"),
     ("vqa", "\u200b", "is empty"), ("ground", "[1, 2, 30, 40]", "is empty"), ("cls", "\ud800", "surrogates"),
     ("ground", "A ship [sic] [1, 2, 30, 40]", "brackets"), ("cap", "a ship " * 2000, "characters, more than 10000")])
 def test_target_that_would_fail_its_own_reward_is_refused(folder, task, target, says):

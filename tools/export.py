@@ -2,8 +2,8 @@
 
     python tools/export.py runs/grpo runs/grpo-so-far
 
-A complete run has model/ already. Adapters of LoRA are merged into the model, and not written beside
-it as a complete run does.
+A complete run has model/ already. Adapters of LoRA are merged into the model, and not written
+beside it as a complete run does.
 """
 
 import argparse
