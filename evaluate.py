@@ -188,8 +188,7 @@ def run_model(args: Namespace, sampler: Sampler) -> tuple[list[Sample], list[str
     if rank() == 0:
         if not is_partial(file, settings):
             clear(args.out, keep_run=not args.overwrite)
-            file.write_text(settings + "\n")
-        kept = read_partial(file)
+        kept = read_partial(file, settings)
     done = all_gather_object(kept)[0]
     batches = [[i for i in batch if i not in done]
                for batch in batches_by_length(samples, args.batch)]

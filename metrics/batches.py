@@ -37,10 +37,12 @@ def is_partial(file: Path, settings: str) -> bool:
         return lines.readline() == settings + "\n"
 
 
-def read_partial(file: Path) -> dict[int, str]:
-    """{index of a sample: completion} of the lines after the settings. From the first damaged one
-    on, such as a torn last one, the file is cut."""
-    lines = file.read_text(errors="replace").split("\n")[:-1]
+def read_partial(file: Path, settings: str) -> dict[int, str]:
+    """{index of a sample: completion} as an interrupted evaluation with these settings left them.
+    From the first damaged line on, such as a torn last one, the file is cut."""
+    lines = [settings]
+    if is_partial(file, settings):
+        lines = file.read_text(errors="replace").split("\n")[:-1]
     done = {}
     for n, line in enumerate(lines[1:], 1):
         try:
