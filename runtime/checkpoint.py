@@ -232,6 +232,8 @@ def read_run_json(folder: Path) -> dict[str, dict]:
     if the progress is not as it was written."""
     file = folder / "run.json"
     try:
+        if not file.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError("no such file")
         saved = json.loads(file.read_text())
         parts = {name: saved[name] for name in ("settings", "progress", "files")}
         if not all(isinstance(part, dict) for part in parts.values()):

@@ -38,6 +38,8 @@ class JsonlLog:
         i = 0
         if rank() == 0 and steps:
             try:
+                if not path.is_file():  # a FIFO would be waited for
+                    raise FileNotFoundError
                 self.kept_lines = path.read_bytes().split(b"\n")[: steps * lines_per_step]
                 for i in range(steps * lines_per_step):
                     if json.loads(self.kept_lines[i])["step"] != i // lines_per_step + 1:

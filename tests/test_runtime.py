@@ -200,6 +200,8 @@ def replace(name, by):
             (out / name).write_text("")
         elif by == "a dead link":
             (out / name).symlink_to("nowhere")
+        elif by == "a pipe":
+            os.mkfifo(out / name)
     return damage
 
 
@@ -247,6 +249,8 @@ DAMAGES = {
        for name in ("checkpoint", "checkpoint/run.json", "checkpoint/.metadata", "metrics.jsonl",
                     "checkpoint/reference", "checkpoint/reference/__0_0.distcp")
        for by in ("a folder", "a file", "a dead link")},
+    **{f"{name} a pipe": replace(name, "a pipe")  # which a reader would wait for
+       for name in ("checkpoint/run.json", "checkpoint/__0_0.distcp", "samples.jsonl")},
     "logs swapped": swap("metrics.jsonl", "samples.jsonl"),
     "tensors swapped": swap("checkpoint/.metadata", "checkpoint/__0_0.distcp"),
     "models swapped": swap("checkpoint/__0_0.distcp", "checkpoint/reference/__0_0.distcp"),
