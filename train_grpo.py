@@ -227,7 +227,7 @@ def main(args: Namespace) -> None:
             num_with_loss = len(micro_batches)
             micro_batches += [[0]] * (all_reduce_max(num_with_loss) - num_with_loss)
             # Indices on the device: a list of them would wait for it at each use.
-            rows = [torch.tensor(indices, device=lengths.device) for indices in micro_batches]
+            on_device = [torch.tensor(indices, device=lengths.device) for indices in micro_batches]
             old_logprobs, ref_logprobs = [], []                                 # by micro-batch
             stats, logprob_diffs, losses, grad_norms = [], [], [], []
             for param_group in optimizer.param_groups:
@@ -235,17 +235,17 @@ def main(args: Namespace) -> None:
             # No loss, no optimiser step: Adam's momentum alone would move the weights.
             for inner_step in range(args.inner_steps if micro_batches else 0):
                 losses.append(torch.zeros((), device=lengths.device))
-                for i, indices in enumerate(micro_batches):                     # of b prompts
+                for i, (indices, at) in enumerate(zip(micro_batches, on_device)):  # b prompts
                     max_len = max(max_lens[index] for index in indices)
                     inputs = collate([prompts[index] for index in indices])
-                    tokens = rollout.tokens[rows[i], :, :max_len]               # (b, G, C)
-                    mask = loss_mask[rows[i], :, :max_len] & (i < num_with_loss)
+                    tokens = rollout.tokens[at, :, :max_len]                    # (b, G, C)
+                    mask = loss_mask[at, :, :max_len] & (i < num_with_loss)
                     logprobs = policy(inputs, tokens, mask, args.temperature)   # (b, G, C)
                     if inner_step == 0:
                         # pi_old comes from the same function as pi, so rho is exactly 1 here.
                         # rollout.logprobs differ by rounding: the metric sampling_gap.
                         old_logprobs.append(logprobs.detach())
-                        diff = (old_logprobs[i] - rollout.logprobs[rows[i], :, :max_len]).abs()
+                        diff = (old_logprobs[i] - rollout.logprobs[at, :, :max_len]).abs()
                         logprob_diffs.append(torch.where(mask, diff, 0.0).sum())
                         ref_logprobs.append(None)
                         if args.beta:
@@ -254,7 +254,7 @@ def main(args: Namespace) -> None:
                                     inputs, tokens, mask, args.temperature)
                     loss, sums = grpo.policy_loss(
                         logprobs, old_logprobs[i], ref_logprobs[i],
-                        advantages[rows[i], :, :max_len], mask, token_weights[rows[i], :, :max_len],
+                        advantages[at, :, :max_len], mask, token_weights[at, :, :max_len],
                         loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=beta)
                     loss.backward()  # ranks' gradients are summed, not averaged: see apply_fsdp
                     losses[-1] += loss.detach()

@@ -55,8 +55,8 @@ TAGS = re.compile(r"<image>|</?(?:p|ref)>|\\n|<\|\w+\|>")
 LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 CHAT_TOKEN = re.compile(r"<\|\w+\|>")
 LAYOUT = re.compile(r"(?:<think>(.*?)</think>)?\s*(?:<answer>(.*)</answer>|(.*))", re.DOTALL)
-TAG = re.compile(r"think(?:ing)?\s*>|</?answer\s*>", re.IGNORECASE)
-RESERVED = re.compile(rf"{TAG.pattern}|<\|\w+\|>", re.IGNORECASE)  # tags, and tokens of the chat
+LAYOUT_TAG = re.compile(r"think(?:ing)?\s*>|</?answer\s*>", re.IGNORECASE)
+RESERVED = re.compile(f"{LAYOUT_TAG.pattern}|{CHAT_TOKEN.pattern}", re.IGNORECASE)
 LEADING_MARKS = re.compile(r"\s*(?:\[[\w.]+\]\s*)+")
 LABELS_WITH_COMMAS = (  # of BigEarthNet
     "land principally occupied by agriculture, with significant areas of natural vegetation|"
@@ -250,7 +250,7 @@ def split_reasoning(text: str, source: str) -> tuple[str, str]:
         text = CHAT_TOKEN.sub(" ", text)  # a completion cannot contain them
     think, tagged, untagged = LAYOUT.fullmatch(text.strip()).groups(default="")
     answer = tagged or untagged
-    if TAG.search(answer):
+    if LAYOUT_TAG.search(answer):
         raise UserError(f"{source}: the tags of the target {text[:60]!r} are not one "
                         "<think>..</think> and one <answer>..</answer>")
     return think.strip(), answer.strip()

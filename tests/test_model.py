@@ -36,6 +36,7 @@ from rollout import Rollout, Sampler, inverse_cdf, predict, replace_groups, unif
 from runtime.distributed import sync_sampling_model
 from runtime.errors import UserError
 from runtime.layers import AlignedMLP, FusedRMSNorm, use_fused_layers
+from runtime.lora import reference_adapters
 from runtime.optimisation import linear_warmup_decay
 from test_scripts import here
 from tools import sizing
@@ -530,6 +531,15 @@ def test_loss_of_a_micro_batch_makes_nobody_wait(loss):
     with NoHost():
         policy_loss(logprobs, old_logprobs, ref_logprobs, torch.ones(2, 3, 1), mask, weights, loss=loss, clip_low=.2,
                     clip_high=.2, beta=.1)
+
+
+def test_layers_get_back_the_very_lists_of_adapters_that_they_had():
+    """torch.compile guards on lists that layers share: new ones compiled each decode step again after the first reference pass."""
+    shared = ["default"]
+    layers = [SimpleNamespace(lora_A={}, _active_adapter=shared) for _ in range(2)]
+    with reference_adapters(SimpleNamespace(modules=lambda: layers)):
+        assert all(layer._active_adapter == ["reference"] for layer in layers)
+    assert all(layer._active_adapter is shared for layer in layers)
 
 
 class StaticSampler(Sampler):
