@@ -238,7 +238,7 @@ def parse_grpo_args(description: str) -> Namespace:
                             "80 for the 3B model")
     flags = parser.add_argument_group("reward")
     for name, part in REWARD_PARTS.items():
-        only = f" (task {', '.join(part.tasks)})" if part.tasks else ""
+        only = f" (task {', '.join(sorted(part.tasks))})" if part.tasks else ""
         flags.add_argument(f"--{name}-weight", type=float, default=1.0,
                            help=f"weight of the {name} reward in the sum{only}")
     add_reward_model_flags(flags)
@@ -278,6 +278,9 @@ def parse_grpo_args(description: str) -> Namespace:
 def check_grpo_args(args: Namespace, stages: list[list[str]]) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
     check_oriented(args.oriented, list(chain(*stages)))
+    for name, part in REWARD_PARTS.items():
+        for task in (part.tasks or set()) - TASKS.keys():  # a part of no task would never count
+            raise UserError(f"rewards.py: the reward part {name} is for {task!r}, which is no task")
     if args.group < 2:
         raise UserError(f"--group {args.group}: an advantage is relative to the group's mean, so a "
                         "group needs at least 2")

@@ -365,7 +365,7 @@ def finite_reward(name: str, compute: Callable[..., float], *, answer: str | Non
 
 class RewardPart(NamedTuple):
     compute: Callable[..., float]
-    tasks: tuple[str, ...] | None = None  # None: all
+    tasks: set[str] | None = None         # None: all
     train_only: bool = False              # not in evaluate.py and not in the held-out rewards
 
 
@@ -374,8 +374,8 @@ class RewardPart(NamedTuple):
 REWARD_PARTS = {
     "format": RewardPart(format_reward),
     "accuracy": RewardPart(accuracy_reward),
-    "length": RewardPart(length_reward, tasks=("pair",), train_only=True),
-    "repetition": RewardPart(repetition_penalty, tasks=("pair",), train_only=True),
+    "length": RewardPart(length_reward, tasks={"pair"}, train_only=True),
+    "repetition": RewardPart(repetition_penalty, tasks={"pair"}, train_only=True),
 }
 
 

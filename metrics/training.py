@@ -33,7 +33,7 @@ def stack_parts(scored: list[list[dict[str, float]]], tasks: Sequence[str]) -> d
     """B x G x {part: reward} -> {part: (B, G)}, on all ranks the parts that any of the stage's
     tasks has. A part that a completion's own task lacks counts as 0."""
     names = [name for name, part in REWARD_PARTS.items()
-             if part.tasks is None or set(part.tasks) & set(tasks)]
+             if part.tasks is None or part.tasks & set(tasks)]
     values = {name: [[parts.get(name, 0.0) for parts in group] for group in scored]
               for name in names}
     return {name: torch.tensor(values[name], dtype=torch.float64, device=device())

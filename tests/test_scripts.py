@@ -31,6 +31,7 @@ from metrics.rows import sample_to_row
 from metrics.suite import read_suite
 from metrics.training import stack_parts
 from pretrained import load_model
+from rewards import REWARD_PARTS, RewardPart
 from rollout import predict
 from runtime import checkpoint
 from runtime.errors import UserError
@@ -687,6 +688,13 @@ def test_wrong_system_prompt_is_an_error_of_its_flag(tmp_path, monkeypatch, caps
         runpy.run_path(str(ROOT / "train_grpo.py"), run_name="__main__")
     assert "--system: nowhere.txt: cannot be read" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_part_of_a_task_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    """It counted for nothing, without a word; and ("rcap"), which is no tuple, counted for cap too."""
+    monkeypatch.setitem(REWARD_PARTS, "evidence", RewardPart(lambda **_: 1.0, tasks={"dett"}))
+    with pytest.raises(UserError, match="reward part evidence is for 'dett', which is no task"):
+        here(monkeypatch, train_grpo.main, "--out", tmp_path / "out")
 
 
 def test_targets_that_do_not_fit_into_max_new_tokens_are_counted(sft, dataset, tmp_path, monkeypatch, capsys):

@@ -57,7 +57,7 @@ def test_it_answers_without_reasoning_where_it_is_asked_to(shipped, task):
 
 def test_a_new_reward_part_is_a_held_out_reward_of_its_tasks(shipped, monkeypatch):
     monkeypatch.setattr("metrics.held_out.predict", lambda sampler, prompts, *args, **_: [["abc"]] * len(prompts))
-    monkeypatch.setitem(REWARD_PARTS, "brevity", RewardPart(lambda text, **_: 1 / len(text), tasks=("cls",)))
+    monkeypatch.setitem(REWARD_PARTS, "brevity", RewardPart(lambda text, **_: 1 / len(text), tasks={"cls"}))
     for task, new in (("cls", {"brevity": 1 / 3}), ("pair", {})):
         found = held_out_rewards(shipped, load_samples("synthetic", task, 28)[:3], max_new_tokens=8)
         assert list(found.items()) == [("sampled", 0), ("greedy", 0), ("format", 0), *new.items()]
