@@ -51,10 +51,9 @@ class SharedPrompt:
     # decode, once for all layers of a decode step, from start_decode_step:
     slot: Tensor | None = None  # (1,) index of the new token in its completion
     completion_lengths: Tensor | None = None  # (N,) int32: the tokens before it
-    # (B, 1, 1, P) bool: which of the prompt's tokens are padding
-    prompt_padding: Tensor | None = None
-    # (W,) bool: which of the completion's first W slots hold no token yet; W is at least slot + 1
-    empty: Tensor | None = None
+    # (N, 1, 1, P + W) bool: which keys are no tokens, as they pad the prompt or are slots not yet
+    # filled, of the completion's first W; W is at least slot + 1
+    no_token: Tensor | None = None
     # layer -> [prompt_k, prompt_v (B, K, P, D)], in decode mode also
     # [.., completion_k, completion_v (N, K, C or more, D)]
     cache: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -64,12 +63,14 @@ class SharedPrompt:
         self.slot = slot
         self.completion_lengths = slot.int().repeat(len(self.prompt_lengths) * self.G)
         positions = torch.arange(max(self.P, W), device=slot.device)
-        self.prompt_padding = (positions[: self.P] >= self.prompt_lengths[:, None])[:, None, None]
-        self.empty = positions[:W] > slot
+        padding = positions[: self.P] >= self.prompt_lengths[:, None]           # (B, P)
+        empty = (positions[:W] > slot).expand(len(padding), -1)                 # (B, W)
+        no_token = torch.cat([padding, empty], 1).repeat_interleave(self.G, 0)
+        self.no_token = no_token[:, None, None]                                 # (N, 1, 1, P + W)
 
     def end_decode_step(self) -> None:
         """Drop these: in a CUDA graph they are in memory that the next graph overwrites."""
-        self.slot = self.completion_lengths = self.prompt_padding = self.empty = None
+        self.slot = self.completion_lengths = self.no_token = None
 
 
 def make_completion_attention_mask(attention_mask: Tensor, G: int, C: int) -> Tensor:
@@ -157,7 +158,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
 
     prompt_k, prompt_v, completion_k, completion_v = cache
     B, K, P, _ = prompt_k.shape
-    G, W = shared_prompt.G, len(shared_prompt.empty)
+    G, W = shared_prompt.G, shared_prompt.no_token.shape[3] - P
     r = q.shape[1] // K                                  # query heads per key/value head
     completion_k.index_copy_(2, shared_prompt.slot, k)
     completion_v.index_copy_(2, shared_prompt.slot, v)
@@ -170,10 +171,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, shared_pro
         return x.view(B, K, G, r, -1).transpose(1, 2).reshape(-1, K, r, x.shape[-1])
 
     prompt_scores = float32_scores(by_prompt(q), prompt_k, scaling)             # (B, K, G*r, P)
-    prompt_scores.masked_fill_(shared_prompt.prompt_padding, float("-inf"))
     completion_scores = float32_scores(q, completion_k[:, :, :W], scaling)      # (N, K, r, W)
-    completion_scores.masked_fill_(shared_prompt.empty, float("-inf"))
     scores = torch.cat([by_row(prompt_scores), completion_scores], -1)          # (N, K, r, P + W)
+    scores.masked_fill_(shared_prompt.no_token, float("-inf"))
     weights = scores.softmax(-1).to(v.dtype)
     out = by_row(by_prompt(weights[..., :P]) @ prompt_v)                        # (N, K, r, D)
     out = out + weights[..., P:] @ completion_v[:, :, :W]

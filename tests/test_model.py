@@ -734,8 +734,8 @@ def test_key_biases_as_large_as_those_of_qwen_do_not_blur_decoding(monkeypatch, 
     k, v = (torch.cat([shared.repeat_interleave(G, 0), of_rows], 2).double().repeat_interleave(r, 1)
             for shared, of_rows in ((prompt_k, k_of_rows), (prompt_v, v_of_rows)))
     expected = F.scaled_dot_product_attention(q.double(), k, v).transpose(1, 2)
-    shared = SharedPrompt("decode", P, G, slot=torch.tensor([t - 1]), empty=torch.zeros(t, dtype=torch.bool),
-                          prompt_padding=torch.zeros(B, 1, 1, P, dtype=torch.bool))
+    shared = SharedPrompt("decode", P, G, slot=torch.tensor([t - 1]),
+                          no_token=torch.zeros(B * G, 1, 1, P + t, dtype=torch.bool))
     if device == "gpu":  # whose bmm returns float32 of bf16
         monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
         q = q.as_subclass(OnGPU)
