@@ -387,7 +387,7 @@ def test_all_examples_together_train(tmp_path):
     for name, code in PASTED:
         with open(project / name, "a") as file:
             file.write(f"\n\n{code}")
-    edit("rewards.py", 'evidence_reward, tasks=("det",)', 'evidence_reward, tasks=("where",)')
+    edit("rewards.py", 'evidence_reward, tasks={"det"}', 'evidence_reward, tasks={"where"}')
     edit("grpo.py", ADVANTAGES[0], ADVANTAGES[-1])
     (schedule,) = BETA
     current = re.search(r"^ *beta = args\.beta\b.*\n", read("train_grpo.py"), re.MULTILINE)[0]

@@ -5,8 +5,6 @@ machine allows. One JSON line per case.
                                                    # 448 px G 8, 448 px G 16, 224 px G 8
     python tools/bench.py --device cuda --size 3b  # the shapes of Qwen2.5-VL-3B, random weights,
                                                    # bf16 (7b: with LoRA)
-    python tools/bench.py --memory                 # peak of one group's update, by group, prompt
-                                                   # and vocabulary
 
 A step has all parts of a GRPO step with a KL penalty; numbers are medians after a warm-up step.
 `plain` is what trainers do with the same weights: `generate` with num_return_sequences=G, then G
@@ -21,14 +19,11 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
 
 import torch
 
@@ -147,7 +142,7 @@ class Plain(Ours):
         return logprobs.gather(2, tokens[:, :, None]).squeeze(2)[None]
 
 
-def build(size, px, B, checkpointing, vocabulary=None):
+def build(size, px, B, checkpointing):
     """-> (model with random weights, processor, B samples)"""
     torch.manual_seed(0)
     dataset = load_samples("synthetic", "det", px)
@@ -158,8 +153,6 @@ def build(size, px, B, checkpointing, vocabulary=None):
         sizing.copy_token_ids(model.config, config)
         with torch.device(device()):
             model = use_fused_layers(Qwen._from_config(config, attn_implementation=ATTENTION))
-    if vocabulary:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if size == "7b":  # AdamW's moments of all weights do not fit on one GPU
         add_adapters(model, sizing.RANK)
     if checkpointing:
@@ -297,49 +290,6 @@ def time_case(size, px, G, B, C, repeats, plain, checkpointing, compile_decode_s
     print(json.dumps(result), flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-def memory_case(px, G, C, vocabulary):
-    result = {"case": "memory", "px": px, "group": G, "tokens": C, "vocabulary": vocabulary}
-    for name, kind in {"ours": Ours, "plain": Plain}.items():
-        side = kind(*build("tiny", px, 1, False, vocabulary), G, C)
-        result["prompt_tokens"] = side.prompts[0].input_ids.shape[1]
-        tokens = torch.randint(10, 500, (G, C), device=device())
-        result[name] = {
-            "forward": round(peak_mib(partial(one_pass, side, tokens, False))),
-            "forward and backward": round(peak_mib(partial(one_pass, side, tokens, True)))}
-    print(json.dumps(result), flush=True)
-
-
-def one_pass(side, tokens, backward):
-    logprobs = side.logprobs(side.policy, [0], tokens[None])
-    if backward:
-        logprobs.sum().backward()
-    side.policy.zero_grad()
-
-
-def peak_mib(work):
-    """MiB of tensors that `work` holds at its peak, without those that existed before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda c: c[0]):
-        held += change
-        peak = max(peak, held)
-    return peak / 2**20
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -356,13 +306,7 @@ def main():
                         help="default: on a GPU, as training at these sizes does")
     parser.add_argument("--pack-tokens", type=int, help="default: as train_grpo.py")
     parser.add_argument("--ours", action="store_true", help="without the plain side")
-    parser.add_argument("--memory", action="store_true", help="memory instead of time")
     args = parser.parse_args()
-    if args.memory:
-        for flag in ("size", "prompts", "repeats", "compile", "ours", "pack_tokens",
-                     "gradient_checkpointing"):
-            if getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag} does not go with --memory")
     cuda = args.device == "cuda"
     if not cuda:
         torch.cuda.is_available = lambda: False
@@ -372,13 +316,6 @@ def main():
                       "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
                       "torch": torch.__version__}), flush=True)
     C = args.tokens or (256 if cuda else 64)
-    if args.memory:
-        for G in (8, 16):
-            memory_case(448, G, C, 1_000)
-        for vocabulary in (1_000, 16_000, 64_000):
-            for px in [args.px] if args.px else (224, 448):
-                memory_case(px, args.group, C, vocabulary)
-        return
     checkpointing = cuda if args.gradient_checkpointing is None else args.gradient_checkpointing
     cases = [(448, 8)] if cuda else [(448, 8), (448, 16), (224, 8)]
     if args.px:
