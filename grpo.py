@@ -93,7 +93,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def policy_loss(
     logprobs: Tensor,             # (b, G, C)
     old_logprobs: Tensor,         # (b, G, C), no gradient
-    ref_logprobs: Tensor | None,  # (b, G, C), no gradient; None if beta is 0
+    ref_logprobs: Tensor | None,  # (b, G, C), no gradient; None without a reference model
     advantages: Tensor,           # (b, G, 1) or (b, G, C)
     loss_mask: Tensor,            # (b, G, C)
     weights: Tensor,              # (b, G, C), from token_weights
@@ -121,7 +121,8 @@ def policy_loss(
     # wrong way is not, so that it can come back.
     unclipped = rho * advantages
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages
-    kl = kl_k3(logprobs, ref_logprobs) if beta else torch.zeros_like(logprobs)
+    has_ref = ref_logprobs is not None
+    kl = kl_k3(logprobs, ref_logprobs) if has_ref else torch.zeros_like(logprobs)
     token_loss = torch.where(loss_mask, -torch.minimum(unclipped, clipped) + beta * kl, 0.0)
     sums = {"clipped": ((clipped < unclipped) & loss_mask).sum(),
             "kl": torch.where(loss_mask, kl.detach(), 0.0).sum()}

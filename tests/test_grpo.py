@@ -251,6 +251,14 @@ def test_kl_of_far_models_has_finite_value_and_gradient(log_ratio):
     assert kl.isfinite().all() and (kl > 1).all() and logprobs.grad.isfinite().all()
 
 
+def test_a_schedule_of_beta_that_ends_at_0_still_measures_the_kl():
+    """It read 0, as if the policy were the reference again."""
+    logprobs, old, reference, advantage, mask = case()
+    weights = grpo.token_weights(mask, "grpo", C_MAX)
+    sums = grpo.policy_loss(logprobs, old, reference, advantage, mask, weights, loss="grpo", beta=0.0, **CLIP)[1]
+    assert sums["kl"] == torch.where(mask, grpo.kl_k3(logprobs, reference), 0.0).sum() > 0
+
+
 def test_kl_estimates_the_true_kl():
     """Its mean over samples of the policy is KL[policy || reference]; with the ratio upside down it would be another."""
     policy, reference = (torch.randn(10, generator=torch.Generator().manual_seed(s)).mul(0.7).log_softmax(0) for s in (0, 1))
