@@ -89,7 +89,7 @@ def held_out_row(scores: dict[str, dict[str, float]] | None, tasks: Sequence[str
         parts = means | {"accuracy": means["sampled"]}
         reward = sum(part_weights[name] * parts[name] for name in REWARD_PARTS if name in parts)
         rows.append(parts | {"reward": reward})
-    means = {name: fmean(row[name] for row in rows if name in row)
+    means = {name: fmean(row.get(name, 0.0) for row in rows)  # 0 where a task lacks a part
              for name in dict.fromkeys(chain(*rows))}
     flat = {f"heldout_{name}": value for name, value in means.items() if name != "sampled"}
     nested = {name: means[name] for name in means if name not in ("accuracy", "reward")}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import load_samples
-from metrics.held_out import held_out_rewards
+from metrics.held_out import held_out_rewards, held_out_row
 from pretrained import load_model
 from processing import encode
 from rewards import REWARD_PARTS, TASKS, RewardPart, score_completion
@@ -58,6 +58,9 @@ def test_it_answers_without_reasoning_where_it_is_asked_to(shipped, task):
 def test_a_new_reward_part_is_a_held_out_reward_of_its_tasks(shipped, monkeypatch):
     monkeypatch.setattr("metrics.held_out.predict", lambda sampler, prompts, *args, **_: [["abc"]] * len(prompts))
     monkeypatch.setitem(REWARD_PARTS, "brevity", RewardPart(lambda text, **_: 1 / len(text), tasks={"cls"}))
+    scores = {}
     for task, new in (("cls", {"brevity": 1 / 3}), ("pair", {})):
-        found = held_out_rewards(shipped, load_samples("synthetic", task, 28)[:3], max_new_tokens=8)
-        assert list(found.items()) == [("sampled", 0), ("greedy", 0), ("format", 0), *new.items()]
+        scores[task] = held_out_rewards(shipped, load_samples("synthetic", task, 28)[:3], max_new_tokens=8)
+        assert list(scores[task].items()) == [("sampled", 0), ("greedy", 0), ("format", 0), *new.items()]
+    row = held_out_row(scores, ["cls", "pair"], dict.fromkeys(REWARD_PARTS, 1.0))  # a mixed stage
+    assert row["heldout_brevity"] == row["heldout_reward"] == pytest.approx(1 / 6)  # it was 1/3: not a part of the sum
