@@ -281,6 +281,8 @@ def check_grpo_args(args: Namespace, stages: list[list[str]]) -> None:
     for name, part in REWARD_PARTS.items():
         for task in (part.tasks or set()) - TASKS.keys():  # a part of no task would never count
             raise UserError(f"rewards.py: the reward part {name} is for {task!r}, which is no task")
+        if name in ("overlong", "reward", "sampled", "greedy"):  # it would overwrite this one
+            raise UserError(f"rewards.py: the reward part {name} has the name of another metric")
     if args.group < 2:
         raise UserError(f"--group {args.group}: an advantage is relative to the group's mean, so a "
                         "group needs at least 2")

@@ -695,6 +695,10 @@ def test_a_reward_part_of_a_task_that_does_not_exist_is_refused(tmp_path, monkey
     monkeypatch.setitem(REWARD_PARTS, "evidence", RewardPart(lambda **_: 1.0, tasks={"dett"}))
     with pytest.raises(UserError, match="reward part evidence is for 'dett', which is no task"):
         here(monkeypatch, train_grpo.main, "--out", tmp_path / "out")
+    del REWARD_PARTS["evidence"]
+    monkeypatch.setitem(REWARD_PARTS, "overlong", RewardPart(lambda **_: 1.0))
+    with pytest.raises(UserError, match="reward part overlong has the name of another metric"):
+        here(monkeypatch, train_grpo.main, "--out", tmp_path / "out")
 
 
 def test_targets_that_do_not_fit_into_max_new_tokens_are_counted(sft, dataset, tmp_path, monkeypatch, capsys):
