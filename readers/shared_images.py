@@ -44,7 +44,8 @@ def check_shared_images(train: Sequence[tuple[str, Sequence[Sample]]],
             shared[other[0]] += 1
     for source, n in shared.items():
         warn(f"{source}: {n} of its held-out images are trained on too (equal bytes), so held-out "
-             "scores are too good; remove the copies unless the splits are published ones")
+             "scores are too good; give all records of an image the same `split` and remove "
+             "copies, unless the splits are published ones")
 
 
 def image_files(parts: Sequence[tuple[str, Sequence[Sample]]]) -> dict[tuple, Sample]:

@@ -398,7 +398,7 @@ def test_all_examples_together_train(tmp_path):
     edit("runtime/logging.py", "import json\n", f"import json\n{at_the_top}")
     log = project / "runtime/logging.py"
     log.write_text(with_lines_at_the_end(log.read_text(), "MetricsLog", "__init__", end_of_init))
-    log.write_text(with_lines_at_the_end(log.read_text(), "MetricsLog", "write", end_of_write))
+    log.write_text(with_lines_at_the_end(log.read_text(), "MetricsLog", "write_scalars", end_of_write))
     (project / "wandb.py").write_text(
         "import json\n\n"
         "def init(**settings):\n    pass\n\n"
