@@ -22,9 +22,16 @@ from runtime.errors import END_FILES  # noqa: E402
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With -n, the tests of a file stay together: they share runs that take longer than they do."""
+    """With -n, the tests of a file stay together: they share runs that take longer than they do. Files start in the order of
+    pytest_collection_modifyitems."""
     from xdist.scheduler import LoadScopeScheduling
+    config.option.loadscopereorder = False
     return LoadScopeScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: at the end, the other process would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_parallel.py")
 
 
 @pytest.fixture(autouse=True)
