@@ -30,8 +30,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first: at the end, the other process would wait for it."""
-    items.sort(key=lambda item: item.path.name != "test_parallel.py")
+    """The files that take longest come first: at the end, the other process would wait for one."""
+    items.sort(key=lambda item: item.path.name not in ("test_parallel.py", "test_scripts.py"))
 
 
 @pytest.fixture(autouse=True)
