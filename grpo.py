@@ -121,8 +121,7 @@ def policy_loss(
     # wrong way is not, so that it can come back.
     unclipped = rho * advantages
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages
-    has_ref = ref_logprobs is not None
-    kl = kl_k3(logprobs, ref_logprobs) if has_ref else torch.zeros_like(logprobs)
+    kl = torch.zeros_like(logprobs) if ref_logprobs is None else kl_k3(logprobs, ref_logprobs)
     token_loss = torch.where(loss_mask, -torch.minimum(unclipped, clipped) + beta * kl, 0.0)
     sums = {"clipped": ((clipped < unclipped) & loss_mask).sum(),
             "kl": torch.where(loss_mask, kl.detach(), 0.0).sum()}

@@ -690,14 +690,12 @@ def test_wrong_system_prompt_is_an_error_of_its_flag(tmp_path, monkeypatch, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reward_part_of_a_task_that_does_not_exist_is_refused(tmp_path, monkeypatch):
-    """It counted for nothing, without a word; and ("rcap"), which is no tuple, counted for cap too."""
-    monkeypatch.setitem(REWARD_PARTS, "evidence", RewardPart(lambda **_: 1.0, tasks={"dett"}))
-    with pytest.raises(UserError, match="reward part evidence is for 'dett', which is no task"):
-        here(monkeypatch, train_grpo.main, "--out", tmp_path / "out")
-    del REWARD_PARTS["evidence"]
-    monkeypatch.setitem(REWARD_PARTS, "overlong", RewardPart(lambda **_: 1.0))
-    with pytest.raises(UserError, match="reward part overlong has the name of another metric"):
+@pytest.mark.parametrize("name, tasks, wrong", [
+    ("evidence", {"dett"}, "evidence is for 'dett', which is no task"), ("overlong", None, "overlong has the name of another metric")])
+def test_a_reward_part_that_would_not_count_as_written_is_refused(tmp_path, monkeypatch, name, tasks, wrong):
+    """One of no task counted for nothing, without a word, and one named as a metric overwrote it."""
+    monkeypatch.setitem(REWARD_PARTS, name, RewardPart(lambda **_: 1.0, tasks))
+    with pytest.raises(UserError, match=f"reward part {wrong}"):
         here(monkeypatch, train_grpo.main, "--out", tmp_path / "out")
 
 
